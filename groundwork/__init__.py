@@ -1,0 +1,1 @@
+"""What both stages of Groundwork stand on: data, backbones, colour, optimisation, checkpoints."""

@@ -1,0 +1,47 @@
+"""What a backbone is: a pyramid of feature maps at strides 8, 16 and 32.
+
+No head, pooling, labels or normalisation is inside; the keys of its state_dict are public.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+STRIDES = (8, 16, 32)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Level(NamedTuple):
+    """One level of the pyramid: pixels of the picture for each cell, and feature channels."""
+
+    stride: int
+    channels: int
+
+
+class Pyramid(NamedTuple):
+    """The feature maps of one batch, each N, C, H / stride, W / stride."""
+
+    c3: Tensor
+    c4: Tensor
+    c5: Tensor
+
+
+class Backbone(nn.Module, ABC):
+    """Turns N, 3, H, W (sides multiples of 32, normalised with `mean` and `std`) into a Pyramid.
+
+    `name` is what `build_backbone` was called with, so that a file can say how to build it again.
+    """
+
+    name: str
+    levels: tuple[Level, Level, Level]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @abstractmethod
+    def forward(self, image: Tensor) -> Pyramid:
+        """Return C3, C4 and C5 of the normalised pictures."""

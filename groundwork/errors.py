@@ -1,0 +1,42 @@
+"""What a person is told when something is wrong: one sentence, and the exit code of the process.
+
+Every error says what is wrong, where, and what to do. Only a run.py turns one into an exit.
+"""
+
+from __future__ import annotations
+
+
+class GroundworkError(Exception):
+    """An error whose text is meant for a person; shown without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(GroundworkError):
+    """A mistake in a command or a recipe, found before data, device or model is touched."""
+
+    exit_code = 2
+
+
+class DataError(GroundworkError):
+    """Pictures, shards or labels that cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(GroundworkError):
+    """A checkpoint or weights file that is missing, damaged or of another shape."""
+
+    exit_code = 4
+
+
+class DivergedError(GroundworkError):
+    """Training that produced non-finite gradients for too long, or features that collapsed."""
+
+    exit_code = 5
+
+
+class StoppedError(GroundworkError):
+    """Training that was asked to stop and saved a checkpoint first (EX_TEMPFAIL)."""
+
+    exit_code = 75

@@ -1,0 +1,96 @@
+"""What a run tells while it trains: metrics.jsonl always, other trackers through Accelerate.
+
+metrics.jsonl holds one JSON object a line, each with `step`; it is flushed line by line, and on
+resume the lines after the checkpoint's step are dropped, so that every step is there once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from groundwork.checkpoint import write_atomically
+from groundwork.errors import UsageError
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise UsageError for a tracker that is unknown or not installed.
+
+    Accelerate drops one that is not installed without a word.
+    """
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    available = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"log.trackers={name} is not known; these are: {', '.join(known)}.")
+        if name not in available:
+            raise UsageError(f"log.trackers={name} is not installed: pip install {name}.")
+
+
+class Tracking:
+    """Writes metrics of the main process to metrics.jsonl and to Accelerate's trackers."""
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        trackers: tuple[str, ...],
+        recipe: Mapping[str, Any],
+        after_step: int | None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.trackers = bool(trackers)
+        self.path = folder / "metrics.jsonl"
+        if accelerator.is_main_process:
+            kept = [] if after_step is None else _lines_until(self.path, after_step)
+            write_atomically(self.path, "".join(kept))
+        if trackers:
+            accelerator.init_trackers("groundwork", config=_flat(recipe))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics of one step (the main process alone does). NaN is written as null."""
+        if not self.accelerator.is_main_process:
+            return
+        line = {"step": step} | {
+            key: value if math.isfinite(value) else None for key, value in metrics.items()
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.trackers:
+            self.accelerator.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Finish the trackers."""
+        if self.trackers:
+            self.accelerator.end_training()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # the last line of a killed process may be cut
+    return kept
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = (
+                value if isinstance(value, int | float | str | bool) else str(value)
+            )
+    return flat

@@ -1,0 +1,1 @@
+"""The first stage: a backbone learns from unlabeled pictures."""

@@ -1,0 +1,99 @@
+"""When a run ends: the budget as progress, the request to stop, and one answer for all ranks."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed
+
+from pretrain.recipe import Budget
+
+
+class Clock:
+    """The budget as progress from 0 to 1: a function of the step, or of the time spent."""
+
+    def __init__(self, budget: Budget, pictures: int, batch_size: int, seconds: float) -> None:
+        self.limit = None if budget.minutes is None else budget.minutes * 60
+        self.steps = budget.steps
+        if budget.epochs is not None:
+            self.steps = math.ceil(budget.epochs * pictures / batch_size)
+        elif budget.samples is not None:
+            self.steps = math.ceil(budget.samples / batch_size)
+        self.spent = seconds  # before this process
+        self.began: float | None = None
+        self.agreed = seconds
+        self.lap_began = 0.0
+
+    def start(self) -> None:
+        """Let the time run."""
+        self.began = self.lap_began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the loop, those before a resume included."""
+        return self.spent + (0.0 if self.began is None else time.perf_counter() - self.began)
+
+    def set(self, seconds: float) -> None:
+        """Take the time that the main process reads, so that all ranks see one progress."""
+        self.agreed = seconds
+
+    def progress(self, step: int) -> float:
+        """Return the share of the budget that is used before `step` (0-based) is taken."""
+        if self.steps is not None:
+            return min(1.0, step / self.steps)
+        assert self.limit is not None
+        return min(1.0, self.agreed / self.limit)
+
+    def over(self, step: int) -> bool:
+        """Whether the budget is used up."""
+        return self.progress(step) >= 1.0
+
+    def crossed(self, before: float, step: int, times: int) -> bool:
+        """Whether progress has passed one of `times` even marks since it was `before`."""
+        return int(self.progress(step) * times) > int(before * times)
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap."""
+        now = time.perf_counter()
+        passed, self.lap_began = now - self.lap_began, now
+        return passed
+
+
+class StopRequest:
+    """SIGTERM or SIGINT asked to stop. The loop looks at its next step; a second SIGINT kills."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def restore(self) -> None:
+        """Give the signals back to whom they belonged."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def agree(
+    group: torch.distributed.ProcessGroup | None, stop: bool, seconds: float, bad: int
+) -> tuple[bool, float, int]:
+    """Give every rank the same answers: did anyone ask to stop, what time is it, how many bad.
+
+    A gloo group on the host, so that no device is waited for.
+    """
+    if group is None:
+        return stop, seconds, bad
+    # The main process's clock is the largest: the others put in nothing.
+    mine = seconds if torch.distributed.get_rank() == 0 else 0.0
+    shared = torch.tensor([float(stop), mine, float(bad)], dtype=torch.float64)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=group)
+    return bool(shared[0]), float(shared[1]), int(shared[2])

@@ -1,0 +1,556 @@
+"""Pretraining from beginning to end: one loop, read from top to bottom.
+
+The loop knows no task, no backbone and no file format. Its state is small: how many steps were
+taken, how many samples of the endless stream were consumed, how long it took. Learning rate and
+targets are functions of `progress`, the order of the data of `samples`, and the random numbers on
+the device of (seed, step, rank), so that nothing hidden has to be restored on resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import platform
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from torch import Tensor, nn
+
+from groundwork import checkpoint as checkpoints
+from groundwork.backbones import build_backbone, load_init
+from groundwork.backbones.product import save_product
+from groundwork.checkpoint import Checkpoint
+from groundwork.config import Section, to_yaml
+from groundwork.data.loader import Loader
+from groundwork.data.order import Order
+from groundwork.data.samples import open_samples
+from groundwork.data.shards import Samples
+from groundwork.ema import Ema
+from groundwork.errors import CheckpointError, DivergedError, StoppedError, UsageError
+from groundwork.optim import (
+    build_optimizer,
+    set_learning_rate,
+    state_from_tensors,
+    state_to_tensors,
+)
+from groundwork.schedule import multiplier
+from groundwork.tracking import Tracking, check_trackers
+from pretext_tasks.contract import PretextTask, Views, backbone_of
+from pretrain.clock import Clock, StopRequest, agree
+from pretrain.console import Display, announce
+from pretrain.probe import Probe
+from pretrain.quarantine import Quarantine
+from pretrain.recipe import Recipe
+from pretrain.report import save_sheet
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+PICTURES = 8  # samples on a sheet of what the task sees
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run keeps its files, and the processes that take part in it."""
+
+    folder: Path
+    accelerator: Accelerator
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+
+@dataclass
+class Position:
+    """Where a run stands; all of it is in every checkpoint."""
+
+    step: int = 0
+    samples: int = 0  # consumed of the endless stream
+    seconds: float = 0.0  # of the loop's wall clock
+    skipped: int = 0  # steps without an update, in all
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    replaced: int = 0  # samples whose picture was unreadable, of all ranks
+    window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics
+    probe: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare_run(recipe: Recipe, out: Path | None, resumed: bool) -> Run:
+    """Start Accelerate, agree on the run folder, and write the recipe and the machine into it.
+
+    Raises UsageError where the launcher and Accelerate disagree on the number of processes, or a
+    tracker is not installed.
+    """
+    check_trackers(recipe.log.trackers)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=PRECISIONS[recipe.precision],
+        log_with=list(recipe.log.trackers) or None,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    world = accelerator.num_processes
+    if int(os.environ.get("WORLD_SIZE", "1")) != world:
+        raise UsageError(
+            f"The launcher started {os.environ['WORLD_SIZE']} processes, Accelerate sees {world}: "
+            "use torchrun --nproc-per-node N pretrain/run.py ..., and check the Accelerate config."
+        )
+    if recipe.batch_size % (world * recipe.accumulate):
+        raise UsageError(
+            f"batch_size={recipe.batch_size} is not divisible by {world} processes x "
+            f"accumulate={recipe.accumulate}."
+        )
+    if accelerator.device.type == "cpu":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(recipe.threads or max(1, len(os.sched_getaffinity(0)) // here))
+    name = f"{recipe.task_name}-{recipe.backbone.name.replace('/', '-')}"
+    chosen = [str(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")]
+    folder = Path(broadcast_object_list(chosen)[0])
+    accelerator.project_configuration.set_directories(str(folder))
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.sweep(folder / "checkpoints")
+        checkpoints.write_atomically(folder / "recipe.yaml", to_yaml(recipe))
+        machine = "machine-resumed.json" if resumed else "machine.json"
+        checkpoints.write_atomically(folder / machine, json.dumps(_machine(accelerator), indent=1))
+    accelerator.wait_for_everyone()
+    return Run(folder, accelerator)
+
+
+def pretrain(  # noqa: C901 (one loop, read from top to bottom)
+    recipe: Recipe,
+    task_class: type[PretextTask],
+    config: Section,
+    run: Run,
+    init: Path | None = None,
+    resume: Path | None = None,
+) -> Path:
+    """Train the task's backbone and return the path of pretrained.safetensors.
+
+    `resume` is a checkpoint, or a folder of checkpoints of which the newest whole one is taken.
+    Raises StoppedError after SIGTERM or SIGINT, once a checkpoint is saved; DataError when too
+    many pictures are unreadable; DivergedError when gradients stay non-finite or features
+    collapse and the recipe wants to stop.
+    """
+    accelerator = run.accelerator
+    device, world = accelerator.device, accelerator.num_processes
+    stop = StopRequest()
+
+    # What is trained. Weights come from one place: a checkpoint, else --init, else the seed.
+    torch.manual_seed(recipe.seed)
+    backbone = build_backbone(recipe.backbone.name)
+    if init is not None:
+        logger.info("Weights of %s: %s", init, load_init(backbone, init).sentence())
+    task = task_class(backbone, config)
+    if device.type == "cuda":
+        task = task.to(memory_format=torch.channels_last)
+        if world > 1:
+            task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    task = task.to(device)
+    ema = Ema(recipe.ema, task.product()) if recipe.ema.enabled else None
+    optimizer = build_optimizer(recipe.optim, task)
+
+    # What it is trained on, and in which order.
+    samples = open_samples(
+        recipe.data.train,
+        cache=recipe.data.cache_folder(),
+        cache_bytes=int(recipe.data.cache_gb * 1e9),
+    )
+    order = Order(samples.shard_sizes, seed=recipe.seed, window_shards=recipe.data.window_shards)
+
+    # Where it stands.
+    position = Position()
+    saved = _find_checkpoint(run, resume)
+    if saved is not None:
+        _same_data(saved, samples)
+        position = Position(**saved.documents["state"])
+        _restore(saved, task, optimizer, ema, accelerator)
+        logger.info("Going on from %s: step %d.", saved.path, position.step)
+    clock = Clock(recipe.budget, len(samples), recipe.batch_size, position.seconds)
+    probe = Probe(recipe.probe, samples, recipe.image_size, recipe.data.cache_folder())
+    probe.load_state(position.probe)
+
+    if recipe.compile:
+        backbone_of(task).compile()
+    wrapped, stepper = accelerator.prepare(task, optimizer)
+    parameters = [p for p in task.parameters() if p.requires_grad]
+    buffers = list(task.buffers())
+    kept_buffers = [buffer.clone() for buffer in buffers]
+    group = torch.distributed.new_group(backend="gloo") if world > 1 else None
+    quarantine = Quarantine(run.folder, len(samples), recipe.data.max_bad_fraction)
+    tracking = Tracking(
+        run.folder,
+        accelerator,
+        recipe.log.trackers,
+        recipe.model_dump(mode="json"),
+        None if saved is None else position.step,
+    )
+    loader = Loader(
+        samples,
+        order,
+        task_class.views(config, recipe.image_size),
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        rank=accelerator.process_index,
+        world=world,
+        accumulate=recipe.accumulate,
+        start=position.samples,
+        workers=_workers(recipe),
+        on_error=recipe.data.on_error,
+        max_pixels=recipe.data.max_pixels,
+        pin_memory=device.type == "cuda",
+    )
+    sheet = _first_views(recipe, task_class.views(config, recipe.image_size), samples, order)
+    parameter_count = sum(p.numel() for p in backbone_of(task).parameters())
+    announce(recipe, parameter_count, samples, clock, run.folder, accelerator)
+
+    def measure() -> dict[str, float]:
+        """Probe what would be kept, on the main process; the others wait at the next step."""
+        if not accelerator.is_main_process:
+            return {}
+        parts = task.product() if ema is None else ema.product()
+        found = probe.measure(parts["backbone"])
+        position.probe = probe.state()
+        return found
+
+    def save(required: bool) -> None:
+        """Save a checkpoint; a failed one is a warning unless it is the last chance."""
+        position.seconds = clock.seconds
+        position.window = {key: float(value) for key, value in window.items()}
+        if accelerator.is_main_process:
+            try:
+                _save(run, recipe, position, task, optimizer, ema, accelerator, samples)
+            except CheckpointError as error:
+                if required:
+                    raise
+                logger.warning("%s Training goes on.", error)
+        accelerator.wait_for_everyone()
+
+    task.train()
+    batches = iter(loader)
+    window: dict[str, Any] = dict(position.window)
+    show = Display(clock, accelerator.is_main_process)
+    collapsed = ""
+    try:
+        if position.step == 0:
+            tracking.write(0, measure())
+            _sheet(run, task, sheet, 0)
+        clock.start()
+        while not clock.over(position.step):
+            progress = clock.progress(position.step)
+            factor = multiplier(recipe.schedule, progress) * 0.5**position.rollbacks
+            set_learning_rate(optimizer, recipe.optim.lr * factor)
+            torch.manual_seed(_step_seed(recipe.seed, position.step, accelerator.process_index))
+            torch._foreach_copy_(kept_buffers, buffers)
+
+            # Step 1. Forward and backward over the micro-batches of this rank.
+            positions: list[int] = []
+            for micro in range(recipe.accumulate):
+                began = time.perf_counter()
+                batch = next(batches)
+                _add(window, "wait", time.perf_counter() - began)
+                _add(window, "worker", batch.worker_seconds)
+                quarantine.note(batch)
+                position.replaced += len(batch.replaced)
+                positions += batch.positions
+                views = {k: v.to(device, non_blocking=True) for k, v in batch.views.items()}
+                last = micro == recipe.accumulate - 1
+                with nullcontext() if last else accelerator.no_sync(wrapped):
+                    output = wrapped(views)
+                    accelerator.backward(output.loss / recipe.accumulate)
+                _add(window, "train/loss", output.loss.detach() / recipe.accumulate)
+                for name, value in output.metrics.items():
+                    _add(window, f"train/{name}", value / recipe.accumulate)
+
+            # Step 2. Update, unless a gradient is not finite: then every rank skips, because the
+            # norm is taken after the all-reduce. Reading it waits for the device, once a step:
+            # the price of never putting a NaN into the weights.
+            limit = recipe.optim.clip or math.inf
+            norm = accelerator.clip_grad_norm_(parameters, limit)
+            finite = bool(torch.isfinite(norm))
+            if finite or recipe.precision == "fp16":  # fp16's loss scaler skips by itself
+                stepper.step()
+                finite = finite and not accelerator.optimizer_step_was_skipped
+            stepper.zero_grad(set_to_none=True)
+            position.samples += recipe.batch_size
+            position.step += 1
+
+            # Step 3. Move targets, or undo what a bad step left in the buffers.
+            if finite:
+                task.after_step(clock.progress(position.step))
+                if ema is not None:
+                    ema.update(position.step - position.skipped)
+                position.skipped_in_a_row = 0
+                _add(window, "gradient_norm", norm)
+                _add(window, "counted", 1.0)
+            else:
+                torch._foreach_copy_(buffers, kept_buffers)
+                position.skipped += 1
+                position.skipped_in_a_row += 1
+                logger.warning(
+                    "Step %d is skipped: a gradient is not finite. Samples %d to %d of the stream.",
+                    position.step, positions[0], positions[-1],
+                )  # fmt: skip
+                if position.skipped_in_a_row >= recipe.guard.skips:
+                    _roll_back(recipe, run, position, task, optimizer, ema, accelerator)
+            _add(window, "steps", 1.0)
+            _add(window, "images", float(recipe.batch_size))
+
+            # Step 4. Everybody agrees on the time, on whether to stop, and on what was unreadable.
+            stopping, seconds, bad = agree(group, stop.asked, clock.seconds, quarantine.bad)
+            clock.set(seconds)
+            quarantine.check(bad)
+            ended = clock.over(position.step)
+            _add(window, "seconds", clock.lap())
+
+            # Step 5. Tell, probe, save: none of it changes what is learned.
+            if position.step == 1 or position.step % recipe.log.every_steps == 0 or ended:
+                metrics = _read(window, accelerator)
+                metrics["optim/lr"] = recipe.optim.lr * factor
+                metrics["train/skipped"] = float(position.skipped)
+                metrics["data/replaced"] = float(position.replaced)
+                tracking.write(position.step, metrics)
+                show.metrics(position.step, metrics)
+                window = {}
+            if clock.crossed(progress, position.step, recipe.probe.times) or ended:
+                metrics = measure()
+                tracking.write(position.step, metrics)
+                _sheet(run, task, sheet, position.step)
+                show.probe(position.step, metrics)
+                collapsed = probe.alarm or collapsed
+                collapse, _, _ = agree(group, bool(probe.alarm), clock.seconds, 0)
+                if collapse and recipe.probe.stop_on_collapse:
+                    save(required=True)
+                    raise DivergedError(
+                        f"The features collapsed at step {position.step}: {probe.alarm} "
+                        "Lower optim.lr, or see docs/tasks.md on collapse."
+                    )
+            if stopping and not ended:
+                save(required=True)
+                raise StoppedError(
+                    f"Stopped on request at step {position.step}; saved. "
+                    f"Go on with --resume {run.folder}."
+                )
+            if position.step % recipe.checkpoint.every_steps == 0 and not ended:
+                save(required=False)
+            show.step(position.step)
+            clock.lap()
+        save(required=True)
+    finally:
+        loader.close()
+        probe.close()
+        samples.close()
+        show.close()
+        stop.restore()
+    product = run.folder / "pretrained.safetensors"
+    if accelerator.is_main_process:
+        parts = task.product() if ema is None else ema.product()
+        save_product(
+            product,
+            parts,
+            {
+                "task": recipe.task_name,
+                "recipe": recipe.model_dump(mode="json"),
+                "images_seen": position.samples,
+                "commit": _commit(),
+                "data": samples.fingerprint,
+            },
+        )
+        show.ended(position.step, position.samples, probe.sentences(), collapsed)
+        quarantine.tell(position.replaced)
+    tracking.close()
+    accelerator.wait_for_everyone()
+    if group is not None:
+        torch.distributed.destroy_process_group()
+    return product
+
+
+def _add(window: dict[str, Any], name: str, value: Tensor | float) -> None:
+    window[name] = window.get(name, 0.0) + value
+
+
+def _read(window: dict[str, Any], accelerator: Accelerator) -> dict[str, float]:
+    """Turn the window's sums into means over its steps and over the ranks."""
+    steps, seconds = float(window["steps"]), float(window["seconds"])
+    names = [name for name in sorted(window) if name.startswith("train/")]
+    sums = torch.stack([torch.as_tensor(window[name], dtype=torch.float32).cpu() for name in names])
+    means = accelerator.reduce((sums / steps).to(accelerator.device), "mean").tolist()
+    metrics = dict(zip(names, means, strict=True))
+    if window.get("counted"):
+        metrics["train/gradient_norm"] = float(window["gradient_norm"]) / float(window["counted"])
+    metrics["speed/images_per_second"] = float(window["images"]) / max(seconds, 1e-9)
+    metrics["speed/data_wait"] = float(window["wait"]) / max(seconds, 1e-9)
+    metrics["speed/worker_seconds"] = float(window["worker"]) / steps
+    return metrics
+
+
+def _save(
+    run: Run,
+    recipe: Recipe,
+    position: Position,
+    task: PretextTask,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    accelerator: Accelerator,
+    samples: Samples,
+) -> None:
+    tensors, details = state_to_tensors(optimizer)
+    groups = {"task": dict(task.state_dict()), "optimizer": tensors}
+    if ema is not None:
+        groups["ema"] = ema.state()
+    documents = {
+        "state": dataclasses.asdict(position),
+        "optimizer": details,
+        "recipe": recipe.model_dump(mode="json"),
+        "data": {
+            "name": samples.name,
+            "pictures": len(samples),
+            "fingerprint": samples.fingerprint,
+        },
+    }
+    if accelerator.scaler is not None:
+        documents["scaler"] = accelerator.scaler.state_dict()
+    checkpoints.save(run.checkpoints, position.step, groups, documents, recipe.checkpoint.keep)
+
+
+def _restore(
+    saved: Checkpoint,
+    task: PretextTask,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    accelerator: Accelerator,
+) -> None:
+    try:
+        task.load_state_dict(saved.tensors["task"], strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{saved.path} is of another model than the recipe's: {error}"
+        ) from error
+    state_from_tensors(optimizer, saved.tensors["optimizer"], saved.documents["optimizer"])
+    if ema is not None:
+        ema.load(saved.tensors["ema"])
+    if accelerator.scaler is not None and "scaler" in saved.documents:
+        accelerator.scaler.load_state_dict(saved.documents["scaler"])
+
+
+def _find_checkpoint(run: Run, resume: Path | None) -> Checkpoint | None:
+    if resume is None:
+        return None
+    if (resume / checkpoints.MANIFEST).is_file():
+        return checkpoints.load(resume)
+    found = checkpoints.latest(resume)
+    if found is None:
+        logger.warning("%s holds no whole checkpoint: starting from the beginning.", resume)
+    return found
+
+
+def _same_data(saved: Checkpoint, samples: Samples) -> None:
+    before = saved.documents["data"]
+    if before["fingerprint"] != samples.fingerprint:
+        raise UsageError(
+            f"The data is not what {saved.path} was trained on: {before['pictures']} pictures of "
+            f"{before['name']} then, {len(samples)} of {samples.name} now. Give the same data, or "
+            "start a new run with --init."
+        )
+
+
+def _roll_back(
+    recipe: Recipe,
+    run: Run,
+    position: Position,
+    task: PretextTask,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    accelerator: Accelerator,
+) -> None:
+    """Take the last checkpoint's weights again, go on behind the bad batches at half the rate."""
+    saved = checkpoints.latest(run.checkpoints)
+    if saved is None or position.rollbacks >= recipe.guard.rollbacks:
+        raise DivergedError(
+            f"Gradients were not finite for {position.skipped_in_a_row} steps in a row until step "
+            f"{position.step}, after {position.rollbacks} rollback(s). Lower optim.lr, set "
+            "optim.clip, or look at the pictures of the skipped samples."
+        )
+    _restore(saved, task, optimizer, ema, accelerator)
+    position.rollbacks += 1
+    position.skipped_in_a_row = 0
+    logger.warning(
+        "Rolled back to the weights of step %d; the learning rate is halved.", saved.step
+    )
+
+
+def _first_views(recipe: Recipe, views: Views, samples: Samples, order: Order) -> dict[str, Tensor]:
+    """Make the views of the first samples of the stream, for the sheets."""
+    loader = Loader(samples, order, views, seed=recipe.seed, batch_size=min(PICTURES, len(samples)))
+    try:
+        return next(iter(loader)).views
+    finally:
+        loader.close()
+
+
+def _sheet(run: Run, task: PretextTask, views: dict[str, Tensor], step: int) -> None:
+    """Write what the task sees, for a person to look at: pictures/step-<n>-<name>.png."""
+    accelerator = run.accelerator
+    if not accelerator.is_main_process:
+        return
+    training = task.training
+    task.eval()
+    with torch.no_grad(), accelerator.autocast():
+        shown = task.pictures({k: v.to(accelerator.device) for k, v in views.items()})
+    task.train(training)
+    for name, pictures in shown.items():
+        save_sheet(pictures, run.folder / "pictures" / f"step-{step}-{name}.png")
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the device's random numbers (dropout): nothing of them needs to be saved."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _workers(recipe: Recipe) -> int:
+    if recipe.data.workers is not None:
+        return recipe.data.workers
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, len(os.sched_getaffinity(0)) // here - 1))
+
+
+def _machine(accelerator: Accelerator) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "command": sys.argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str:
+    """Return the commit of this checkout, or an empty string where there is none."""
+    head = Path(__file__).resolve().parent.parent / ".git" / "HEAD"
+    try:
+        text = head.read_text().strip()
+        if text.startswith("ref: "):
+            return (head.parent / text.removeprefix("ref: ")).read_text().strip()
+        return text
+    except OSError:
+        return ""

@@ -1,0 +1,387 @@
+"""Is it learning, and is it collapsing: what is measured on frozen features while a run goes on.
+
+Without labels, of pooled C5 features over a fixed set of the training pictures:
+- spread: the standard deviation of l2-normalised features, averaged over dimensions, times
+  sqrt(D); 1 for features that point everywhere, 0 for features that all point the same way.
+- RankMe (arXiv 2210.02885, equation 1): exp of the entropy of the normalised singular values.
+- the same of normalised, centred features. No one of the three sees every collapse: a constant with
+  a little noise has full centred rank, features on four directions have full spread, and features
+  far from the origin have a low uncentred rank in healthy networks.
+With labels: a weighted kNN (arXiv 1805.01978, section 3.4) and a linear probe (multinomial logistic
+regression), both as class-balanced accuracy (mean recall), so that common classes do not hide rare.
+
+Nothing here draws a random number or changes a weight, a buffer or a training mode.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightly.utils.benchmarking.knn import knn_predict
+from torch import Tensor, nn
+from torch.nn import functional
+
+from groundwork.backbones.contract import Backbone
+from groundwork.colour import normalise
+from groundwork.data.decode import open_picture
+from groundwork.data.samples import open_samples
+from groundwork.data.scenes import open_scene_objects
+from groundwork.data.shards import Samples
+from groundwork.errors import DataError
+from groundwork.settings import ProbeSettings
+
+logger = logging.getLogger(__name__)
+
+# Remote shards are fetched whole, so the unlabeled pictures come from few of them.
+SHARDS = 8
+# Wu et al. vote with 200 neighbours of 1.28 million pictures; small banks take 20 (arXiv 2104.14294).
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+# One labeled picture in five is held out where no validation set is named.
+HELD_OUT = 5
+# Of the value at the start: less is a collapse. Measured on random and on trained backbones.
+SPREAD_LEFT = 0.1
+RANK_LEFT = 0.25
+# Under this, features are constant whatever they were at the start.
+NO_SPREAD = 1e-6
+
+
+@dataclass(frozen=True)
+class Health:
+    """Three measures of a set of features; all 0 where a feature is not finite."""
+
+    spread: float
+    rankme: float
+    rankme_centred: float
+
+    @classmethod
+    def of(cls, features: Tensor) -> Health:
+        """Measure features (N, D), N at least 2."""
+        features = features.detach().double().cpu()
+        if not torch.isfinite(features).all():
+            return cls(0.0, 0.0, 0.0)
+        directions = functional.normalize(features, dim=1)
+        spread = directions.std(dim=0).mean() * features.shape[1] ** 0.5
+        centred = directions - directions.mean(dim=0)
+        return cls(float(spread), rankme(features), rankme(centred))
+
+
+def rankme(features: Tensor) -> float:
+    """Return the smooth rank of features (N, D), 1 to min(N, D); 0 where all are zero."""
+    values = torch.linalg.svdvals(features)
+    total = values.sum()
+    if not total > 0:
+        return 0.0
+    shares = values / total
+    return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+
+
+class CollapseAlarm:
+    """Says so when features have collapsed, compared with the first values it was shown.
+
+    A measurement is bad where less than SPREAD_LEFT of the spread or RANK_LEFT of the centred rank
+    is left; `patience` bad ones in a row are an alarm.
+    """
+
+    def __init__(self, patience: int = 2) -> None:
+        self.patience = patience
+        self._start: dict[str, float] | None = None
+        self._bad = 0
+
+    def check(self, measured: Mapping[str, float]) -> str | None:
+        """Take what `Probe.measure` gave; return a sentence for a person where it is an alarm."""
+        now = {name: measured[f"probe/{name}"] for name in ("spread", "rankme", "rankme_centred")}
+        if self._start is None:
+            self._start = now
+        start = self._start
+        spread_gone = not now["spread"] > max(SPREAD_LEFT * start["spread"], NO_SPREAD)
+        rank_gone = not now["rankme_centred"] >= RANK_LEFT * start["rankme_centred"]
+        self._bad = self._bad + 1 if spread_gone or rank_gone else 0
+        if self._bad < self.patience:
+            return None
+        values = ", ".join(f"{name} {now[name]:.3g} (was {start[name]:.3g})" for name in now)
+        return (
+            f"The features have collapsed: {values} in {self._bad} measurements in a row. "
+            "Try a smaller optim.lr or a longer schedule.warmup, and look at the task's pictures."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, as JSON can hold it."""
+        return {"start": self._start, "bad": self._bad}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self._start = None if state["start"] is None else dict(state["start"])
+        self._bad = int(state["bad"])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures as the probe sees them: uint8 N side side 3, and the class number of each."""
+
+    pixels: Tensor
+    labels: Tensor | None = None
+
+    def take(self, rows: Sequence[int]) -> Pictures:
+        """Return some of them, in this order."""
+        assert self.labels is not None
+        index = torch.tensor(rows, dtype=torch.int64)
+        return Pictures(self.pixels[index], self.labels[index])
+
+
+class Probe:
+    """Measures a backbone on pictures that were read once and stay the same over the whole run."""
+
+    def __init__(
+        self,
+        settings: ProbeSettings,
+        train: Samples,
+        image_size: int,
+        labeled: Samples | None = None,
+        val: Samples | None = None,
+    ) -> None:
+        side = settings.image_size or image_size
+        self._batch_size = settings.batch_size
+        self._train = read_unlabeled(train, settings.pictures, side)
+        self._bank: Pictures | None = None
+        self._queries: Pictures | None = None
+        self._classes: list[str] = []
+        if labeled is not None:
+            bank, names = read_labeled(labeled, settings.pictures, side)
+            self._classes = sorted(set(names))
+            if len(self._classes) < 2:
+                raise DataError(
+                    f"{labeled.name} has one class only ({self._classes[0]}); a probe needs two."
+                )
+            bank = Pictures(bank, number(names, self._classes, labeled.name))
+            if val is None:
+                self._bank, self._queries = hold_out(bank, labeled.name)
+            else:
+                pixels, names = read_labeled(val, settings.pictures, side)
+                self._bank = bank
+                self._queries = Pictures(pixels, number(names, self._classes, val.name))
+
+    def measure(self, backbone: Backbone) -> dict[str, float]:
+        """Return probe/spread, probe/rankme, and probe/knn and probe/linear where labels are."""
+        health = Health.of(features(backbone, self._train.pixels, self._batch_size))
+        measured = {
+            "probe/spread": health.spread,
+            "probe/rankme": health.rankme,
+            "probe/rankme_centred": health.rankme_centred,
+        }
+        if self._bank is not None and self._queries is not None:
+            bank = _finite(features(backbone, self._bank.pixels, self._batch_size))
+            queries = _finite(features(backbone, self._queries.pixels, self._batch_size))
+            known, wanted = self._bank.labels, self._queries.labels
+            assert known is not None and wanted is not None
+            classes = len(self._classes)
+            measured["probe/knn"] = balanced_accuracy(knn(bank, known, queries, classes), wanted)
+            measured["probe/linear"] = balanced_accuracy(
+                linear(bank, known, queries, classes), wanted
+            )
+        return measured
+
+
+def open_probe(
+    settings: ProbeSettings, train: Samples, image_size: int, *, cache: Path, cache_bytes: int
+) -> Probe:
+    """Open what the settings name and build the probe; `scenes` are the drawn objects.
+
+    Raises DataError where labels are missing, or of one class only.
+    """
+    opened: list[Samples | None] = []
+    for which, path in (("train", settings.labeled), ("val", settings.val)):
+        if path == "scenes" or (which == "val" and path is None and settings.labeled == "scenes"):
+            opened.append(open_scene_objects(cache, which))
+        elif path is not None:
+            opened.append(open_samples(path, cache=cache, cache_bytes=cache_bytes))
+        else:
+            opened.append(None)
+    try:
+        return Probe(settings, train, image_size, *opened)
+    finally:
+        for samples in opened:
+            if samples is not None:
+                samples.close()
+
+
+def read_unlabeled(samples: Samples, limit: int, side: int) -> Pictures:
+    """Read up to `limit` pictures, evenly over a few shards; unreadable ones are left out."""
+    kept = []
+    places = evenly_over_shards(samples.shard_sizes, limit)
+    for shard, index in places:
+        try:
+            kept.append(_whole(samples.read(shard, index).image, side))
+        except DataError as error:
+            logger.warning("The probe leaves out a picture of %s: %s", samples.name, error)
+    if len(kept) < 2:
+        raise DataError(
+            f"{samples.name} has {len(kept)} readable pictures of {len(places)} for the probe; "
+            "it needs two at least."
+        )
+    return Pictures(torch.from_numpy(np.stack(kept)))
+
+
+def read_labeled(samples: Samples, limit: int, side: int) -> tuple[Tensor, list[str]]:
+    """Read up to `limit` pictures, evenly over all: uint8 N side side 3, and their labels.
+
+    Raises DataError where a picture cannot be read or has no label.
+    """
+    pixels: list[npt.NDArray[np.uint8]] = []
+    labels: list[str] = []
+    for shard, index in evenly(samples.shard_sizes, limit):
+        sample = samples.read(shard, index)
+        if sample.label is None or not sample.label.strip():
+            raise DataError(
+                f"{sample.key} of {sample.source} has no label: probe.labeled and probe.val want "
+                "a folder for each class, or shards with .cls members."
+            )
+        try:
+            pixels.append(_whole(sample.image, side))
+        except DataError as error:
+            raise DataError(f"{sample.key} of {sample.source}: {error}") from error
+        labels.append(sample.label.strip())
+    if not pixels:
+        raise DataError(f"{samples.name} has no pictures for the probe.")
+    return torch.from_numpy(np.stack(pixels)), labels
+
+
+def evenly(shard_sizes: npt.NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
+    """Place up to `limit` (shard, index) pairs evenly over all samples, in file order."""
+    ends = np.cumsum(shard_sizes)
+    total = int(ends[-1]) if len(ends) else 0
+    count = min(limit, total)
+    if count == 0:
+        return []
+    positions = np.arange(count, dtype=np.int64) * total // count
+    shards = np.searchsorted(ends, positions, side="right")
+    indices = positions - (ends[shards] - shard_sizes[shards])
+    return [(int(shard), int(index)) for shard, index in zip(shards, indices, strict=True)]
+
+
+def evenly_over_shards(shard_sizes: npt.NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
+    """Place up to `limit` pairs evenly over SHARDS shards, or over as many more as it takes."""
+    shards = len(shard_sizes)
+    count = min(SHARDS, shards)
+    chosen = np.arange(count, dtype=np.int64) * shards // max(count, 1)
+    while count < shards and int(shard_sizes[chosen].sum()) < limit:
+        count = min(2 * count, shards)
+        chosen = np.arange(count, dtype=np.int64) * shards // count
+    return [(int(chosen[which]), index) for which, index in evenly(shard_sizes[chosen], limit)]
+
+
+def number(names: Sequence[str], classes: Sequence[str], where: str) -> Tensor:
+    """Turn class names into numbers (N,); raises DataError for a class that is not known."""
+    numbers = {name: index for index, name in enumerate(classes)}
+    strange = sorted(set(names) - numbers.keys())
+    if strange:
+        raise DataError(
+            f"{where} has the class {strange[0]}, which the labeled pictures do not have; "
+            f"they have {', '.join(classes)}."
+        )
+    return torch.tensor([numbers[name] for name in names], dtype=torch.int64)
+
+
+def hold_out(pictures: Pictures, where: str) -> tuple[Pictures, Pictures]:
+    """Split into a bank and queries: every fifth picture of each class, in file order."""
+    assert pictures.labels is not None
+    seen: dict[int, int] = {}
+    bank: list[int] = []
+    queries: list[int] = []
+    for row, label in enumerate(pictures.labels.tolist()):
+        seen[label] = seen.get(label, 0) + 1
+        (queries if seen[label] % HELD_OUT == 0 else bank).append(row)
+    if not queries:
+        raise DataError(
+            f"{where} has fewer than {HELD_OUT} pictures of every class, so that none can be held "
+            "out; name more of them, or set probe.val."
+        )
+    return pictures.take(bank), pictures.take(queries)
+
+
+def features(backbone: Backbone, pixels: Tensor, batch_size: int) -> Tensor:
+    """Return C5, averaged over the picture, of uint8 pictures N H W 3: float32 (N, D) on the CPU.
+
+    Runs in eval mode, without gradients and in float32; every module gets its mode back.
+    """
+    device = next(backbone.parameters()).device
+    pooled = []
+    with _frozen(backbone), torch.autocast(device.type, enabled=False):
+        for batch in pixels.split(batch_size):
+            images = normalise(batch.to(device), backbone.mean, backbone.std)
+            pooled.append(backbone(images).c5.float().mean(dim=(2, 3)).cpu())
+    return torch.cat(pooled)
+
+
+def knn(bank: Tensor, labels: Tensor, queries: Tensor, classes: int) -> Tensor:
+    """Vote with the nearest of the bank by cosine, weighted by exp(cosine / TEMPERATURE): (Q,)."""
+    columns = functional.normalize(bank, dim=1).T.contiguous()
+    neighbours = min(NEIGHBOURS, len(bank))
+    # In pieces: each is compared with the whole bank at once.
+    votes = [
+        knn_predict(piece, columns, labels, classes, knn_k=neighbours, knn_t=TEMPERATURE)[:, 0]
+        for piece in functional.normalize(queries, dim=1).split(1024)
+    ]
+    return torch.cat(votes)
+
+
+def linear(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, l2: float = 0.01) -> Tensor:
+    """Classify by multinomial logistic regression on standardised features: (Q,).
+
+    Every class weighs the same in the loss. L-BFGS from zero in float64, so there is no chance in
+    it; `l2` times half the squared weights is added to the mean loss.
+    """
+    mean, std = bank.double().mean(dim=0), bank.double().std(dim=0).clamp_min(1e-12)
+    known, asked = (bank.double() - mean) / std, (queries.double() - mean) / std
+    counts = torch.bincount(labels, minlength=classes).double()
+    balance = torch.where(counts > 0, 1 / counts.clamp_min(1), 0.0)
+    weight = torch.zeros(known.shape[1], classes, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = functional.cross_entropy(known @ weight + bias, labels, weight=balance)
+        value = value + l2 / 2 * weight.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        solver.step(loss)  # type: ignore[no-untyped-call]
+    return (asked @ weight + bias).argmax(dim=1)
+
+
+def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Return the mean over the classes in `labels` of the share that was found."""
+    recalls = [(predicted[labels == one] == one).double().mean() for one in labels.unique()]
+    return float(torch.stack(recalls).mean())
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Diverged features count as zeros: the accuracy is then that of chance, and not an error."""
+    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _whole(data: bytes, side: int) -> npt.NDArray[np.uint8]:
+    picture = open_picture(data)
+    return picture.cut([(0.0, 0.0, float(picture.width), float(picture.height))], side)[0]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

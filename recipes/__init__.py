@@ -1,0 +1,1 @@
+"""Recipes: YAML files that say what differs from the defaults. Installed as package data."""

@@ -1,0 +1,162 @@
+"""Checkpoints are whole or not there, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from groundwork import checkpoint
+from groundwork.errors import CheckpointError
+
+TENSORS = {"task": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.int64)}}
+
+
+def write(folder: Path, step: int, keep: int = 3) -> Path:
+    tensors = {"task": {key: value + step for key, value in TENSORS["task"].items()}}
+    return checkpoint.save(folder, step, tensors, {"state": {"step": step}}, keep)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    found = checkpoint.load(write(tmp_path, 5))
+    assert found.step == 5
+    assert found.documents["state"] == {"step": 5}
+    assert torch.equal(found.tensors["task"]["a"], TENSORS["task"]["a"] + 5)
+    assert found.tensors["task"]["b"].dtype == torch.int64
+
+
+def test_channels_last_and_shared_tensors_are_saved(tmp_path: Path) -> None:
+    image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    path = checkpoint.save(tmp_path, 1, {"t": {"a": image, "again": image}}, {}, 3)
+    loaded = checkpoint.load(path).tensors["t"]
+    assert torch.equal(loaded["a"], image)
+    assert torch.equal(loaded["again"], image)
+
+
+def test_the_newest_are_kept_and_found(tmp_path: Path) -> None:
+    for step in (2, 10, 9, 30):
+        write(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-30"]
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.step == 30
+
+
+def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path / "none") is None
+
+
+def test_a_flipped_bit_is_found_and_the_older_one_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 1)
+    path = write(tmp_path, 2) / "task.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"task\.safetensors is damaged"):
+        checkpoint.load(path.parent)
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert "is damaged" in caplog.text
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, 2)
+    (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
+        checkpoint.load(path)
+
+
+def test_nothing_but_tensors_and_json_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, 2)
+    (path / "x.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sha256"]["x.pkl"] = checkpoint._sha256(path / "x.pkl")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="of a kind that checkpoints do not hold"):
+        checkpoint.load(path)
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from groundwork import checkpoint
+folder, victim = Path(sys.argv[1]), int(sys.argv[2])
+points = 0
+def counted(function):
+    def call(*arguments, **keywords):
+        global points
+        points += 1
+        if points == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **keywords)
+    return call
+os.fsync = counted(os.fsync)
+checkpoint.save_file = counted(checkpoint.save_file)
+Path.mkdir = counted(Path.mkdir)
+Path.write_text = counted(Path.write_text)
+Path.replace = counted(Path.replace)
+checkpoint.shutil.rmtree = counted(checkpoint.shutil.rmtree)
+checkpoint.save(folder, 2, {"task": {"a": torch.full((9,), 2.0)}}, {"state": {"step": 2}}, 1)
+print(points)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    seen = set()
+    for victim in range(1, 40):
+        folder = tmp_path / str(victim)
+        write(folder, 1)
+        done = subprocess.run(
+            [sys.executable, "-c", KILL, str(folder), str(victim)],
+            capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        checkpoint.sweep(folder)
+        found = checkpoint.latest(folder)
+        assert found is not None
+        seen.add(found.step)
+        assert not list(folder.glob(".tmp*"))
+        if done.returncode == 0:
+            assert found.step == 2
+            break
+        assert done.returncode == -signal.SIGKILL
+    else:
+        pytest.fail("the save never came to its end")
+    assert victim > 10
+    assert seen == {1, 2}
+
+
+def test_a_full_disk_is_told_and_the_older_one_stays(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    big = {"task": {"a": torch.zeros(1_000_000)}}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"4,000,000 bytes.*untouched"):
+            checkpoint.save(tmp_path, 2, big, {}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_small_file_is_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    checkpoint.write_atomically(path, "one")
+    checkpoint.write_atomically(path, "two")
+    assert path.read_text() == "two"
+    assert os.listdir(tmp_path) == ["status.json"]  # noqa: PTH208

@@ -1,0 +1,106 @@
+"""Every recipe that is shipped resolves, and mistakes are told before torch is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from groundwork.config import read_yaml
+from groundwork.errors import UsageError
+from pretext_tasks import TASKS, load_task
+from pretrain import recipe as recipes
+from pretrain.recipe import Budget
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "recipes" / "pretrain").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_resolves_and_says_what_it_is(path: Path) -> None:
+    recipe = recipes.resolve(None, str(path), [])
+    task = load_task(recipe.task_name)
+    resolved, config = recipes.with_task_defaults(recipe, task.Config)
+    task.views(config, recipe.image_size)
+    assert recipes.with_task_defaults(resolved, task.Config)[0] == resolved
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("Command:" in line for line in header)
+    assert any("Measured:" in line for line in header)
+    assert any("Cost:" in line for line in header)
+
+
+def test_every_task_has_a_recipe_of_its_name() -> None:
+    assert set(TASKS) <= {path.stem for path in SHIPPED}
+
+
+def test_the_command_line_replaces_the_recipes_budget() -> None:
+    recipe = recipes.resolve("byol", None, ["budget.epochs=7"])
+    assert recipe.budget == Budget(epochs=7)
+    with pytest.raises(UsageError, match="exactly one"):
+        recipes.resolve("byol", None, ["budget.epochs=7", "budget.steps=3"])
+
+
+def test_another_task_drops_the_recipes_task_keys(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("task: {name: byol, momentum: 0.9}\nbatch_size: 8\n")
+    recipe = recipes.resolve("simclr", str(path), [])
+    assert recipe.task == {"name": "simclr"}
+    assert recipe.batch_size == 8
+    assert recipes.resolve("byol", str(path), []).task == {"name": "byol", "momentum": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe", "overrides", "sentence"),
+    [
+        ("boyl", None, [], "Did you mean byol?"),
+        (None, None, [], "--task NAME"),
+        (None, "generall", [], "There is no recipe 'generall'"),
+        ("byol", None, ["task.name=jigsa"], "Did you mean jigsaw?"),
+        ("byol", None, ["batch_size=10", "accumulate=3"], "not divisible"),
+        ("byol", None, ["image_size=100"], "image_size=100: input should be a multiple of 32."),
+        ("byol", None, ["optim.name=adam"], "optim.name=adam"),
+    ],
+)
+def test_mistakes_are_told(
+    task: str | None, recipe: str | None, overrides: list[str], sentence: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        recipes.resolve(task, recipe, overrides)
+    assert sentence in str(caught.value)
+
+
+def test_a_mistake_in_the_tasks_own_keys_is_told() -> None:
+    recipe = recipes.resolve("byol", None, ["task.momentun=0.9"])
+    with pytest.raises(UsageError, match=r"task\.momentun.*task\.momentum\?"):
+        recipes.with_task_defaults(recipe, load_task("byol").Config)
+
+
+def test_a_mistake_is_told_in_under_a_second() -> None:
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "pretrain/run.py", "--task", "byol", "optim.lrr=1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Unknown key optim.lrr. Did you mean optim.lr?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.perf_counter() - began < 1.0
+
+
+def test_resume_refuses_another_model_and_takes_harmless_changes() -> None:
+    old = recipes.resolve("byol", None, [])
+    longer = recipes.build(old.model_dump(mode="json") | {"budget": {"epochs": 9}, "threads": 1})
+    assert "threads: None -> 1" in recipes.refuse_changes(old, longer)
+    other = recipes.build(old.model_dump(mode="json") | {"seed": 5})
+    with pytest.raises(UsageError, match="seed: 0 -> 5"):
+        recipes.refuse_changes(old, other)
+
+
+def test_shipped_recipes_say_only_what_differs() -> None:
+    for path in SHIPPED:
+        values = read_yaml(path)
+        assert "threads" not in values
+        assert "seed" not in values
