@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,11 @@ class Tracking:
         self.accelerator = accelerator
         self.trackers = bool(trackers)
         self.path = folder / "metrics.jsonl"
+        self.samples_path = folder / f"samples-{accelerator.process_index}.jsonl"
         if accelerator.is_main_process:
-            kept = [] if after_step is None else _lines_until(self.path, after_step)
-            write_atomically(self.path, "".join(kept))
+            for path in [self.path, *folder.glob("samples-*.jsonl")]:
+                kept = [] if after_step is None else _lines_until(path, after_step)
+                write_atomically(path, "".join(kept))
         if trackers:
             accelerator.init_trackers("groundwork", config=_flat(recipe))
 
@@ -64,6 +66,11 @@ class Tracking:
             file.write(json.dumps(line) + "\n")
         if self.trackers:
             self.accelerator.log(dict(metrics), step=step)
+
+    def write_samples(self, step: int, keys: Sequence[str]) -> None:
+        """Record which samples this rank saw in one step, in samples-<rank>.jsonl."""
+        with self.samples_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "keys": list(keys)}) + "\n")
 
     def close(self) -> None:
         """Finish the trackers."""

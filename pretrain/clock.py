@@ -83,12 +83,19 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def host_group() -> torch.distributed.ProcessGroup:
+    """Return a gloo group of all ranks: what is agreed on the host waits for no device."""
+    group = torch.distributed.new_group(backend="gloo")
+    assert isinstance(group, torch.distributed.ProcessGroup)
+    return group
+
+
 def agree(
     group: torch.distributed.ProcessGroup | None, stop: bool, seconds: float, bad: int
 ) -> tuple[bool, float, int]:
     """Give every rank the same answers: did anyone ask to stop, what time is it, how many bad.
 
-    A gloo group on the host, so that no device is waited for.
+    `group` is host_group's; None where there is one process.
     """
     if group is None:
         return stop, seconds, bad

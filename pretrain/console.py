@@ -6,8 +6,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -18,6 +19,12 @@ from pretrain.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
+LEARNED = {
+    "probe/knn": "Class-balanced accuracy of nearest neighbours on frozen features",
+    "probe/linear": "Class-balanced accuracy of a linear probe on frozen features",
+    "probe/rankme": "Effective number of feature dimensions (RankMe)",
+    "probe/spread": "Spread of the features (0 collapsed, 1 everywhere)",
+}
 QUIET_SECONDS = 30.0  # between lines where there is no terminal for a progress bar
 
 
@@ -28,9 +35,7 @@ class Display:
         self.clock = clock
         self.active = active
         self.told = 0.0
-        self.first: dict[str, float] = {}
-        self.last: dict[str, float] = {}
-        total = clock.steps if clock.steps is not None else clock.limit
+        total = clock.steps if clock.limit is None else clock.limit
         shown = active and sys.stderr.isatty()
         layout = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]{postfix}"
         self.bar = tqdm(total=total, disable=not shown, bar_format=layout, dynamic_ncols=True)
@@ -38,9 +43,7 @@ class Display:
 
     def step(self, step: int) -> None:
         """Move the bar."""
-        self.bar.n = (
-            step if self.clock.steps is not None else min(self.clock.seconds, self.bar.total)
-        )
+        self.bar.n = step if self.clock.limit is None else min(self.clock.seconds, self.clock.limit)
         self.bar.set_description_str(f"step {step}", refresh=False)
         self.bar.update(0)
 
@@ -60,21 +63,23 @@ class Display:
             left = self.clock.seconds * (1 - done) / done if done else math.nan
             logger.info("step %d  %3.0f%%  %s  %s left", step, 100 * done, text, minutes(left))
 
-    def probe(self, step: int, metrics: dict[str, float]) -> None:
+    def probe(self, step: int, metrics: Mapping[str, float], alarm: str) -> None:
         """Say what a probe found, and raise the alarm where it has to be."""
         if self.active and metrics:
-            found = "  ".join(f"{k.removeprefix('probe/')} {v:.4g}" for k, v in metrics.items())
-            tqdm.write(f"probe at step {step}: {found}", file=sys.stdout)
-
-    def ended(self, step: int, pictures: int, learned: Sequence[str], alarm: str) -> None:
-        """Say what was learned."""
-        logger.info(
-            "Saw %d pictures in %d steps and %s.", pictures, step, minutes(self.clock.seconds)
-        )
-        for line in learned:
-            logger.info("%s", line)
+            tqdm.write(f"probe at step {step}: {_values(metrics)}", file=sys.stdout)
         if alarm:
-            logger.warning("COLLAPSE ALARM: %s", alarm)
+            logger.warning("COLLAPSE ALARM at step %d. %s", step, alarm)
+
+    def ended(self, step: int, pictures: int, probe: Mapping[str, Any]) -> None:
+        """Say what was learned."""
+        spent = minutes(self.clock.seconds)
+        logger.info("Saw %d pictures in %d steps and %s.", pictures, step, spent)
+        if not probe:
+            return
+        first, last = probe["first"], probe["last"]
+        for name, title in LEARNED.items():
+            if name in last:
+                logger.info("%s: %.3f before, %.3f after.", title, first[name], last[name])
 
     def close(self) -> None:
         """Leave the terminal clean."""
@@ -107,3 +112,7 @@ def minutes(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "?"
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+
+
+def _values(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{key.removeprefix('probe/')} {value:.4g}" for key, value in metrics.items())

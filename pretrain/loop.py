@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from groundwork import checkpoint as checkpoints
 from groundwork.backbones import build_backbone, load_init
+from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import save_product
 from groundwork.checkpoint import Checkpoint
 from groundwork.config import Section, to_yaml
@@ -49,9 +50,9 @@ from groundwork.optim import (
 from groundwork.schedule import multiplier
 from groundwork.tracking import Tracking, check_trackers
 from pretext_tasks.contract import PretextTask, Views, backbone_of
-from pretrain.clock import Clock, StopRequest, agree
+from pretrain.clock import Clock, StopRequest, agree, host_group
 from pretrain.console import Display, announce
-from pretrain.probe import Probe
+from pretrain.probe import CollapseAlarm, open_probe
 from pretrain.quarantine import Quarantine
 from pretrain.recipe import Recipe
 from pretrain.report import save_sheet
@@ -159,17 +160,14 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     if device.type == "cuda":
         task = task.to(memory_format=torch.channels_last)
         if world > 1:
-            task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+            task = nn.SyncBatchNorm.convert_sync_batchnorm(task)  # type: ignore[no-untyped-call]
     task = task.to(device)
     ema = Ema(recipe.ema, task.product()) if recipe.ema.enabled else None
     optimizer = build_optimizer(recipe.optim, task)
 
     # What it is trained on, and in which order.
-    samples = open_samples(
-        recipe.data.train,
-        cache=recipe.data.cache_folder(),
-        cache_bytes=int(recipe.data.cache_gb * 1e9),
-    )
+    cache, cache_bytes = recipe.data.cache_folder(), int(recipe.data.cache_gb * 1e9)
+    samples = open_samples(recipe.data.train, cache=cache, cache_bytes=cache_bytes)
     order = Order(samples.shard_sizes, seed=recipe.seed, window_shards=recipe.data.window_shards)
 
     # Where it stands.
@@ -181,8 +179,14 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         _restore(saved, task, optimizer, ema, accelerator)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
     clock = Clock(recipe.budget, len(samples), recipe.batch_size, position.seconds)
-    probe = Probe(recipe.probe, samples, recipe.image_size, recipe.data.cache_folder())
-    probe.load_state(position.probe)
+    alarm = CollapseAlarm()
+    probe = None
+    if accelerator.is_main_process and recipe.probe.times:
+        probe = open_probe(
+            recipe.probe, samples, recipe.image_size, cache=cache, cache_bytes=cache_bytes
+        )
+        if position.probe:
+            alarm.load(position.probe["alarm"])
 
     if recipe.compile:
         backbone_of(task).compile()
@@ -190,7 +194,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     parameters = [p for p in task.parameters() if p.requires_grad]
     buffers = list(task.buffers())
     kept_buffers = [buffer.clone() for buffer in buffers]
-    group = torch.distributed.new_group(backend="gloo") if world > 1 else None
+    group = host_group() if world > 1 else None
     quarantine = Quarantine(run.folder, len(samples), recipe.data.max_bad_fraction)
     tracking = Tracking(
         run.folder,
@@ -218,13 +222,20 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     parameter_count = sum(p.numel() for p in backbone_of(task).parameters())
     announce(recipe, parameter_count, samples, clock, run.folder, accelerator)
 
+    collapse = ""
+
     def measure() -> dict[str, float]:
         """Probe what would be kept, on the main process; the others wait at the next step."""
-        if not accelerator.is_main_process:
+        nonlocal collapse
+        if probe is None:
             return {}
         parts = task.product() if ema is None else ema.product()
-        found = probe.measure(parts["backbone"])
-        position.probe = probe.state()
+        backbone = parts["backbone"]
+        assert isinstance(backbone, Backbone)
+        found = probe.measure(backbone)
+        collapse = alarm.check(found) or ""
+        first = position.probe.get("first", found)
+        position.probe = {"alarm": alarm.state(), "first": first, "last": found}
         return found
 
     def save(required: bool) -> None:
@@ -244,7 +255,6 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     batches = iter(loader)
     window: dict[str, Any] = dict(position.window)
     show = Display(clock, accelerator.is_main_process)
-    collapsed = ""
     try:
         if position.step == 0:
             tracking.write(0, measure())
@@ -259,6 +269,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
 
             # Step 1. Forward and backward over the micro-batches of this rank.
             positions: list[int] = []
+            keys: list[str] = []
             for micro in range(recipe.accumulate):
                 began = time.perf_counter()
                 batch = next(batches)
@@ -267,6 +278,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 quarantine.note(batch)
                 position.replaced += len(batch.replaced)
                 positions += batch.positions
+                keys += batch.keys
                 views = {k: v.to(device, non_blocking=True) for k, v in batch.views.items()}
                 last = micro == recipe.accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(wrapped):
@@ -318,6 +330,8 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             _add(window, "seconds", clock.lap())
 
             # Step 5. Tell, probe, save: none of it changes what is learned.
+            if recipe.log.samples:
+                tracking.write_samples(position.step, keys)
             if position.step == 1 or position.step % recipe.log.every_steps == 0 or ended:
                 metrics = _read(window, accelerator)
                 metrics["optim/lr"] = recipe.optim.lr * factor
@@ -330,15 +344,13 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 metrics = measure()
                 tracking.write(position.step, metrics)
                 _sheet(run, task, sheet, position.step)
-                show.probe(position.step, metrics)
-                collapsed = probe.alarm or collapsed
-                collapse, _, _ = agree(group, bool(probe.alarm), clock.seconds, 0)
-                if collapse and recipe.probe.stop_on_collapse:
+                show.probe(position.step, metrics, collapse)
+                if (
+                    agree(group, bool(collapse), clock.seconds, 0)[0]
+                    and recipe.probe.stop_on_collapse
+                ):
                     save(required=True)
-                    raise DivergedError(
-                        f"The features collapsed at step {position.step}: {probe.alarm} "
-                        "Lower optim.lr, or see docs/tasks.md on collapse."
-                    )
+                    raise DivergedError(f"Stopped at step {position.step}. {collapse}")
             if stopping and not ended:
                 save(required=True)
                 raise StoppedError(
@@ -352,7 +364,6 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         save(required=True)
     finally:
         loader.close()
-        probe.close()
         samples.close()
         show.close()
         stop.restore()
@@ -370,7 +381,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 "data": samples.fingerprint,
             },
         )
-        show.ended(position.step, position.samples, probe.sentences(), collapsed)
+        show.ended(position.step, position.samples, position.probe)
         quarantine.tell(position.replaced)
     tracking.close()
     accelerator.wait_for_everyone()

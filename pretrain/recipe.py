@@ -77,6 +77,7 @@ class Log(Section):
     """How often metrics are written; trackers are Accelerate's (tensorboard, wandb, ...)."""
 
     every_steps: Count = 10
+    samples: bool = False  # also write which pictures each rank saw, to samples-<rank>.jsonl
     trackers: tuple[str, ...] = ()
 
 

@@ -20,7 +20,7 @@ import logging
 import signal
 from pathlib import Path
 
-from groundwork.config import to_yaml
+from groundwork.config import merge, parse_overrides, read_yaml, to_yaml
 from groundwork.errors import GroundworkError, StoppedError, UsageError
 from pretext_tasks import TASKS, load_task
 from pretrain import recipe as recipes
@@ -124,10 +124,8 @@ def _resumed(options: argparse.Namespace) -> tuple[recipes.Recipe, argparse.Name
     file = folder / "recipe.yaml"
     if not file.is_file():
         raise UsageError(f"--resume {path}: there is no run here ({file} is missing).")
-    old = recipes.build(recipes.read_yaml(file))
-    changes = recipes.merge(
-        old.model_dump(mode="json"), recipes.parse_overrides(options.overrides), recipes.WHOLE
-    )
+    old = recipes.build(read_yaml(file))
+    changes = merge(old.model_dump(mode="json"), parse_overrides(options.overrides), recipes.WHOLE)
     new = recipes.build(changes)
     for line in recipes.refuse_changes(old, new):
         logger.info("Changed on resume: %s", line)

@@ -1,0 +1,48 @@
+"""Backbones by name, and their weights from a file.
+
+Importing this loads neither torch nor timm: a recipe's backbone name can be checked at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from groundwork.backbones.load import InitReport, load_init
+from groundwork.errors import UsageError
+
+if TYPE_CHECKING:
+    from groundwork.backbones.contract import Backbone
+
+__all__ = ["YOLO12_NAMES", "InitReport", "build_backbone", "check_backbone_name", "load_init"]
+
+YOLO12_NAMES = ("yolo12n", "yolo12s", "yolo12m", "yolo12l", "yolo12x")
+
+_TIMM = "timm/"
+
+
+def check_backbone_name(name: str) -> None:
+    """Raise UsageError where no backbone can have that name; timm's own names are not looked up."""
+    if name in YOLO12_NAMES or name.removeprefix(_TIMM) not in ("", name):
+        return
+    near = difflib.get_close_matches(name, YOLO12_NAMES, n=1, cutoff=0.6)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UsageError(
+        f"Unknown backbone '{name}': known are {', '.join(YOLO12_NAMES)} and timm/<model>.{hint}"
+    )
+
+
+def build_backbone(name: str) -> Backbone:
+    """Build a backbone with random weights (from torch's generator): yolo12n to x, timm/<model>.
+
+    Raises UsageError naming the nearest known names, or what a timm model lacks.
+    """
+    check_backbone_name(name)
+    # Each family is imported when it is asked for: timm alone takes seconds.
+    if name.startswith(_TIMM):
+        from groundwork.backbones.from_timm import TimmBackbone
+
+        return TimmBackbone(name)
+    from groundwork.backbones.yolo12 import YOLO12
+
+    return YOLO12(name.removeprefix("yolo12"))

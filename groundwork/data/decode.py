@@ -1,0 +1,384 @@
+"""Bytes -> RGB uint8: every odd picture format has one defined answer.
+
+What: `open_picture` reads a header and checks it; `Picture.cut` decodes once, no larger than the
+crops need, and gives uint8 crops. Why so: most of a worker's time is decoding, and a JPEG can be
+decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the cost (the scaled inverse DCT of
+libjpeg, Pillow's `draft`).
+
+Resizing is bilinear and antialiased. A box of whole pixels is resized by torch, whose kernel for
+bytes takes a quarter of the time of Pillow's; a fractional one by Pillow, since torch knows no
+fractional boxes. The two agree to one level of 255.
+
+Coordinates are upright: the EXIF orientation has been applied, exactly once, to the size, to the
+boxes and to the pixels.
+
+The defined answers, all of them RGB uint8:
+
+- Gray, 1-bit, palette, CMYK, YCbCr, LAB: Pillow's conversion.
+- Alpha, and a palette or colour that is declared transparent: composed over mid-grey (128), so
+  that what lies hidden under transparent pixels is never learnt from.
+- 16-bit gray (PNG, TIFF, PGM, JPEG 2000): divided by 257 and rounded, so that 65535 is 255; a
+  TIFF of 9 to 15 bits by its own white. 16-bit colour: the high byte, which is what Pillow reads
+  (at most one level away from division by 257).
+- 32-bit and signed integers: as 16-bit gray where every value lies in 0..65535, else stretched
+  from the smallest value to the largest.
+- Float: stretched from the smallest finite value to the largest. A constant picture, and pixels
+  that are not finite, are mid-grey (128). A picture without one finite value is refused.
+- Animations, multi-page and multi-picture files: the first frame.
+- EXIF that cannot be read, or an orientation outside 1..8: the picture is taken as upright.
+
+Pictures of `max_pixels` or more are refused from the header. Pillow's own limit
+(Image.MAX_IMAGE_PIXELS) is neither relied upon nor touched, since it is one setting for the whole
+process: the formats' readers are called directly, as Image.open does, without its check. That
+also keeps the formats to the list below, without those that start other programs (EPS) or that
+any bytes could pass for (TGA).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import (  # noqa: F401 (importing a plugin registers its format)
+    AvifImagePlugin,
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from torch.nn import functional
+
+from groundwork.errors import DataError
+
+MAX_PIXELS = 100_000_000
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM")
+
+Box = tuple[float, float, float, float]
+Result = TypeVar("Result")
+
+_MID_GREY = 128
+_DRAFT_SCALES = (8, 4, 2)  # what libjpeg's scaled inverse DCT offers through Pillow
+_BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
+# A box may leave the picture by this many pixels: the rounding of a float32 coordinate.
+_ROUNDING = 0.01
+# Shrinking by more than twice this factor first averages whole blocks of pixels, which is faster
+# and, with 2.0 (Pillow's documentation of Image.thumbnail), not told apart by eye.
+_REDUCING_GAP = 2.0
+
+# EXIF 2.32, tag 274: rows and columns of the stored picture are exchanged from 5 up; then columns
+# are reversed, or rows, or both, and the picture is upright.
+_ORIENTATIONS = range(1, 9)
+_EXCHANGED = 5
+_COLUMNS_REVERSED = (2, 3, 6, 7)
+_ROWS_REVERSED = (3, 4, 7, 8)
+
+
+class Picture:
+    """One picture: header read, pixels not yet. Coordinates are upright.
+
+    `width` and `height` are the upright size in pixels. Damage behind the header shows when the
+    pixels are asked for: `cut` and `pixels` raise DataError too.
+    """
+
+    def __init__(self, data: bytes, image: ImageFile.ImageFile, orientation: int) -> None:
+        self._data = data
+        self._fresh: ImageFile.ImageFile | None = image  # as the header left it, for one decode
+        self._orientation = orientation
+        self._decoded: Image.Image | None = None
+        self._scale = 0  # the scale of _decoded: 1, 2, 4, 8
+        self._drafts = isinstance(image, JpegImagePlugin.JpegImageFile)
+        self._stored_size = image.size
+        width, height = image.size
+        self.width, self.height = (height, width) if orientation >= _EXCHANGED else (width, height)
+
+    def cut(self, boxes: Sequence[Box], size: tuple[int, int] | int) -> list[npt.NDArray[np.uint8]]:
+        """Cut every box out and resize it: bilinear, antialiased; uint8, H W 3, writable.
+
+        A box is (left, top, right, bottom) in upright pixels and may be fractional; `size` is
+        (height, width) or a side. The picture is decoded once for all boxes, a JPEG at the
+        smallest scale that still gives every box at least `size` pixels. Pixels that a box does
+        not touch (in the scaled picture: pixels of that picture) have no part in its crop.
+
+        Raises DataError for pixels that cannot be decoded, ValueError for a box outside the
+        picture or without area.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        stored = [self._to_stored(self._checked(box)) for box in boxes]
+        if self._orientation >= _EXCHANGED:
+            height, width = width, height
+        scale = _draft_scale(stored, width, height) if self._drafts else 1
+        scaled = [_divided(box, scale) for box in stored]
+        crops = _cut_all(self._decode(scale), scaled, (width, height))
+        return [self._upright(crop) for crop in crops]
+
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """Decode the whole upright picture: uint8, H W 3. Raises DataError."""
+        return self._upright(np.array(self._decode(1)))
+
+    def _checked(self, box: Box) -> Box:
+        left, top, right, bottom = (float(edge) for edge in box)
+        inside = (
+            min(left, top) >= -_ROUNDING
+            and right <= self.width + _ROUNDING
+            and bottom <= self.height + _ROUNDING
+        )
+        if not (inside and left < right and top < bottom):  # also true of NaN
+            raise ValueError(
+                f"The box {box} has no area or leaves the {self.width} x {self.height} picture."
+            )
+        return (
+            max(left, 0.0),
+            max(top, 0.0),
+            min(right, float(self.width)),
+            min(bottom, float(self.height)),
+        )
+
+    def _to_stored(self, box: Box) -> Box:
+        """Turn an upright box back into the coordinates of the picture as it is stored."""
+        left, top, right, bottom = box
+        # The same edges, measured from the right and from the bottom of the upright picture.
+        far_left, far_right = self.width - right, self.width - left
+        far_top, far_bottom = self.height - bottom, self.height - top
+        return {
+            1: (left, top, right, bottom),
+            2: (far_left, top, far_right, bottom),
+            3: (far_left, far_top, far_right, far_bottom),
+            4: (left, far_top, right, far_bottom),
+            5: (top, left, bottom, right),
+            6: (top, far_left, bottom, far_right),
+            7: (far_top, far_left, far_bottom, far_right),
+            8: (far_top, left, far_bottom, right),
+        }[self._orientation]
+
+    def _upright(self, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        if self._orientation >= _EXCHANGED:
+            stored = stored.swapaxes(0, 1)
+        if self._orientation in _COLUMNS_REVERSED:
+            stored = stored[:, ::-1]
+        if self._orientation in _ROWS_REVERSED:
+            stored = stored[::-1]
+        return np.ascontiguousarray(stored)
+
+    def _decode(self, scale: int) -> Image.Image:
+        """Decode as stored, in RGB, at 1/scale of the size (above 1: JPEG only)."""
+        if self._decoded is None or self._scale != scale:
+            image = self._fresh or _guard(lambda: _open(self._data))
+            self._fresh = None
+            self._decoded = None  # so that two sizes of one picture are never held at once
+            self._decoded = _guard(lambda: _decode(image, scale))
+            self._scale = scale
+            self._check_decoded()
+        return self._decoded
+
+    def _check_decoded(self) -> None:
+        assert self._decoded is not None
+        width, height = self._stored_size
+        expected = (-(-width // self._scale), -(-height // self._scale))
+        if self._decoded.size != expected:
+            shown = "{} x {}".format(*self._decoded.size)
+            raise DataError(f"its header promises {width} x {height} pixels, it holds {shown}")
+
+
+def open_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Read a picture's header.
+
+    Raises DataError with the reason alone (no name: the caller knows it) for bytes that are no
+    picture of a known format, and for a picture of `max_pixels` or more, before it is decoded.
+    """
+    image = _guard(lambda: _open(data))
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise DataError(f"its header says {width} x {height} pixels")
+    if width * height >= max_pixels:
+        raise DataError(
+            f"it has {width} x {height} pixels, and the limit (max_pixels) is {max_pixels}"
+        )
+    if image.format == "PNG" and "exif" not in image.info and b"eXIf" in data:
+        _guard(image.load)  # PNG allows eXIf behind the pixels, where only decoding finds it
+    return Picture(data, image, _orientation(image))
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    """Let the first format that knows these bytes read the header, as Image.open does."""
+    if not data:
+        raise DataError("the file is empty (0 bytes)")
+    prefix = data[:16]
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        accepted = accept is None or accept(prefix)
+        if isinstance(accepted, str):  # Pillow was built without this format
+            raise DataError(accepted)
+        if accepted:
+            image: ImageFile.ImageFile = factory(io.BytesIO(data), "")
+            return image
+    raise DataError(f"not a picture ({', '.join(FORMATS)}): it begins with {prefix!r}")
+
+
+def _guard(action: Callable[[], Result]) -> Result:
+    """Turn whatever a damaged file makes Pillow raise into a DataError with a reason.
+
+    Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, IndexError, EOFError,
+    zlib.error and more on damaged bytes, so that no shorter list of types would hold. Memory that
+    ran out is the machine's fault, not the picture's, and passes through.
+    """
+    try:
+        return action()
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no further reason"
+        raise DataError(f"it cannot be decoded ({type(error).__name__}: {reason})") from error
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    # Pillow's TIFF reader turns the picture by itself, its size included. Pillow's getexif would
+    # decode a PNG that has none.
+    if image.format == "TIFF":
+        return 1
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF: a defined answer, see above
+        return 1
+    return value if value in _ORIENTATIONS else 1
+
+
+def _draft_scale(boxes: Sequence[Box], width: int, height: int) -> int:
+    """Return the largest scale that leaves every box at least width x height pixels."""
+    smallest = min(
+        (
+            min((right - left) / width, (bottom - top) / height)
+            for left, top, right, bottom in boxes
+        ),
+        default=1.0,
+    )
+    return next((scale for scale in _DRAFT_SCALES if smallest >= scale), 1)
+
+
+def _divided(box: Box, scale: int) -> Box:
+    left, top, right, bottom = box
+    return left / scale, top / scale, right / scale, bottom / scale
+
+
+def _decode(image: ImageFile.ImageFile, scale: int) -> Image.Image:
+    if scale > 1:
+        # Rounded down, the size asked for makes Pillow choose this very scale.
+        image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
+    return _to_rgb(image)
+
+
+def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+    """Decode and convert to RGB by the rules of the module's docstring."""
+    image.load()
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_numbers(image)
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, (_MID_GREY, _MID_GREY, _MID_GREY, 255))
+        return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_numbers(image: ImageFile.ImageFile) -> Image.Image:
+    """Bring integers of more than 8 bits, and floats, to 0..255."""
+    values: npt.NDArray[Any] = np.asarray(image)
+    wide = image.mode == "I" and (values.min() < 0 or values.max() > 65535)
+    if wide or values.dtype.kind == "f":
+        levels = _stretched(values)
+    else:
+        white = 65535
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            bits = int(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0])
+            white = (1 << bits) - 1 if 8 < bits < 16 else white
+        levels = np.rint(values.astype(np.float32) * np.float32(255 / white)).astype(np.uint8)
+    return Image.fromarray(levels).convert("RGB")
+
+
+def _stretched(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise DataError("it holds no finite value")
+    # In float64, whose range no float32 or int32 difference leaves.
+    low, high = float(values[finite].min()), float(values[finite].max())
+    if low == high:
+        return np.full(values.shape, _MID_GREY, np.uint8)
+    unit = (np.where(finite, values, low).astype(np.float64) - low) / (high - low)
+    levels: npt.NDArray[np.uint8] = np.where(finite, np.rint(unit * 255), _MID_GREY).astype(
+        np.uint8
+    )
+    return levels
+
+
+def _cut_all(
+    image: Image.Image, boxes: Sequence[Box], size: tuple[int, int]
+) -> list[npt.NDArray[np.uint8]]:
+    """Crop and resize every box to size (width, height), by torch where its edges allow it."""
+    whole = [box for box in boxes if all(edge.is_integer() for edge in box)]
+    region, origin = _region(image, whole)
+    crops = []
+    for box in boxes:
+        if box in whole:
+            left, top = int(box[0]) - origin[0], int(box[1]) - origin[1]
+            right, bottom = int(box[2]) - origin[0], int(box[3]) - origin[1]
+            crops.append(_resized(region[top:bottom, left:right], size))
+        else:
+            crops.append(np.array(_cut(image, box, size)))
+    return crops
+
+
+def _region(
+    image: Image.Image, boxes: Sequence[Box]
+) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    """Take the pixels that hold all these boxes out of Pillow, and say where they begin."""
+    if not boxes:
+        return np.empty((0, 0, 3), np.uint8), (0, 0)
+    left, top = int(min(box[0] for box in boxes)), int(min(box[1] for box in boxes))
+    right, bottom = int(max(box[2] for box in boxes)), int(max(box[3] for box in boxes))
+    if (left, top, right, bottom) != (0, 0, *image.size):
+        image = image.crop((left, top, right, bottom))
+    return np.array(image), (left, top)
+
+
+def _resized(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Resize H W 3 to size (width, height); in channels_last, which torch's kernel is made for."""
+    if (pixels.shape[1], pixels.shape[0]) == size:
+        return pixels.copy()
+    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    resized = functional.interpolate(batch, size=size[::-1], mode="bilinear", antialias=True)
+    crop: npt.NDArray[np.uint8] = resized[0].permute(1, 2, 0).numpy()
+    return crop
+
+
+def _cut(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    """Crop the pixels that a fractional box touches, and resize just the box.
+
+    Pillow's resize would read beyond its box, as far as its filter reaches; the crop stops that.
+    """
+    left, top = math.floor(box[0]), math.floor(box[1])
+    right = min(math.ceil(box[2]), image.width)
+    bottom = min(math.ceil(box[3]), image.height)
+    touched = image
+    if (left, top, right, bottom) != (0, 0, *image.size):
+        touched = image.crop((left, top, right, bottom))
+    inner = (
+        box[0] - left,
+        box[1] - top,
+        min(box[2] - left, touched.width),
+        min(box[3] - top, touched.height),
+    )
+    return touched.resize(size, Image.Resampling.BILINEAR, box=inner, reducing_gap=_REDUCING_GAP)

@@ -1,0 +1,380 @@
+"""Pictures in tar shards: which samples there are, and one sample read at its offset.
+
+What: `open_shards` takes what a person writes (a folder, a glob, a brace pattern, a list of tar
+files) and gives `ShardSamples`, which reads any sample in any order with one `pread`. Why not a
+stream of the tar: with an index, any position of the data is reached at once (resume, any number
+of ranks), a damaged shard is noticed instead of ending early, and locally it is not slower.
+
+Shards are ours (packed by `python -m pretrain.pack`, with an index.json in their folder) or
+someone else's; those are indexed once, from their headers, in `.groundwork-index` beside them, or
+in a cache where that folder cannot be written to. Nothing is unpickled, and no command is run.
+
+`Sample` and the protocol `Samples` are what everything above this module builds on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from groundwork.data.foreign_shards import index_foreign
+from groundwork.data.shard_index import (
+    INDEX_NAME,
+    SampleIndex,
+    SetIndex,
+    is_set_index,
+    samples_name,
+    sha256_bytes,
+    sha256_text,
+)
+from groundwork.errors import DataError
+
+# More than a shuffle window (16 shards) together with the next one.
+_OPEN_SHARDS = 40
+UNFINISHED_NAME = ".pack.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture as it is stored, and where it came from.
+
+    `key` is unique within its shard; `label` is the name of its class where the data has one;
+    `source` is the shard (or file) and `offset` the byte in it at which the picture begins.
+    """
+
+    key: str
+    image: bytes = field(repr=False)
+    label: str | None
+    source: str
+    offset: int
+
+
+class Samples(Protocol):
+    """Pictures in a fixed order, shard after shard, that can be read in any order.
+
+    `name` is what a person calls the data; `shard_sizes` has the number of pictures in each shard;
+    `fingerprint` is a hash over what is in the data and in which order.
+    """
+
+    name: str
+    shard_sizes: npt.NDArray[np.int64]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, shard: int, index: int) -> Sample:
+        """Read one sample. Raises DataError that names the shard and the key."""
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Hear which shards come next: a hint, which local readers need not heed."""
+
+    def close(self) -> None:
+        """Give back open files; a later read opens them again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Where a shard and its sample index lie, and what the index of the set says of it."""
+
+    tar: Path
+    samples: Path
+    tar_bytes: int
+    samples_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSet:
+    """Shards of one folder: where they and their index lie, and which rows of it are meant.
+
+    Shards are made from a row when they are opened: 100,000 ready-made paths would cost a second
+    and 100 MB.
+    """
+
+    folder: Path
+    home: Path  # where the sample indices are
+    index: SetIndex
+    rows: npt.NDArray[np.int64]
+    fingerprint: str
+
+    def shard(self, number: int) -> Shard:
+        """Say where the shard is that comes `number`th among the rows that are meant."""
+        row = int(self.rows[number])
+        name = self.index.names[row]
+        return Shard(
+            tar=self.folder / name,
+            samples=self.home / samples_name(name),
+            tar_bytes=int(self.index.tar_bytes[row]),
+            samples_sha256=self.index.samples_sha256[row],
+        )
+
+
+class ShardSamples:
+    """Local tar shards, read by offset; the Samples protocol.
+
+    Start-up reads one index for the set; a shard's own index and file are opened when a sample of
+    it is first asked for, and the least recently used are closed again. Picklable; a copy in
+    another process opens its own files. A forked copy shares descriptors safely, since every read
+    names its offset. One thread at a time.
+    """
+
+    def __init__(self, name: str, sets: Sequence[ShardSet]) -> None:
+        self.name = name
+        self.sets = list(sets)
+        self.shard_sizes = np.concatenate([part.index.pictures[part.rows] for part in self.sets])
+        self.fingerprint = self.sets[0].fingerprint
+        if len(self.sets) > 1:
+            self.fingerprint = sha256_text(part.fingerprint for part in self.sets)
+        self._length = int(self.shard_sizes.sum())
+        self._ends = np.cumsum([len(part.rows) for part in self.sets])
+        self._opened: OrderedDict[int, tuple[int, Shard, SampleIndex]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def read(self, shard: int, index: int) -> Sample:
+        """Read one sample.
+
+        Raises DataError for a shard that is missing, cut off or not what its index says, and
+        IndexError for a sample that the shard does not have.
+        """
+        descriptor, place, samples = self._open(shard)
+        if not 0 <= index < len(samples):
+            raise IndexError(f"shard {shard} has {len(samples)} samples, not one at {index}")
+        offset, size = int(samples.offsets[index]), int(samples.sizes[index])
+        key = samples.keys[index]
+        try:
+            image = _read_all(descriptor, size, offset)
+        except OSError as error:
+            raise DataError(
+                f"The sample {key!r} of the shard {place.tar} cannot be read: {error.strerror}."
+            ) from error
+        if len(image) != size:
+            raise DataError(
+                f"The shard {place.tar} ends inside the sample {key!r}: it has been cut off since "
+                f"it was opened; find every damage with `{verify_command(place.tar.parent)}`."
+            )
+        return Sample(key, image, samples.labels[index], str(place.tar), offset)
+
+    def shard(self, shard: int) -> Shard:
+        """Say where a shard lies."""
+        if not 0 <= shard < len(self.shard_sizes):
+            raise IndexError(f"there are {len(self.shard_sizes)} shards, not one numbered {shard}")
+        part = int(np.searchsorted(self._ends, shard, side="right"))
+        return self.sets[part].shard(shard - int(self._ends[part]) + len(self.sets[part].rows))
+
+    def samples(self, shard: int) -> SampleIndex:
+        """Return the keys, original paths, labels, offsets and sizes of one shard's samples."""
+        return self._open(shard)[2]
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Do nothing: local files need no fetching."""
+
+    def close(self) -> None:
+        """Close every open file; a later read opens it again."""
+        while self._opened:
+            os.close(self._opened.popitem()[1][0])
+
+    def _open(self, shard: int) -> tuple[int, Shard, SampleIndex]:
+        if shard in self._opened:
+            self._opened.move_to_end(shard)
+            return self._opened[shard]
+        place = self.shard(shard)
+        samples = read_sample_index(place, int(self.shard_sizes[shard]))
+        try:
+            descriptor = os.open(place.tar, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(
+                f"The shard {place.tar} cannot be opened: {error.strerror}. Copy it again; find "
+                f"every damage with `{verify_command(place.tar.parent)}`."
+            ) from error
+        found = os.fstat(descriptor).st_size
+        if found != place.tar_bytes:
+            os.close(descriptor)
+            raise DataError(
+                f"The shard {place.tar} has {found} bytes, and its index says {place.tar_bytes}: "
+                f"copy it again; find every damage with `{verify_command(place.tar.parent)}`."
+            )
+        if len(self._opened) >= _OPEN_SHARDS:
+            os.close(self._opened.popitem(last=False)[1][0])
+        self._opened[shard] = descriptor, place, samples
+        return self._opened[shard]
+
+
+def _read_all(descriptor: int, size: int, offset: int) -> bytes:
+    """Read `size` bytes, or fewer at the end of the file; one call in all but odd cases."""
+    content = os.pread(descriptor, size, offset)
+    while len(content) < size:
+        more = os.pread(descriptor, size - len(content), offset + len(content))
+        if not more:
+            break
+        content += more
+    return content
+
+
+def read_sample_index(place: Shard, pictures: int) -> SampleIndex:
+    """Read the index beside a shard. Raises DataError unless it is the one that is meant."""
+    advice = f"copy it again, or see `{verify_command(place.tar.parent)}`"
+    try:
+        content = place.samples.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"The index {place.samples} cannot be read ({error.strerror}): {advice}."
+        ) from error
+    if sha256_bytes(content) != place.samples_sha256:
+        raise DataError(
+            f"The index {place.samples} is not the one that index.json means: {advice}."
+        )
+    samples = SampleIndex.parse(content, str(place.samples))
+    if len(samples) != pictures:
+        raise DataError(f"The index {place.samples} has {len(samples)} samples, not {pictures}.")
+    return samples
+
+
+def verify_command(folder: Path) -> str:
+    """Return the command that finds every damage in a folder of shards."""
+    return f"python -m pretrain.pack verify {folder}"
+
+
+# ---- opening -----------------------------------------------------------------------------------
+
+
+def open_shards(
+    shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], index_cache: Path
+) -> ShardSamples:
+    """Open tar shards: a folder, a glob, a brace pattern (`{000..127}`), a tar, or a list of these.
+
+    `index_cache` is where the index of someone else's shards goes if their own folder cannot be
+    written to. A glob is sorted; a list keeps its order. Raises DataError when there is nothing,
+    when a shard is missing or named twice, and for a folder whose packing was not finished.
+    """
+    given = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
+    name = " ".join(os.fspath(item) for item in given)
+    sets = [part for item in given for part in _open_item(os.fspath(item), index_cache)]
+    if not any(part.index.pictures[part.rows].any() for part in sets):
+        raise DataError(f"There are no pictures in the shards {name!r}.")
+    if len(given) > 1 or any(mark in name for mark in "*?[{"):
+        tars = [
+            (folder, part.index.names[row])
+            for part in sets
+            for folder in [part.folder.absolute()]
+            for row in part.rows.tolist()
+        ]
+        if len(set(tars)) != len(tars):
+            raise DataError(
+                f"The shards {name!r} name the same tar file twice: name each of them once."
+            )
+    return ShardSamples(name, sets)
+
+
+def _open_item(item: str, index_cache: Path) -> list[ShardSet]:
+    """Open one folder, pattern or tar: one set for each folder of ours that shards lie in."""
+    if item.startswith("pipe:"):
+        raise DataError(f"Shards that are commands are not run: {item!r}. Name files instead.")
+    path = Path(item)
+    if path.is_dir():
+        if is_set_index(path / INDEX_NAME):
+            return [_open_own(path, None)]
+        tars = sorted(map(str, path.rglob("*.tar")))
+    else:
+        tars = _expanded(item)
+    if not tars:
+        raise DataError(f"No shard found: {item!r} is, or matches, no tar file.")
+    # Text, not paths, which would take seconds for 100,000 shards.
+    names: dict[str, list[str]] = {}
+    for tar in tars:
+        folder, _, name = tar.rpartition("/")
+        names.setdefault(folder or ("/" if tar.startswith("/") else "."), []).append(name)
+    own = [folder for folder in names if _is_own(Path(folder))]
+    sets = [_open_own(Path(folder), names.pop(folder)) for folder in own]
+    others = [Path(folder) / name for folder in names for name in names[folder]]
+    if others:
+        root, home = index_foreign(others, index_cache)
+        index = read_set_index(home / INDEX_NAME)
+        sets.append(ShardSet(root, home, index, np.arange(len(index)), index.fingerprint()))
+    return sets
+
+
+def _expanded(pattern: str) -> list[str]:
+    """Expand braces and wildcards; a file that really has such a name goes first."""
+    if Path(pattern).exists():
+        return [pattern]
+    names = [pattern]
+    if "{" in pattern:
+        # Imported here, since webdataset imports torch, and few need it.
+        from webdataset.shardlists import expand_urls
+
+        names = expand_urls(pattern)
+    found: list[str] = []
+    for name in names:
+        if any(mark in name for mark in "*?["):
+            anchor = Path(name).anchor
+            matches = Path(anchor or ".").glob(str(Path(name).relative_to(anchor)))
+            found.extend(sorted(map(str, matches)))
+        elif name != pattern:  # whether it exists shows when its folder is looked at
+            found.append(name)
+    return found
+
+
+def _is_own(folder: Path) -> bool:
+    if is_set_index(folder / INDEX_NAME):
+        return True
+    if (folder / UNFINISHED_NAME).exists():
+        raise DataError(
+            f"The packing of {folder} was not finished: run the same `python -m pretrain.pack` "
+            "command again, and it goes on where it stopped."
+        )
+    return False
+
+
+def _open_own(folder: Path, chosen: list[str] | None) -> ShardSet:
+    """Open shards of ours: the whole folder, or the chosen ones in their order."""
+    index = read_set_index(folder / INDEX_NAME)
+    present = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar")}
+    advice = f"see `{verify_command(folder)}`"
+    if chosen is None:
+        rows = list(range(len(index)))
+        extra = present - set(index.names)
+        if extra:
+            raise DataError(
+                f"The folder {folder} has tar files that its index.json does not name, the first "
+                f"of {len(extra)} being {min(extra)}: move them away; {advice}."
+            )
+    else:
+        numbers = {name: row for row, name in enumerate(index.names)}
+        unknown = [name for name in chosen if name not in numbers]
+        if unknown:
+            raise DataError(
+                f"The shard {folder / unknown[0]} is not in its folder's index.json: {advice}."
+            )
+        rows = [numbers[name] for name in chosen]
+    missing = [index.names[row] for row in rows if index.names[row] not in present]
+    if missing:
+        raise DataError(
+            f"The folder {folder} lacks {len(missing)} shards that its index.json names, the first "
+            f"being {missing[0]}: copy them again; {advice}."
+        )
+    fingerprint = index.fingerprint()
+    if rows != list(range(len(index))):
+        fingerprint = sha256_text([fingerprint, *rows])
+    return ShardSet(folder, folder, index, np.array(rows, dtype=np.int64), fingerprint)
+
+
+def read_set_index(path: Path) -> SetIndex:
+    """Read an index.json. Raises DataError."""
+    try:
+        return SetIndex.parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"The index {path} cannot be read: {error.strerror}.") from error

@@ -1,0 +1,120 @@
+"""Two views of one picture, as contrastive and self-distilling tasks compare them.
+
+In the worker: two random resized crops, flipped and turned, and the numbers of their colours. On
+the device: both views coloured and normalised in one call. Crop and flip after SimCLR's appendix A
+(arXiv 2002.05709), which BYOL takes over (arXiv 2006.07733, appendix B).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+from torch.nn import functional
+
+from groundwork import colour
+from groundwork.backbones.contract import Backbone
+from groundwork.colour import Colour
+from groundwork.data.decode import Picture
+from groundwork.errors import UsageError
+from pretext_tasks.crops import draw_crop, draw_flip
+
+Width = Annotated[int, Field(ge=1)]
+
+
+def starting_from(default: Colour) -> BeforeValidator:
+    """Let a recipe that sets one key of a colour keep `default` in the others.
+
+    Pydantic would fill them with Colour's own defaults, which are not the paper's.
+    """
+
+    def fill(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        # JSON has lists only, and strict models take tuples: they are lists no more by now.
+        given = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+        return default.model_dump() | given
+
+    return BeforeValidator(fill)
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """Cuts two views; `rotate` is the probability of a turn by 90, 180 or 270 degrees each."""
+
+    image_size: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    rotate: float
+    colours: tuple[Colour, Colour]
+
+    def __post_init__(self) -> None:
+        if self.image_size < 32 or self.image_size % 32:
+            raise UsageError(
+                f"image_size={self.image_size}: two views need a side that is a multiple of 32."
+            )
+
+    def __call__(
+        self, picture: Picture, generator: np.random.Generator
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Return view_1 and view_2 (uint8 H W 3), colour_1 and colour_2 (float32)."""
+        boxes = [
+            draw_crop(picture.width, picture.height, self.crop_scale, self.crop_ratio, generator)
+            for _ in self.colours
+        ]
+        entries: dict[str, np.ndarray[Any, Any]] = {}
+        cuts = picture.cut(boxes, self.image_size)  # decodes once for both
+        for number, (view, config) in enumerate(zip(cuts, self.colours, strict=True), start=1):
+            if draw_flip(self.flip, generator):
+                view = view[:, ::-1]
+            if generator.random() < self.rotate:
+                view = np.rot90(view, int(generator.integers(1, 4)))
+            entries[f"view_{number}"] = np.ascontiguousarray(view)
+            entries[f"colour_{number}"] = colour.draw(config, generator)
+        return entries
+
+
+def colour_both(batch: dict[str, Tensor], backbone: Backbone) -> Tensor:
+    """Colour and normalise both views as `backbone` wants them: float32 2N 3 H W, view 1 first.
+
+    The views are joined while they are bytes, so that halves of the result need no copy. Raises
+    UsageError for a single picture, which has neither batch statistics nor another to differ from.
+    """
+    if len(batch["view_1"]) < 2:
+        raise UsageError("This task compares pictures: give each process at least two in a batch.")
+    return colour.apply(
+        torch.cat([batch["view_1"], batch["view_2"]]),
+        torch.cat([batch["colour_1"], batch["colour_2"]]),
+        backbone.mean,
+        backbone.std,
+    )
+
+
+def spread(embedding: Tensor) -> Tensor:
+    """Spread of directions: 1 when the N vectors (N D) point everywhere, 0 when all agree.
+
+    Standard deviation of each dimension over the batch after L2 normalisation, times sqrt(D)
+    (SimSiam, arXiv 2011.10566, figure 2).
+    """
+    directions: Tensor = functional.normalize(embedding.detach().float(), dim=1)
+    return directions.std(dim=0, correction=0).mean() * math.sqrt(embedding.shape[1])
+
+
+def seen_views(batch: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """Return both views as they were cut and as the network sees them: uint8 N 3 H W."""
+    coloured = colour_both(batch, backbone).float().cpu()
+    mean = torch.tensor(backbone.mean).view(1, 3, 1, 1)
+    std = torch.tensor(backbone.std).view(1, 3, 1, 1)
+    seen = ((coloured * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).chunk(2)
+    return {
+        "view_1": batch["view_1"].cpu().permute(0, 3, 1, 2),
+        "view_1_seen": seen[0],
+        "view_2": batch["view_2"].cpu().permute(0, 3, 1, 2),
+        "view_2_seen": seen[1],
+    }

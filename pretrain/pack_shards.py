@@ -1,0 +1,351 @@
+"""Pictures into shards over several processes, so that a kill at any moment loses little.
+
+What: `pack` writes every shard of a plan that is not there yet, then index.json. A shard counts
+as there when it has its final name and its sample index says that it was made for this very plan.
+Each picture is decoded once on the way: unreadable ones are left out and noted, with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import itertools
+import json
+import multiprocessing
+import multiprocessing.synchronize
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from groundwork.data.decode import Picture, open_picture
+from groundwork.data.shard_index import (
+    INDEX_NAME,
+    SampleIndex,
+    dump,
+    is_set_index,
+    samples_name,
+    sha256_text,
+)
+from groundwork.data.shards import UNFINISHED_NAME, read_set_index
+from groundwork.data.tar_format import MAX_MEMBER_BYTES, picture_suffix
+from groundwork.data.write_shards import (
+    TEMPORARY_SUFFIX,
+    Entry,
+    Row,
+    finish_set,
+    write_file,
+    write_shard,
+)
+from groundwork.errors import DataError, UsageError
+from pretrain.pack_plan import PlannedShard, Source
+
+QUARANTINE_NAME = "quarantine.jsonl"
+_LOCK_NAME = ".pack.lock"
+JPEG_QUALITY = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What happens to each picture on its way into a shard."""
+
+    resize: int | None  # shortest side in pixels; None keeps the original bytes
+    max_pixels: int
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A shard that is there: its line in index.json, and what was left out of it."""
+
+    row: Row
+    quarantined: list[list[str]]  # [path, reason]
+    made: bool  # in this run
+
+
+class _Stopped(Exception):
+    """The command was interrupted: the shard at hand is given up."""
+
+
+# ---- one shard, in a worker --------------------------------------------------------------------
+
+Tick = Callable[[], object]
+
+
+def pack_shard(folder: Path, shard: PlannedShard, options: Options, tick: Tick) -> Packed:
+    """Write one shard. Raises DataError when the folder cannot be written to."""
+    quarantined: list[list[str]] = []
+
+    def entries() -> Iterator[Entry]:
+        for picture in shard.pictures:
+            tick()
+            try:
+                entry = _entry(picture, options)
+            except DataError as error:
+                quarantined.append([picture.path, str(error)])
+            else:
+                yield entry
+
+    try:
+        samples = write_shard(
+            folder, shard.name, entries(), plan=shard.plan, quarantined=quarantined
+        )
+    except OSError as error:
+        raise DataError(
+            f"The shard {folder / shard.name} cannot be written: {error.strerror}. Make room or "
+            "name another folder; the same command goes on where it stopped."
+        ) from error
+    return Packed(Row.of(shard.name, samples), quarantined, True)
+
+
+def _entry(picture: Source, options: Options) -> Entry:
+    """Read and check one picture. Raises DataError with the reason why it cannot be used."""
+    suffix = picture_suffix(picture.path)
+    if suffix is None:
+        raise DataError("its name does not end like that of a picture")
+    if picture.size > MAX_MEMBER_BYTES:
+        raise DataError(f"it has {picture.size} bytes, more than {MAX_MEMBER_BYTES}")
+    try:
+        content = Path(picture.file).read_bytes()
+    except OSError as error:
+        raise DataError(f"it cannot be read: {error.strerror}") from error
+    opened = open_picture(content, max_pixels=options.max_pixels)
+    if options.resize is not None and min(opened.width, opened.height) > options.resize:
+        content, suffix = _resized(opened, options.resize), "jpg"
+    else:
+        _check_pixels(opened)
+        suffix = picture.path.rpartition(".")[2]
+    members = {suffix: content}
+    if picture.label is not None:
+        # A number, since webdataset decodes `cls` with int(); the index has the name.
+        members["cls"] = str(options.classes.index(picture.label)).encode()
+    return Entry(picture.key, members, picture.path, picture.label)
+
+
+def _check_pixels(picture: Picture) -> None:
+    """Decode the whole picture, and drop it. Raises DataError.
+
+    A JPEG is decoded at an eighth of its size, which reads every byte of it and is two to four
+    times as fast: most of the time of packing.
+    """
+    whole = (0.0, 0.0, float(picture.width), float(picture.height))
+    picture.cut([whole], (max(1, picture.height // 8), max(1, picture.width // 8)))
+
+
+def _resized(picture: Picture, side: int) -> bytes:
+    """Encode anew with the shortest side at `side`."""
+    scale = side / min(picture.width, picture.height)
+    size = max(side, round(picture.height * scale)), max(side, round(picture.width * scale))
+    whole = (0.0, 0.0, float(picture.width), float(picture.height))
+    file = io.BytesIO()
+    Image.fromarray(picture.cut([whole], size)[0]).save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
+
+
+def finished_shard(folder: Path, shard: PlannedShard) -> Packed | None:
+    """Return a shard that an earlier run finished for the same plan, if there is one."""
+    path = folder / samples_name(shard.name)
+    try:
+        samples = SampleIndex.parse(path.read_bytes(), str(path))
+        size = (folder / shard.name).stat().st_size if len(samples) else 0
+    except (OSError, DataError):
+        return None
+    if samples.plan != shard.plan or samples.tar_bytes != size:
+        return None
+    return Packed(Row.of(shard.name, samples), samples.quarantined, False)
+
+
+# ---- all shards --------------------------------------------------------------------------------
+
+
+def pack(
+    folder: Path,
+    plan: Sequence[PlannedShard],
+    options: Options,
+    *,
+    workers: int,
+    max_bad_fraction: float,
+    progress: Callable[[int], object],
+) -> list[Packed]:
+    """Write every shard that is not there yet, and the index last.
+
+    `progress` hears how many more pictures are done. Raises UsageError when the folder holds
+    another packing or something else, DataError when more than `max_bad_fraction` of the pictures
+    are unreadable (the shards stay, so that a second try is quick).
+    """
+    plan_hash = sha256_text(shard.plan for shard in plan)
+    with _owned(folder, plan_hash):
+        packed: dict[str, Packed] = {}
+        missing = []
+        for shard in plan:
+            earlier = finished_shard(folder, shard)
+            if earlier is None:
+                missing.append(shard)
+            else:
+                packed[shard.name] = earlier
+                progress(len(shard.pictures))
+        run = _pack_here if workers <= 1 else _pack_in_processes
+        for done in run(folder, missing, options, workers, progress):
+            packed[done.row.name] = done
+        results = [packed[shard.name] for shard in plan]
+        _write_quarantine(folder, results)
+        _check_bad_fraction(folder, results, max_bad_fraction)
+        classes = list(options.classes)
+        finish_set(folder, [done.row for done in results], plan=plan_hash, classes=classes)
+        (folder / UNFINISHED_NAME).unlink(missing_ok=True)
+    return results
+
+
+@contextlib.contextmanager
+def _owned(folder: Path, plan_hash: str) -> Iterator[None]:
+    """Make sure that the folder is for this plan alone, and that no other process packs there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK_NAME).open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"Another pack is writing to {folder}: wait for it.") from error
+        _check_plan(folder, plan_hash)
+        for leftover in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
+        if not is_set_index(folder / INDEX_NAME):
+            write_file(folder / UNFINISHED_NAME, dump({"plan": plan_hash}))
+        yield
+        (folder / _LOCK_NAME).unlink()
+
+
+def _check_plan(folder: Path, plan_hash: str) -> None:
+    earlier: object = None
+    if is_set_index(folder / INDEX_NAME):
+        earlier = read_set_index(folder / INDEX_NAME).plan
+    elif (folder / UNFINISHED_NAME).exists():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            earlier = json.loads((folder / UNFINISHED_NAME).read_bytes())["plan"]
+    elif next(folder.glob("*.tar"), None) or (folder / INDEX_NAME).exists():
+        raise UsageError(
+            f"The folder {folder} holds shards that this command did not make: name another one."
+        )
+    else:
+        return
+    if earlier != plan_hash:
+        raise UsageError(
+            f"The folder {folder} holds a packing of other pictures or with other options (or the "
+            "pictures have changed since): name another folder, or remove this one."
+        )
+
+
+def _write_quarantine(folder: Path, results: Sequence[Packed]) -> None:
+    lines = [
+        json.dumps({"path": path, "reason": reason, "shard": done.row.name})
+        for done in results
+        for path, reason in done.quarantined
+    ]
+    path = folder / QUARANTINE_NAME
+    if lines:
+        write_file(path, "".join(line + "\n" for line in lines).encode("ascii"))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_bad_fraction(folder: Path, results: Sequence[Packed], limit: float) -> None:
+    bad = sum(len(done.quarantined) for done in results)
+    good = sum(done.row.pictures for done in results)
+    if good and bad <= limit * (bad + good):
+        return
+    first = next(done.quarantined[0] for done in results if done.quarantined)
+    raise DataError(
+        f"{bad} of {bad + good} pictures cannot be read, the first being {first[0]!r} "
+        f"({first[1]}); all are in {folder / QUARANTINE_NAME}. Mend or remove them, or allow "
+        "more with --max-bad-fraction."
+    )
+
+
+# ---- processes ---------------------------------------------------------------------------------
+
+
+def _pack_here(
+    folder: Path,
+    shards: Sequence[PlannedShard],
+    options: Options,
+    workers: int,
+    progress: Callable[[int], object],
+) -> Iterator[Packed]:
+    for shard in shards:
+        yield pack_shard(folder, shard, options, lambda: progress(1))
+
+
+def _pack_in_processes(
+    folder: Path,
+    shards: Sequence[PlannedShard],
+    options: Options,
+    workers: int,
+    progress: Callable[[int], object],
+) -> Iterator[Packed]:
+    # Spawned, not forked: the parent may have threads (torch, a progress bar).
+    context = multiprocessing.get_context("spawn")
+    counter, stop = context.Value("q", 0), context.Event()
+    waiting = iter(shards)
+    seen = 0
+    with ProcessPoolExecutor(
+        min(workers, max(1, len(shards))), context, _start_worker, (counter, stop)
+    ) as pool:
+        # A few ahead: a plan of 100,000 shards is not pickled at once.
+        running: set[Future[Packed]] = {
+            pool.submit(_pack_in_worker, folder, shard, options)
+            for shard in itertools.islice(waiting, 2 * workers)
+        }
+        try:
+            while running:
+                done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                now = counter.value
+                progress(now - seen)
+                seen = now
+                for future in done:
+                    yield future.result()
+                running |= {
+                    pool.submit(_pack_in_worker, folder, shard, options)
+                    for shard in itertools.islice(waiting, len(done))
+                }
+        except BrokenProcessPool as error:
+            raise DataError(
+                "A process that was packing has died, perhaps for lack of memory: run the same "
+                "command again, with fewer --workers; it goes on where it stopped."
+            ) from error
+        finally:
+            stop.set()
+
+
+# What the executor's initializer leaves for the tasks of one worker process; empty elsewhere.
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(counter: Any, stop: multiprocessing.synchronize.Event) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker.update(counter=counter, stop=stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Leave when the command itself was killed: nobody would ever collect what is made here."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _pack_in_worker(folder: Path, shard: PlannedShard, options: Options) -> Packed:
+    def tick() -> None:
+        if _worker["stop"].is_set():
+            raise _Stopped
+        with _worker["counter"].get_lock():
+            _worker["counter"].value += 1
+
+    return pack_shard(folder, shard, options, tick)

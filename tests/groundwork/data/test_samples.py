@@ -1,0 +1,304 @@
+"""What a person names is opened as what it is, or refused in a sentence that helps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from groundwork.data.decode import Picture
+from groundwork.data.loader import Arrays, Loader
+from groundwork.data.order import Order
+from groundwork.data.samples import FolderSamples, JoinedSamples, PictureFiles, open_samples
+from groundwork.data.shard_index import SetIndex
+from groundwork.data.shards import Samples, ShardSamples
+from groundwork.data.write_shards import write_shards
+from groundwork.errors import DataError, UsageError
+from tests.groundwork.data.web import serving
+
+ROOT = Path(__file__).resolve().parents[3]
+Make = Callable[..., bytes]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_jpeg: Make) -> Path:
+    root = tmp_path / "bilder #1"
+    names = ["b.jpg", "A.JPG", "ships/x.y.png", "ships/deep/z.TIFF", "Zug/ü 😀.webp", "b/c.jpeg"]
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make_jpeg(number))
+    for name in ["notes.txt", ".hidden.jpg", "ships/._x.jpg", ".cache/t.jpg", "noext", "jpg"]:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no")
+    return root
+
+
+def opened(train: str | list[str], tmp_path: Path) -> Samples:
+    return open_samples(train, cache=tmp_path / "cache", cache_bytes=10**9)
+
+
+def keys(samples: Samples) -> list[str]:
+    return [
+        samples.read(shard, index).key
+        for shard, size in enumerate(samples.shard_sizes.tolist())
+        for index in range(size)
+    ]
+
+
+def test_a_folder_is_read_as_it_is_sorted_by_path(
+    folder: Path, tmp_path: Path, make_jpeg: Make
+) -> None:
+    samples = opened(str(folder), tmp_path)
+    assert isinstance(samples, FolderSamples)
+    assert keys(samples) == ["A", "Zug/ü 😀", "b/c", "b", "ships/deep/z", "ships/x.y"]
+    assert samples.shard_sizes.tolist() == [1] * 6
+    found = [samples.read(shard, 0) for shard in range(6)]
+    assert [sample.label for sample in found] == [None, "Zug", "b", None, "ships", "ships"]
+    assert found[5].image == make_jpeg(2)
+    assert found[5].source == str(folder / "ships/x.y.png")
+    assert found[5].offset == 0
+
+
+def test_the_fingerprint_tells_paths_sizes_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    first = opened(str(folder), tmp_path).fingerprint
+    moved = folder.rename(tmp_path / "moved")
+    assert opened(str(moved), tmp_path).fingerprint == first
+    picture = moved / "b.jpg"
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    second = opened(str(moved), tmp_path).fingerprint
+    picture.rename(moved / "c.jpg")
+    assert len({first, second, opened(str(moved), tmp_path).fingerprint}) == 3
+
+
+def test_links_are_followed_once_and_circles_end(folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "b.jpg").rename(elsewhere / "b.jpg")
+    (folder / "one").symlink_to(elsewhere)
+    (folder / "two").symlink_to(elsewhere)
+    (folder / "circle").symlink_to(folder)
+    (folder / "ships/up").symlink_to("..")
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "picture.jpg").symlink_to(elsewhere / "b.jpg")
+    (folder / "gone.jpg").symlink_to(elsewhere / "gone.jpg")
+    samples = opened(str(folder), tmp_path)
+    expected = ["A", "Zug/ü 😀", "b/c", "gone", "one/b", "picture", "ships/deep/z", "ships/x.y"]
+    numbers = [shard for shard in range(len(samples)) if shard != 3]
+    assert len(samples) == len(expected)
+    assert [samples.read(shard, 0).key for shard in numbers] == expected[:3] + expected[4:]
+    with pytest.raises(DataError, match=r"gone\.jpg cannot be read: No such file"):
+        samples.read(3, 0)
+
+
+def test_a_name_that_is_no_unicode_is_read_all_the_same(tmp_path: Path, make_jpeg: Make) -> None:
+    path = os.fsencode(tmp_path / "data") + b"/\xff.jpg"
+    (tmp_path / "data").mkdir()
+    with open(path, "wb") as file:  # noqa: PTH123 (a Path takes no bytes)
+        file.write(make_jpeg(1))
+    assert opened(str(tmp_path / "data"), tmp_path).read(0, 0).image == make_jpeg(1)
+
+
+def test_nothing_there_says_what_was_looked_for_and_how_to_go_on(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not exist.*python -m pretrain\.pack"):
+        opened(str(tmp_path / "nothing"), tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no picture in .*empty.*jpeg.*python -m pretrain\.pack"):
+        opened(str(tmp_path / "empty"), tmp_path)
+    (tmp_path / "text.md").touch()
+    with pytest.raises(DataError, match="neither a folder"):
+        opened(str(tmp_path / "text.md"), tmp_path)
+    with pytest.raises(UsageError, match="empty list"):
+        opened([], tmp_path)
+
+
+@pytest.mark.parametrize("train", ["pipe:touch {}", "exec:touch {}"])
+def test_commands_are_never_run(tmp_path: Path, train: str) -> None:
+    marker = tmp_path / "marker"
+    for given in (train.format(marker), [train.format(marker), str(tmp_path)]):
+        with pytest.raises(UsageError, match="never done"):
+            opened(given, tmp_path)
+    assert not marker.exists()
+
+
+def test_schemes_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="ftp:// cannot be read"):
+        opened("ftp://host/set", tmp_path)
+
+
+@pytest.fixture
+def packed(tmp_path: Path, make_jpeg: Make) -> Path:
+    pictures = ((f"p{number}", {"jpg": make_jpeg(number)}) for number in range(6))
+    return write_shards(tmp_path / "shards", pictures, shard_size=2)
+
+
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [
+        ("", 6),
+        ("/index.json", 6),
+        ("/*.tar", 6),
+        ("/shard-{000000..000001}.tar", 4),
+        ("/shard-000002.tar", 2),
+    ],
+)
+def test_shards_are_opened_as_shards(
+    packed: Path, tmp_path: Path, tail: str, expected: int
+) -> None:
+    samples = opened(f"{packed}{tail}", tmp_path)
+    assert isinstance(samples, ShardSamples)
+    assert len(samples) == expected
+    samples.close()
+
+
+def test_several_are_one_after_the_other(
+    packed: Path, folder: Path, tmp_path: Path, make_jpeg: Make
+) -> None:
+    with (
+        serving(packed.parent) as web,
+        closing(opened([str(folder), f"{web.url}/shards", str(packed)], tmp_path)) as samples,
+    ):
+        assert isinstance(samples, JoinedSamples)
+        assert samples.shard_sizes.tolist() == [1] * 6 + [2] * 6
+        assert len(samples) == 18
+        own = [f"p{number}" for number in range(6)]
+        assert keys(samples)[6:] == own + own
+        assert samples.read(8, 1).image == make_jpeg(5)
+        with pytest.raises(IndexError):
+            samples.read(12, 0)
+        samples.prefetch([0, 7, 11])
+    other = opened([str(packed), str(folder)], tmp_path)
+    assert other.fingerprint != samples.fingerprint
+    other.close()
+
+
+def test_a_list_of_local_shards_is_one_set(packed: Path, tmp_path: Path) -> None:
+    given = [str(packed / "shard-000002.tar"), str(packed / "shard-000000.tar")]
+    with closing(opened(given, tmp_path)) as samples:
+        assert isinstance(samples, ShardSamples)
+        assert keys(samples) == ["p4", "p5", "p0", "p1"]
+
+
+def test_a_text_file_lists_pictures_folders_and_shards(
+    packed: Path, folder: Path, tmp_path: Path
+) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{folder.name}/b.jpg\r\n\n{folder}/ships/x.y.png\n")
+    samples = opened(str(listed), tmp_path)
+    assert isinstance(samples, PictureFiles)
+    assert keys(samples) == [f"{folder.name}/b", f"{folder}/ships/x.y"]
+    assert [samples.read(shard, 0).label for shard in range(2)] == [folder.name, None]
+    listed.write_text(f"{folder.name}/b.jpg\n{packed.name}\n")
+    both = opened(str(listed), tmp_path)
+    assert keys(both) == [f"{folder.name}/b", *(f"p{number}" for number in range(6))]
+    both.close()
+    listed.write_text("\n")
+    with pytest.raises(DataError, match="names nothing"):
+        opened(str(listed), tmp_path)
+
+
+def test_one_picture_alone_is_a_data_set(folder: Path, tmp_path: Path) -> None:
+    assert keys(opened(str(folder / "b.jpg"), tmp_path)) == ["b"]
+
+
+def test_shards_in_folders_of_their_own_are_found(packed: Path, tmp_path: Path) -> None:
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    packed.rename(outer / "inner")
+    with closing(opened(str(outer), tmp_path)) as samples:
+        assert len(samples) == 6
+
+
+def test_a_folder_and_its_shards_give_the_loader_the_same_pictures(
+    folder: Path, tmp_path: Path
+) -> None:
+    def mean(picture: Picture, generator: np.random.Generator) -> Arrays:
+        return {"mean": np.asarray(picture.pixels().mean(), np.float32)}
+
+    samples = opened(str(folder), tmp_path)
+    order = Order(samples.shard_sizes, seed=0)
+    with closing(Loader(samples, order, mean, seed=0, batch_size=6)) as loader:
+        batch = next(iter(loader))
+    assert sorted(batch.keys) == sorted(keys(samples))
+    assert batch.replaced == []
+
+
+def test_a_folder_is_small_in_memory(tmp_path: Path) -> None:
+    listed = [(f"some/folder/picture-{number:07d}.jpg", number) for number in range(100_000)]
+    samples = PictureFiles(tmp_path, iter(listed), "many")
+    assert len(samples._joined) + samples._ends.nbytes + samples.shard_sizes.nbytes < 6e6
+    assert samples.path(0) == listed[0][0] and samples.path(99_999) == listed[-1][0]
+
+
+CLAIM = """
+    import sys, time
+    from pathlib import Path
+    import groundwork.data.loader, groundwork.data.samples
+    from groundwork.data.order import Order
+    from groundwork.data.samples import open_samples
+    if __name__ == "__main__":
+        def memory(name: str) -> int:
+            # Not ru_maxrss, which a process inherits from the one that started it.
+            status = Path("/proc/self/status").read_text()
+            return 1024 * int(status.split(name + ":")[1].split()[0])
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+        start = time.perf_counter()
+        samples = open_samples(sys.argv[1], cache=Path(sys.argv[2]), cache_bytes=1 << 40)
+        order = Order(samples.shard_sizes, seed=0)
+        first = [order[position] for position in range(256)]
+        print(len(samples), len(set(first)), time.perf_counter() - start, memory("VmHWM") - before)
+"""
+
+
+def claim(tmp_path: Path, train: str) -> tuple[float, int]:
+    program = tmp_path / "claim.py"
+    program.write_text(textwrap.dedent(CLAIM))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(
+        [sys.executable, str(program), train, str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    samples, first, seconds, added = told.stdout.split()
+    assert (int(samples), int(first)) == (100_000_000, 256)
+    return float(seconds), int(added)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["here", "far away"])
+def test_a_hundred_million_samples_start_in_two_seconds_and_300_megabytes(
+    tmp_path: Path, where: str
+) -> None:
+    count = 100_000
+    folder = tmp_path / "huge"
+    folder.mkdir()
+    names = [f"shard-{number:06d}.tar" for number in range(count)]
+    index = SetIndex(
+        names=names,
+        pictures=np.full(count, 1000),
+        tar_bytes=np.full(count, 150_000_000),
+        sha256=[f"{number:064x}" for number in range(count)],
+        samples_sha256=[f"{number + count:064x}" for number in range(count)],
+    )
+    (folder / "index.json").write_bytes(index.dump())
+    if where == "here":
+        for name in names:  # what lies in them is not looked at before it is read
+            os.mknod(folder / name)
+        seconds, added = claim(tmp_path, str(folder))
+    else:
+        with serving(tmp_path) as web:
+            seconds, added = claim(tmp_path, f"{web.url}/huge")
+    print(f"{where}: {seconds:.2f} s, {added / 1e6:.0f} MB")  # noqa: T201 (a measurement)
+    assert seconds < 2
+    assert added < 300e6

@@ -1,0 +1,296 @@
+"""The command as people type it: what it makes, how it stops, how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from groundwork.backbones.product import backbone_from_file, read_product
+from pretext_tasks import TASKS
+from tests.pretrain.commands import (
+    ROOT,
+    TINY,
+    environment,
+    launch,
+    losses,
+    metrics,
+    run,
+    status,
+)
+
+LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+
+
+def seen(folder: Path) -> dict[int, list[str]]:
+    """Step -> the keys of the whole global batch, ranks in order."""
+    batches: dict[int, list[str]] = {}
+    for path in sorted(folder.glob("samples-*.jsonl")):
+        for line in path.read_text().splitlines():
+            one = json.loads(line)
+            batches.setdefault(one["step"], []).extend(one["keys"])
+    return batches
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until metrics.jsonl has a line of this step."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        path = folder / "metrics.jsonl"
+        if path.exists() and any(f'"step": {step},' in line for line in path.open()):
+            return
+        assert process.poll() is None, "the run ended before it was to be stopped"
+        time.sleep(0.05)
+    pytest.fail("the run did not get so far in two minutes")
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    left, right = load_file(one), load_file(other)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_the_literal_command_trains_and_keeps_the_backbone(
+    task: str, pictures: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [*LAUNCHER, str(ROOT / "pretrain/run.py"), "--task", task, "--out", "out",
+         f"data.train={pictures}", "budget.steps=3", *TINY],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert status(out) == {
+        "state": "done",
+        "exit_code": 0,
+        "message": "The backbone is in out/pretrained.safetensors.",
+    }
+    assert sorted(losses(out)) == [1, 2, 3]
+    steps = {line["step"]: line for line in metrics(out) if "probe/rankme" in line}
+    assert sorted(steps) == [0, 3]
+    assert (out / "recipe.yaml").exists()
+    assert list((out / "pictures").glob("step-0-*.png"))
+    backbone = backbone_from_file(out / "pretrained.safetensors")
+    assert backbone.name == "yolo12n"
+    _, metadata = read_product(out / "pretrained.safetensors")
+    assert metadata["task"] == task
+    assert metadata["images_seen"] == 24
+    assert metadata["recipe"]["task"]["name"] == task
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_a_run_stopped_twice_in_an_epoch_and_in_the_next_is_bit_exact(
+    task: str, pictures: Path, tmp_path: Path
+) -> None:
+    # 22 pictures, batches of 8: steps 1, 2 and part of 3 are epoch one; 4 lies in epoch two.
+    keys = [f"data.train={pictures}", "budget.steps=8", "checkpoint.every_steps=1", *TINY]
+    keys += ["checkpoint.keep=20", "ema.enabled=true", "log.samples=true"]
+    whole = tmp_path / "whole"
+    done = run(1, tmp_path, "--task", task, "--out", str(whole), *keys)
+    assert done.returncode == 0, done.stderr
+    before = whole
+    for stop in (1, 2, 5):
+        out = tmp_path / f"from-{stop}"
+        resumed = run(
+            1, tmp_path, "--resume", str(before / "checkpoints" / f"step-{stop}"), "--out", str(out)
+        )
+        assert resumed.returncode == 0, resumed.stderr
+        expected = {step: loss for step, loss in losses(whole).items() if step > stop}
+        found = losses(out)
+        assert {step: loss.hex() for step, loss in found.items()} == {
+            step: loss.hex() for step, loss in expected.items()
+        }
+        assert seen(out) == {step: keys for step, keys in seen(whole).items() if step > stop}
+        for name in ("task", "optimizer", "ema"):
+            file = Path("checkpoints/step-8") / f"{name}.safetensors"
+            same_tensors(whole / file, out / file)
+        same_tensors(whole / "pretrained.safetensors", out / "pretrained.safetensors")
+        before = out
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_customers_command_saves_and_the_run_goes_on(
+    pictures: Path, tmp_path: Path
+) -> None:
+    keys = [f"data.train={pictures}", "budget.steps=30", *TINY, "data.workers=1"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(1, tmp_path, "--task", "byol", "--out", str(whole), *keys).returncode == 0
+    process = subprocess.Popen(
+        [*LAUNCHER, str(ROOT / "pretrain/run.py"), "--task", "byol", "--out", str(out), *keys],
+        cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    wait_for_step(out, 3, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    end = time.monotonic() + 60
+    while status(out)["state"] == "running" and time.monotonic() < end:
+        time.sleep(0.1)
+    assert status(out)["state"] == "stopped"
+    assert status(out)["exit_code"] == 75
+    assert "--resume" in status(out)["message"]
+    stopped = max(losses(out))
+    assert 3 <= stopped < 30
+    done = run(1, tmp_path, "--resume", str(out))
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == losses(whole)
+    same_tensors(whole / "pretrained.safetensors", out / "pretrained.safetensors")
+
+
+@pytest.mark.dist
+def test_two_ranks_see_the_batches_of_one(pictures: Path, tmp_path: Path) -> None:
+    keys = ["--task", "inpainting", f"data.train={pictures}", "budget.steps=6", *TINY]
+    keys += ["log.samples=true"]
+    for ranks in (1, 2):
+        done = run(ranks, tmp_path, "--out", str(tmp_path / f"out-{ranks}"), *keys)
+        assert done.returncode == 0, done.stderr
+    one, two = seen(tmp_path / "out-1"), seen(tmp_path / "out-2")
+    assert one == two
+    stream = [key for step in sorted(two) for key in two[step]]
+    assert len(set(stream[:22])) == 22
+    assert len(set(stream[22:44])) == 22
+
+
+@pytest.mark.dist
+def test_a_run_on_two_ranks_and_two_workers_goes_on_on_one_without(
+    pictures: Path, tmp_path: Path
+) -> None:
+    keys = [f"data.train={pictures}", "budget.steps=16", *TINY, "log.samples=true"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(1, tmp_path, "--task", "inpainting", "--out", str(whole), *keys).returncode == 0
+    process = subprocess.Popen(
+        launch(2, "--task", "inpainting", "--out", str(out), *keys, "data.workers=2"),
+        cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    wait_for_step(out, 2, process)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it to the ranks
+    process.wait(timeout=120)
+    assert status(out)["exit_code"] == 75
+    stopped = max(losses(out))
+    assert 2 <= stopped < 16
+    done = run(1, tmp_path, "--resume", str(out), "data.workers=0")
+    assert done.returncode == 0, done.stderr
+    assert seen(out) == seen(whole)
+    assert sorted(seen(out)) == list(range(1, 17))
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_is_skipped_rolled_back_and_given_up(
+    pictures: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pretext_tasks import byol\n"
+        "from pretext_tasks.contract import StepOutput\n"
+        "calls, healthy = 0, byol.BYOL.forward\n"
+        "def forward(self, batch):\n"
+        "    global calls\n"
+        "    output = healthy(self, batch)\n"
+        "    if self.training:\n"
+        "        calls += 1\n"
+        "        if calls in POISONED:\n"
+        "            for buffer in self.buffers():\n"
+        "                if buffer.is_floating_point(): buffer.mul_(float('nan'))\n"
+        "            return StepOutput(output.loss * float('nan'), output.metrics)\n"
+        "    return output\n"
+        "byol.BYOL.forward = forward\n"
+        "POISONED = eval(sys.argv.pop(1))\n"
+        "from pretrain.run import main\n"
+        "sys.exit(main())\n"
+    )
+
+    def poisoned(out: str, calls: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(script), calls, "--task", "byol", "--out", out,
+             f"data.train={pictures}", "budget.steps=12", "guard.skips=2", "guard.rollbacks=1",
+             "checkpoint.every_steps=2", *TINY],
+            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    done = poisoned("skip", "{3}")
+    assert done.returncode == 0, done.stderr
+    assert "Step 3 is skipped" in done.stdout
+    product = load_file(tmp_path / "skip" / "pretrained.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in product.values())
+    done = poisoned("back", "{5, 6}")
+    assert done.returncode == 0, done.stderr
+    assert "Rolled back to the weights of step 4" in done.stdout
+    rates = {
+        line["step"]: line["optim/lr"] for line in metrics(tmp_path / "back") if "optim/lr" in line
+    }
+    healthy = {
+        line["step"]: line["optim/lr"] for line in metrics(tmp_path / "skip") if "optim/lr" in line
+    }
+    assert rates[7] == healthy[7] / 2
+    done = poisoned("lost", "range(3, 99)")
+    assert done.returncode == 5
+    assert "Lower optim.lr" in done.stderr
+    assert status(tmp_path / "lost")["exit_code"] == 5
+
+
+@pytest.mark.slow
+def test_bad_pictures_are_replaced_counted_and_bounded(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "03.jpg").write_bytes(b"<html>not found</html>")
+    keys = ["--task", "byol", f"data.train={pictures}", "budget.epochs=2", *TINY]
+    done = run(1, tmp_path, "--out", "few", *keys, "data.max_bad_fraction=0.05")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "few" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == ["03.jpg"]
+    assert metrics(tmp_path / "few")[-2]["data/replaced"] >= 2
+    for i in range(4, 9):
+        (pictures / f"{i:02d}.jpg").write_bytes(b"")
+    done = run(1, tmp_path, "--out", "many", *keys, "data.max_bad_fraction=0.05")
+    assert done.returncode == 3
+    assert "max_bad_fraction" in done.stderr
+    assert status(tmp_path / "many")["exit_code"] == 3
+
+
+def test_wrong_use_is_told_in_a_sentence(pictures: Path, tmp_path: Path) -> None:
+    cases: list[tuple[list[str], int, str]] = [
+        (["--task", "byol", "--init", "missing.safetensors"], 2, "--init missing.safetensors"),
+        (["--resume", "nowhere"], 2, "there is no run here"),
+        (["--resume"], 2, "there is no run in"),
+        (["--task", "byol", "data.train=nowhere", "--out", "x"], 3, "nowhere"),
+        (["--task", "byol", "backbone.name=yolo13n", "--out", "y"], 2, "yolo12n"),
+        (["--task", "byol", f"data.train={pictures}", "log.trackers=[nothing]"], 2, "nothing"),
+    ]
+    for arguments, code, sentence in cases:
+        done = run(1, tmp_path, *arguments)
+        assert done.returncode == code, (arguments, done.stderr)
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_recipe_is_printed_and_nothing_runs(tmp_path: Path) -> None:
+    done = run(1, tmp_path, "--task", "byol", "--print-recipe", "seed=3")
+    assert done.returncode == 0
+    assert "seed: 3" in done.stdout
+    assert "momentum:" in done.stdout
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+
+
+def test_data_that_changed_is_refused_on_resume(pictures: Path, tmp_path: Path) -> None:
+    keys = [f"data.train={pictures}", "budget.steps=2", *TINY]
+    assert run(1, tmp_path, "--task", "byol", "--out", "out", *keys).returncode == 0
+    (pictures / "99.jpg").write_bytes((pictures / "00.jpg").read_bytes())
+    done = run(1, tmp_path, "--resume", "out", "budget.steps=4")
+    assert done.returncode == 2
+    assert "22 pictures" in done.stderr
+    values: dict[str, Any] = status(tmp_path / "out")
+    assert values["state"] == "failed"
