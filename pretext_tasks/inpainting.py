@@ -22,16 +22,18 @@ pixels', and a blur spreads nothing but the black of the hole. Hidden pixels ent
 which gets the same colour transform, by the same mean colour.
 
 The loss in figures: with targets normalised per patch and `l2`, 1 is what predicting every patch's
-mean gives, so that anything below 1 has been inferred from what can be seen.
+mean gives. A part of what is below 1 is the data's usual colour (a pink smear is red before it is
+blue, everywhere); the rest has been inferred from what can be seen.
 
 Differs from the papers:
 - SimMIM's and MAE's encoders are transformers; MAE's never sees the hidden patches, ours sees the
   filling. SimMIM takes the pixels' own values and L1; the default here is MAE's target and L2.
 - Mean and variance of a patch are over its pixels and all three channels (as MAE's), in colours
-  that are normalised as the backbone wants them. `eps` is 1e-4 (MAE's is 1e-6): a deviation of half
-  a grey level, so that the noise of a flat patch is not blown up to a variance of 1.
-- The filling is one learned value for each channel (`token`), or the mean of the picture's visible
-  pixels (`mean`).
+  from 0 to 1, whatever the backbone normalises with. `eps` is a deviation of one grey level, so
+  that the noise of a flat patch is not blown up to a variance of 1 (MAE's 1e-6, after ImageNet's
+  normalisation, is a deviation of 0.06 grey levels).
+- The filling is one learned value for each channel (`token`), which starts as the mean colour of
+  ImageNet, or the mean of the picture's visible pixels (`mean`).
 - Only a light crop (at least half of the area) and flips; no colour unless `colour` says so.
 - The decoder: 1x1 convolutions of C3, C4, C5 to one width, brought to stride 8 (nearest) and
   summed, one 3x3 convolution, and a 1x1 convolution to 8 x 8 x 3 values for each cell, laid out as
@@ -51,7 +53,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groundwork import colour
-from groundwork.backbones.contract import Backbone, Level, Pyramid
+from groundwork.backbones.contract import IMAGENET_MEAN, Backbone, Level, Pyramid
 from groundwork.colour import Colour
 from groundwork.config import Section
 from groundwork.data.decode import Picture
@@ -64,6 +66,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 _STRIDE = 8  # of the decoder's cells, each of which predicts 8 x 8 pixels
 _GROUP = 8  # channels that are normalised together
+_COLOURS = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and deviation that leave colours from 0 to 1
 
 
 class InpaintingConfig(Section):
@@ -72,7 +75,7 @@ class InpaintingConfig(Section):
     block: int = Field(default=32, multiple_of=8, ge=8)  # SimMIM, table 1: side in pixels
     ratio: float = Field(default=0.6, gt=0, lt=1)  # SimMIM, table 1: share of hidden blocks
     patch: int | None = Field(default=16, ge=2)  # MAE: side in pixels; None: not normalised
-    eps: Positive = 1e-4  # added to a patch's variance
+    eps: Positive = 1.5e-5  # added to a patch's variance: (1 / 255) squared
     loss: Literal["l2", "l1"] = "l2"  # MAE; SimMIM: l1
     scales: tuple[Literal[8, 16, 32], ...] = (8,)  # strides that predict; 8 must be one
     filling: Literal["token", "mean"] = "token"
@@ -186,8 +189,8 @@ class Inpainting(PretextTask):
         self.backbone = backbone
         self.decoder = Decoder(backbone.levels, config.width, set(config.scales))
         if config.filling == "token":
-            # 0 is the mean colour of what the backbone's normalisation was made from.
-            self.token = nn.Parameter(torch.zeros(3))
+            colours = zip(IMAGENET_MEAN, backbone.mean, backbone.std, strict=True)
+            self.token = nn.Parameter(torch.tensor([(c - m) / s for c, m, s in colours]))
 
     @classmethod
     def views(cls, config: Any, image_size: int) -> Views:
@@ -231,9 +234,7 @@ class Inpainting(PretextTask):
         ]
         with torch.no_grad():
             error = (predictions[_STRIDE].float() - target.value).abs() * target.deviation
-            for c, std in enumerate(self.backbone.std):
-                error[:, c] *= 255 * std
-            metrics = {"hidden_error": _mean_over(error, hidden)}
+            metrics = {"hidden_error": 255 * _mean_over(error, hidden)}
         return StepOutput(torch.stack(losses).mean(), metrics)
 
     def product(self) -> dict[str, nn.Module]:
@@ -254,17 +255,18 @@ class Inpainting(PretextTask):
         target = self._target(batch, hidden)
         truth = target.value * target.deviation + target.mean
         restored = torch.where(hidden, prediction * target.deviation + target.mean, truth)
+        mean, std = (filled.new_tensor(x).view(1, 3, 1, 1) for x in self._normalisation)
         return {
-            "masked": self._to_bytes(filled),
-            "reconstruction": self._to_bytes(restored),
-            "truth": self._to_bytes(truth),
+            "masked": _to_bytes(filled * std + mean),
+            "reconstruction": _to_bytes(restored),
+            "truth": _to_bytes(truth),
         }
 
     def _filled(self, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Return what the network sees, float32 N 3 H W; computed without a hidden pixel."""
         # Hidden bytes are gone from here on.
         image = batch["image"].masked_fill(hidden.squeeze(1).unsqueeze(3), 0)
-        seen = self._coloured(image, batch, hidden)
+        seen = self._coloured(image, batch, hidden, *self._normalisation)
         if self.config.filling == "token":
             return torch.where(hidden, self.token.view(1, 3, 1, 1), seen)
         visible = (~hidden).to(seen.dtype)
@@ -272,18 +274,24 @@ class Inpainting(PretextTask):
         return torch.where(hidden, mean, seen)
 
     def _target(self, batch: dict[str, Tensor], hidden: Tensor) -> Target:
-        image = self._coloured(batch["image"], batch, hidden)
+        image = self._coloured(batch["image"], batch, hidden, *_COLOURS)
         return normalise_patches(image, self.config.patch, self.config.eps)
 
-    def _coloured(self, image: Tensor, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
-        mean, std = self.backbone.mean, self.backbone.std
+    def _coloured(
+        self,
+        image: Tensor,
+        batch: dict[str, Tensor],
+        hidden: Tensor,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+    ) -> Tensor:
         if self.config.colour is None:
             return colour.normalise(image, mean, std)
         return colour.apply(image, batch["colour"], mean, std, visible=~hidden.squeeze(1))
 
-    def _to_bytes(self, image: Tensor) -> Tensor:
-        mean, std = _per_channel(self.backbone.mean, image), _per_channel(self.backbone.std, image)
-        return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+    @property
+    def _normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        return self.backbone.mean, self.backbone.std
 
 
 def normalise_patches(image: Tensor, patch: int | None, eps: float) -> Target:
@@ -325,5 +333,5 @@ def _to_pixels(prediction: Tensor) -> Tensor:
     return functional.pixel_shuffle(prediction, _STRIDE)
 
 
-def _per_channel(values: tuple[float, float, float], like: Tensor) -> Tensor:
-    return like.new_tensor(values).view(1, 3, 1, 1)
+def _to_bytes(image: Tensor) -> Tensor:
+    return (image * 255).round().clamp(0, 255).to(torch.uint8).cpu()

@@ -157,10 +157,10 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     if init is not None:
         logger.info("Weights of %s: %s", init, load_init(backbone, init).sentence())
     task = task_class(backbone, config)
-    if device.type == "cuda":
-        task = task.to(memory_format=torch.channels_last)
-        if world > 1:
-            task = nn.SyncBatchNorm.convert_sync_batchnorm(task)  # type: ignore[no-untyped-call]
+    # Faster on a CPU, too: 1.36 times on yolo12n (LOG.md).
+    task = task.to(memory_format=torch.channels_last)
+    if device.type == "cuda" and world > 1:
+        task = nn.SyncBatchNorm.convert_sync_batchnorm(task)  # type: ignore[no-untyped-call]
     task = task.to(device)
     ema = Ema(recipe.ema, task.product()) if recipe.ema.enabled else None
     optimizer = build_optimizer(recipe.optim, task)

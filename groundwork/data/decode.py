@@ -5,10 +5,6 @@ crops need, and gives uint8 crops. Why so: most of a worker's time is decoding, 
 decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the cost (the scaled inverse DCT of
 libjpeg, Pillow's `draft`).
 
-Resizing is bilinear and antialiased. A box of whole pixels is resized by torch, whose kernel for
-bytes takes a quarter of the time of Pillow's; a fractional one by Pillow, since torch knows no
-fractional boxes. The two agree to one level of 255.
-
 Coordinates are upright: the EXIF orientation has been applied, exactly once, to the size, to the
 boxes and to the pixels.
 
@@ -37,13 +33,11 @@ any bytes could pass for (TGA).
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import (  # noqa: F401 (importing a plugin registers its format)
     AvifImagePlugin,
     BmpImagePlugin,
@@ -58,15 +52,14 @@ from PIL import (  # noqa: F401 (importing a plugin registers its format)
     TiffImagePlugin,
     WebPImagePlugin,
 )
-from torch.nn import functional
 
+from groundwork.data.resize import Box, cut_boxes
 from groundwork.errors import DataError
 
 MAX_PIXELS = 100_000_000
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM")
 
-Box = tuple[float, float, float, float]
 Result = TypeVar("Result")
 
 _MID_GREY = 128
@@ -74,9 +67,6 @@ _DRAFT_SCALES = (8, 4, 2)  # what libjpeg's scaled inverse DCT offers through Pi
 _BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
 # A box may leave the picture by this many pixels: the rounding of a float32 coordinate.
 _ROUNDING = 0.01
-# Shrinking by more than twice this factor first averages whole blocks of pixels, which is faster
-# and, with 2.0 (Pillow's documentation of Image.thumbnail), not told apart by eye.
-_REDUCING_GAP = 2.0
 
 # EXIF 2.32, tag 274: rows and columns of the stored picture are exchanged from 5 up; then columns
 # are reversed, or rows, or both, and the picture is upright.
@@ -121,7 +111,7 @@ class Picture:
             height, width = width, height
         scale = _draft_scale(stored, width, height) if self._drafts else 1
         scaled = [_divided(box, scale) for box in stored]
-        crops = _cut_all(self._decode(scale), scaled, (width, height))
+        crops = cut_boxes(self._decode(scale), scaled, (width, height))
         return [self._upright(crop) for crop in crops]
 
     def pixels(self) -> npt.NDArray[np.uint8]:
@@ -322,63 +312,3 @@ def _stretched(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         np.uint8
     )
     return levels
-
-
-def _cut_all(
-    image: Image.Image, boxes: Sequence[Box], size: tuple[int, int]
-) -> list[npt.NDArray[np.uint8]]:
-    """Crop and resize every box to size (width, height), by torch where its edges allow it."""
-    whole = [box for box in boxes if all(edge.is_integer() for edge in box)]
-    region, origin = _region(image, whole)
-    crops = []
-    for box in boxes:
-        if box in whole:
-            left, top = int(box[0]) - origin[0], int(box[1]) - origin[1]
-            right, bottom = int(box[2]) - origin[0], int(box[3]) - origin[1]
-            crops.append(_resized(region[top:bottom, left:right], size))
-        else:
-            crops.append(np.array(_cut(image, box, size)))
-    return crops
-
-
-def _region(
-    image: Image.Image, boxes: Sequence[Box]
-) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-    """Take the pixels that hold all these boxes out of Pillow, and say where they begin."""
-    if not boxes:
-        return np.empty((0, 0, 3), np.uint8), (0, 0)
-    left, top = int(min(box[0] for box in boxes)), int(min(box[1] for box in boxes))
-    right, bottom = int(max(box[2] for box in boxes)), int(max(box[3] for box in boxes))
-    if (left, top, right, bottom) != (0, 0, *image.size):
-        image = image.crop((left, top, right, bottom))
-    return np.array(image), (left, top)
-
-
-def _resized(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Resize H W 3 to size (width, height); in channels_last, which torch's kernel is made for."""
-    if (pixels.shape[1], pixels.shape[0]) == size:
-        return pixels.copy()
-    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-    resized = functional.interpolate(batch, size=size[::-1], mode="bilinear", antialias=True)
-    crop: npt.NDArray[np.uint8] = resized[0].permute(1, 2, 0).numpy()
-    return crop
-
-
-def _cut(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    """Crop the pixels that a fractional box touches, and resize just the box.
-
-    Pillow's resize would read beyond its box, as far as its filter reaches; the crop stops that.
-    """
-    left, top = math.floor(box[0]), math.floor(box[1])
-    right = min(math.ceil(box[2]), image.width)
-    bottom = min(math.ceil(box[3]), image.height)
-    touched = image
-    if (left, top, right, bottom) != (0, 0, *image.size):
-        touched = image.crop((left, top, right, bottom))
-    inner = (
-        box[0] - left,
-        box[1] - top,
-        min(box[2] - left, touched.width),
-        min(box[3] - top, touched.height),
-    )
-    return touched.resize(size, Image.Resampling.BILINEAR, box=inner, reducing_gap=_REDUCING_GAP)

@@ -7,8 +7,9 @@ a shard and one a sample of the windows in use. The state of the data is therefo
 number of samples consumed, and any number of ranks and workers sees the same stream.
 
 A window is at least `window_shards` shards, and all windows of an epoch have the same number of
-them, or one more: no window is left so small that its samples are hardly shuffled. A folder of pictures has one picture a shard: permuting its shards is a full shuffle
-already, and the window adds nothing to it and costs nothing.
+them, or one more: no window is left so small that its samples are hardly shuffled. A folder of
+pictures has one picture a shard: permuting its shards is a full shuffle already, to which the
+window adds nothing.
 
 Random numbers are Philox's (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
 a counter-based generator: a key and a place in a huge counter name a stream of their own, so that

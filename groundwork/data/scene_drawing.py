@@ -185,7 +185,8 @@ def _draw_things(image: Image.Image, site: Site, view: View) -> None:
             (px, py), r = view.point(x, y), radius * view.scale
             px, py = px + dx * radius * 1.5, py + dy * radius * 1.5
             dark.ellipse((px - r, py - r, px + r, py + r), fill=darkness)
-        image.paste((12, 15, 28), mask=shadows)
+        if where := shadows.getbbox():
+            image.paste((12, 15, 28), where, shadows.crop(where))
         for thing in layer:
             draw_thing(draw, thing, view)
     _draw_trees(draw, site, view)
@@ -206,7 +207,7 @@ def _draw_trees(draw: ImageDraw.ImageDraw, site: Site, view: View) -> None:
         wide, high = r * random.uniform(0.85, 1.0), r * random.uniform(0.85, 1.0)
         fill = (int(red * tone * hue), int(green * tone), int(blue * tone))
         draw.ellipse((px - wide, py - high, px + wide, py + high), fill=fill)
-        for _ in range(min(5, 2 + int(r / 6))):
+        for _ in range(1 + int(1.2 * radius)):
             turn, far, tuft = (
                 6.28 * random.random(),
                 r * (0.25 + 0.4 * random.random()),

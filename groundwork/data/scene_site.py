@@ -288,7 +288,7 @@ def fields(site: Site, where: Flat, depth: int = 0) -> None:
     slant = [(x + random.uniform(-2, 2), y + random.uniform(-2, 2)) for x, y in rectangle(*where)]
     if random.random() < 0.16:
         site.grounds.append((slant, Material(jitter(random, (58, 74, 46)), 0.2, 0.2)))
-        site.plant(int((right - left) * (high - low) / 12), where, keep_clear=False)
+        site.plant(int((right - left) * (high - low) / 17), where, keep_clear=False)
     else:
         site.grounds.append(
             (slant, crop_field(random) if random.random() < 0.75 else grass(random))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from groundwork.backbones.contract import Backbone
+from groundwork.backbones.contract import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from groundwork.colour import Colour
 from groundwork.config import validate
 from groundwork.data.decode import Picture, open_picture
@@ -125,7 +125,7 @@ def test_a_thousand_permutations_differ_in_five_places_or_more() -> None:
 def test_without_gaps_the_solved_puzzle_is_the_picture(
     make_jpeg: Callable[..., bytes], grid: int
 ) -> None:
-    config = JigsawConfig(grid=grid, **BARE)
+    config = JigsawConfig(**BARE | {"grid": grid})
     data = make_jpeg(1, grid * 32, grid * 32)
     entries = Jigsaw.views(config, 32)(open_picture(data), _generator())
     permutation = choose_permutations(grid, None, 0)[entries["target"]].astype(np.int64)
@@ -236,6 +236,20 @@ def test_each_tile_loses_its_own_mean_and_deviation() -> None:
     assert torch.allclose(brighter[0], brighter[1], atol=1e-6)
 
 
+def test_normalised_tiles_look_to_any_backbone_like_pictures_of_imagenet(
+    tiny_backbone: Callable[[], Backbone], make_batch: MakeBatch
+) -> None:
+    for mean, std in (((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), (IMAGENET_MEAN, IMAGENET_STD)):
+        backbone = tiny_backbone()
+        backbone.mean, backbone.std = mean, std
+        task = _task(backbone, grayscale=0.0)
+        seen = _seen(task, make_batch(Jigsaw, task.config, 32))
+        colours = seen * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+        deviation, average = torch.std_mean(colours, dim=(2, 3), correction=0)
+        assert torch.allclose(average, torch.tensor(IMAGENET_MEAN).expand(16, 3), atol=1e-4)
+        assert torch.allclose(deviation, torch.tensor(IMAGENET_STD).expand(16, 3), atol=1e-2)
+
+
 def test_a_blank_tile_is_not_blown_up() -> None:
     blank = torch.full((1, 3, 8, 8), 0.5)
     blank[:, :, 0, 0] += 1 / 255  # one pixel, one grey level
@@ -262,12 +276,10 @@ def test_grey_puzzles_are_grey_and_the_others_are_not(
         task = _task(tiny_backbone(), normalise_tiles=normalise_tiles)
         batch = make_batch(Jigsaw, task.config, 32)
         batch["grey"] = torch.tensor([True, False, True, False])
-        colours = _seen(task, batch).unflatten(0, (4, 4))
-        if not normalise_tiles:  # undo the backbone's normalisation
-            mean, std = (
-                torch.tensor(x).view(3, 1, 1) for x in (task.backbone.mean, task.backbone.std)
-            )
-            colours = colours * std + mean
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+        colours = (_seen(task, batch) * std + mean).view(4, 4, 3, 32, 32)
+        if normalise_tiles:  # every tile has been given ImageNet's mean and deviation
+            colours = (colours - mean) / std
         between = (colours[:, :, 0] - colours[:, :, 1]).abs().amax(dim=(1, 2, 3))
         assert between[[0, 2]].max() < 1e-5
         assert between[[1, 3]].min() > 1e-2
@@ -328,7 +340,7 @@ def test_tiles_reach_the_head_in_their_order(
     task.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     task(batch)
     task(batch | {"tiles": batch["tiles"][:, [2, 0, 3, 1]]})
-    first, second = (features.unflatten(1, (4, SMALL.tile_width)) for features in seen)
+    first, second = (features.view(-1, 4, SMALL.tile_width) for features in seen)
     assert torch.allclose(first[:, [2, 0, 3, 1]], second, atol=1e-6)
 
 

@@ -393,29 +393,6 @@ def test_nothing_beyond_the_box_bleeds_in(name: str, side: int) -> None:
     assert crop.max() <= 2
 
 
-@pytest.mark.parametrize("box", [(50, 40, 450, 380), (100, 100, 160, 150), (0, 0, 640, 480)])
-@pytest.mark.parametrize("size", [(224, 224), (60, 200), (340, 400)])
-def test_whole_and_fractional_boxes_are_resized_alike(
-    box: tuple[float, float, float, float], size: tuple[int, int]
-) -> None:
-    noisy = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-    values = (np.asarray(smooth(640, 480)) // 2) + noisy // 2
-    image = Image.fromarray(values)
-    (crop,) = open_picture(saved(image, "PNG")).cut([box], size)
-    pillow = image.crop(box).resize(size[::-1], Image.Resampling.BILINEAR)
-    assert np.abs(crop.astype(int) - np.asarray(pillow)).max() <= 1
-    hair = (box[0] + 1e-6, box[1] + 1e-6, box[2] - 1e-6, box[3] - 1e-6)
-    (by_pillow,) = open_picture(saved(image, "PNG")).cut([hair], size)
-    assert np.abs(crop.astype(int) - by_pillow).max() <= 1
-
-
-def test_boxes_of_both_kinds_keep_their_order() -> None:
-    picture = open_picture(saved(smooth(64, 48), "PNG"))
-    boxes = [(1.5, 2, 20, 30), (8, 8, 40, 40), (0, 0, 33.25, 20), (30, 10, 64, 48)]
-    for crop, box in zip(picture.cut(boxes, 32), boxes, strict=True):
-        assert np.array_equal(crop, picture.cut([box], 32)[0])
-
-
 def test_crops_are_writable_and_of_the_size_asked_for() -> None:
     picture = open_picture(saved(smooth(64, 48), "JPEG"))
     crops = picture.cut([(0, 0, 64, 48), (1, 2, 30, 40)], (32, 96))

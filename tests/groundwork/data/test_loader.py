@@ -167,6 +167,17 @@ def test_a_loader_started_later_goes_on_identically() -> None:
     assert same(take(make(samples, start=24), 2), take(make(samples), 5)[3:])
 
 
+def test_a_run_stopped_on_two_ranks_goes_on_on_one_and_on_four() -> None:
+    samples = Numbered([4, 0, 5, 3], {(2, 1): b"<html>"})
+    alone = take(make(samples), 6)
+    ranks = [take(make(samples, rank=rank, world=2, workers=2), 2) for rank in (0, 1)]
+    stopped = [number for pair in zip(*ranks, strict=True) for number in numbers(list(pair))]
+    on_one = take(make(samples, start=16), 2)
+    on_four = [take(make(samples, rank=rank, world=4, start=32), 2) for rank in range(4)]
+    rest = [number for step in zip(*on_four, strict=True) for number in numbers(list(step))]
+    assert stopped + numbers(on_one) + rest == numbers(alone)
+
+
 def test_a_loader_can_be_iterated_again() -> None:
     loader = make(Numbered([9]), workers=1)
     first = list(islice(loader, 2))

@@ -1,0 +1,42 @@
+"""What benchmarks.worker_speed measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks import worker_speed
+from groundwork.errors import UsageError
+
+
+@pytest.mark.slow
+def test_ratios_are_those_of_the_times(make_jpeg: Callable[..., bytes]) -> None:
+    found = worker_speed.measure([make_jpeg(seed, 320, 240) for seed in range(8)])
+    speed = found["samples_per_second"]
+    assert found["ratio"] == pytest.approx(speed["ours"] / speed["lightly"])
+    assert found["ratio_coloured"] == pytest.approx(speed["ours_coloured"] / speed["lightly"])
+    assert speed["ours_coloured"] < speed["ours"]
+    assert min(found["milliseconds"].values()) > 0
+
+
+@pytest.mark.slow
+def test_the_views_of_both_are_drawn(make_jpeg: Callable[..., bytes]) -> None:
+    sheet = worker_speed.side_by_side([make_jpeg(seed, 320, 240) for seed in range(2)])
+    assert sheet.width > 1000
+    assert sheet.getcolors(100) is None  # not one flat area
+
+
+def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no .jpg"):
+        worker_speed.read_pictures(tmp_path, 3)
+
+
+def test_pictures_are_read_over_again_where_there_are_too_few(
+    tmp_path: Path, make_jpeg: Callable[..., bytes]
+) -> None:
+    for seed in range(2):
+        (tmp_path / f"{seed}.jpg").write_bytes(make_jpeg(seed))
+    pictures = worker_speed.read_pictures(tmp_path, 5)
+    assert pictures == [make_jpeg(seed % 2) for seed in range(5)]

@@ -1,0 +1,283 @@
+"""Inpainting: what is hidden stays hidden, and the loss is on it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from groundwork.backbones.contract import Backbone
+from groundwork.colour import Colour
+from groundwork.config import validate
+from groundwork.data.decode import open_picture
+from groundwork.errors import UsageError
+from pretext_tasks.inpainting import (
+    Inpainting,
+    InpaintingConfig,
+    hidden_loss,
+    normalise_patches,
+    spread,
+)
+
+MakeBatch = Callable[..., dict[str, Tensor]]
+MakeTask = Callable[..., Inpainting]
+
+SMALL: dict[str, Any] = {"width": 16}
+EVERY_COLOUR = Colour(probability=1.0, grayscale=0.5, blur=1.0, solarise=0.5)
+
+
+@pytest.fixture
+def make_task(tiny_backbone: Callable[[], Backbone]) -> MakeTask:
+    def make(**changes: Any) -> Inpainting:
+        torch.manual_seed(0)
+        return Inpainting(tiny_backbone(), InpaintingConfig(**SMALL | changes))
+
+    return make
+
+
+def _generator(position: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[0, position]))
+
+
+def _predictions(task: Inpainting, batch: dict[str, Tensor]) -> dict[int, Tensor]:
+    found: list[dict[int, Tensor]] = []
+    hook = task.decoder.register_forward_hook(lambda _, __, output: found.append(output))
+    task(batch)
+    hook.remove()
+    return found[0]
+
+
+def _other_pixels_hidden(batch: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+    """The same batch, with every hidden byte changed, and by different amounts."""
+    pixels = spread(batch["hidden"], block).permute(0, 2, 3, 1)
+    generator = torch.Generator().manual_seed(1)
+    change = torch.randint(1, 256, batch["image"].shape, generator=generator, dtype=torch.uint8)
+    changed = torch.where(pixels, batch["image"] + change, batch["image"])  # bytes wrap around
+    assert ((changed != batch["image"]) == pixels).all()
+    return batch | {"image": changed}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("filling", ["token", "mean"])
+@pytest.mark.parametrize("jitter", [None, EVERY_COLOUR])
+def test_not_one_bit_of_the_prediction_depends_on_a_hidden_pixel(
+    make_task: MakeTask, make_batch: MakeBatch, training: bool, filling: str, jitter: Colour | None
+) -> None:
+    task = make_task(filling=filling, colour=jitter, scales=(8, 16, 32)).train(training)
+    batch = make_batch(Inpainting, task.config)
+    other = _other_pixels_hidden(batch, 32)
+    state = {name: value.clone() for name, value in task.state_dict().items()}
+    first = _predictions(task, batch)
+    task.load_state_dict(state)
+    second = _predictions(task, other)
+    for scale in (8, 16, 32):
+        assert torch.equal(first[scale], second[scale])
+    # The test can fail: what is seen does move the prediction, and what is hidden moves the loss.
+    third = _predictions(task, batch | {"image": 255 - batch["image"]})
+    assert not torch.equal(first[8], third[8])
+    assert not torch.equal(task(batch).loss, task(other).loss)
+
+
+def test_running_statistics_do_not_depend_on_a_hidden_pixel(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    batch = make_batch(Inpainting, InpaintingConfig())
+    task, twin = make_task(), make_task()
+    task(batch)
+    twin(_other_pixels_hidden(batch, 32))
+    for name, value in task.named_buffers():
+        assert torch.equal(value, dict(twin.named_buffers())[name]), name
+
+
+def test_visible_pixels_have_no_part_in_the_loss(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    """With the prediction held fast, changing what can be seen changes no loss."""
+    task = make_task(scales=(8, 16, 32))
+    batch = make_batch(Inpainting, task.config)
+    fixed = {s: torch.randn(4, 3, 512 // s, 512 // s) for s in (8, 16, 32)}
+    task.decoder.register_forward_hook(lambda *_: fixed)
+    flipped = {"hidden": ~batch["hidden"]}
+    other = _other_pixels_hidden(batch | flipped, 32) | {"hidden": batch["hidden"]}
+    assert task(other).loss.item() == pytest.approx(task(batch).loss.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("l2", 3.0), ("l1", 5 / 3)])
+def test_the_loss_by_hand(kind: str, expected: float) -> None:
+    """Two hidden pixels of three channels: errors 1, 1, 2 and 2, 2, 2; others would be 100."""
+    target = torch.zeros(1, 3, 2, 2)
+    prediction = torch.full((1, 3, 2, 2), 100.0)
+    hidden = torch.tensor([[[[True, False], [False, True]]]])
+    prediction[0, :, 0, 0] = torch.tensor([1.0, -1.0, 2.0])
+    prediction[0, :, 1, 1] = torch.tensor([-2.0, 2.0, 2.0])
+    assert hidden_loss(prediction, target, hidden, kind).item() == pytest.approx(expected)
+
+
+def test_a_patch_loses_mean_and_deviation_of_its_own() -> None:
+    """Three channels of 1, 2, .. 12 in the left patch: mean 6.5, unbiased variance 13."""
+    left = torch.arange(1.0, 13.0).view(1, 3, 2, 2)
+    right = torch.full((1, 3, 2, 2), 5.0)
+    target = normalise_patches(torch.cat([left, right], dim=3), patch=2, eps=3.0)
+    assert torch.allclose(target.value[..., :2], (left - 6.5) / 4)
+    assert torch.equal(target.value[..., 2:], torch.zeros(1, 3, 2, 2))  # flat: no division by 0
+    assert target.mean[0, 0].tolist() == [[6.5, 6.5, 5.0, 5.0]] * 2
+    assert target.deviation[0, 0, 0].tolist() == pytest.approx([4.0, 4.0, 3.0**0.5, 3.0**0.5])
+
+
+def test_without_a_patch_the_target_is_the_picture() -> None:
+    image = torch.rand(1, 3, 4, 4)
+    target = normalise_patches(image, patch=None, eps=1.0)
+    assert torch.equal(target.value * target.deviation + target.mean, image)
+
+
+def test_predicting_each_patchs_mean_costs_one(make_task: MakeTask, make_batch: MakeBatch) -> None:
+    task = make_task()
+    batch = make_batch(Inpainting, task.config)
+    batch["image"] = torch.randint(0, 256, batch["image"].shape, dtype=torch.uint8)
+    task.decoder.register_forward_hook(lambda *_: {8: torch.zeros(4, 3, 64, 64)})
+    output = task(batch)
+    # The unbiased variance of 16 x 16 x 3 values is larger than their mean square by 768 / 767.
+    assert output.loss.item() == pytest.approx(767 / 768, rel=1e-3)
+    # Uniform bytes are 64 from their mean on average.
+    assert output.metrics["hidden_error"].item() == pytest.approx(64, abs=1)
+
+
+def test_hidden_error_is_in_grey_levels(make_task: MakeTask, make_batch: MakeBatch) -> None:
+    task = make_task(patch=None)
+    batch = make_batch(Inpainting, task.config)
+    batch["image"] = torch.full_like(batch["image"], 51)
+    task.decoder.register_forward_hook(lambda *_: {8: torch.full((4, 3, 64, 64), 0.3)})
+    output = task(batch)
+    assert output.metrics["hidden_error"].item() == pytest.approx(0.3 * 255 - 51, abs=1e-4)
+    assert output.loss.item() == pytest.approx(0.01, abs=1e-6)
+
+
+def test_deeper_levels_predict_the_pooled_target(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    task = make_task(scales=(8, 16, 32), patch=None)
+    batch = make_batch(Inpainting, task.config)
+    assert {s: p.shape[-1] for s, p in _predictions(task, batch).items()} == {8: 64, 16: 32, 32: 16}
+    colours = (batch["image"] / 255).permute(0, 3, 1, 2)
+    right = {
+        scale: colours.view(4, 3, 64 // side, side, 64 // side, side).mean(dim=(3, 5))
+        for scale, side in ((8, 1), (16, 2), (32, 4))
+    }
+    task.decoder.register_forward_hook(lambda *_: right)
+    assert task(batch).loss.item() < 1e-10
+    wrong = right | {32: right[32] + 3}
+    task.decoder.register_forward_hook(lambda *_: wrong)
+    assert task(batch).loss.item() == pytest.approx(9 / 3, rel=1e-4)  # the mean of three scales
+
+
+@pytest.mark.parametrize("scales", [(8,), (8, 16, 32)])
+def test_backward_reaches_every_parameter(
+    make_task: MakeTask, make_batch: MakeBatch, scales: tuple[int, ...]
+) -> None:
+    for filling in ("token", "mean"):
+        task = make_task(scales=scales, filling=filling, colour=EVERY_COLOUR, loss="l1")
+        task(make_batch(Inpainting, task.config)).loss.backward()
+        assert all(parameter.grad is not None for parameter in task.parameters())
+
+
+def _seen(task: Inpainting, batch: dict[str, Tensor]) -> Tensor:
+    seen: list[Tensor] = []
+    hook = task.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    task(batch)
+    hook.remove()
+    return seen[0].detach()
+
+
+def test_the_network_sees_the_picture_and_the_token_in_its_holes(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    task = make_task()
+    with torch.no_grad():
+        task.token.copy_(torch.tensor([7.0, 8.0, 9.0]))
+    batch = make_batch(Inpainting, task.config)
+    mean, std = torch.tensor(task.backbone.mean), torch.tensor(task.backbone.std)
+    picture = ((batch["image"] / 255 - mean) / std).permute(0, 3, 1, 2)
+    hidden = spread(batch["hidden"], 32)
+    expected = torch.where(hidden, torch.tensor([7.0, 8.0, 9.0]).view(3, 1, 1), picture)
+    assert torch.allclose(_seen(task, batch), expected, atol=1e-5)
+
+
+def test_holes_filled_with_the_mean_leave_the_mean_as_it_is(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    task = make_task(filling="mean")
+    batch = make_batch(Inpainting, task.config)
+    seen, visible = _seen(task, batch), ~spread(batch["hidden"], 32)
+    mean = (seen * visible).sum(dim=(2, 3)) / visible.sum(dim=(2, 3))
+    assert torch.allclose(seen.mean(dim=(2, 3)), mean, atol=1e-5)
+
+
+def test_the_number_of_hidden_blocks_is_exact_and_their_places_are_not(
+    make_jpeg: Callable[..., bytes],
+) -> None:
+    views = Inpainting.views(InpaintingConfig(), 192)
+    picture = open_picture(make_jpeg(0, 200, 200))
+    masks = [views(picture, _generator(position))["hidden"] for position in range(200)]
+    assert all(mask.shape == (6, 6) and mask.sum() == 22 for mask in masks)  # 0.6 * 36 = 21.6
+    often = np.mean(masks, axis=0)
+    assert often.min() > 0.45 and often.max() < 0.75  # 22 / 36, four deviations
+
+
+def test_pictures_are_restored_with_each_patchs_own_mean_and_deviation(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    """A prediction that is right gives the picture back; what is visible is shown as it is."""
+    task = make_task()
+    batch = make_batch(Inpainting, task.config)
+    colours = (batch["image"] / 255).permute(0, 3, 1, 2)
+    right = normalise_patches(colours, 16, task.config.eps).value
+    hook = task.decoder.register_forward_hook(lambda *_: {8: right})
+    shown = task.pictures(batch)
+    assert torch.equal(shown["truth"], batch["image"].permute(0, 3, 1, 2))
+    assert torch.equal(shown["reconstruction"], shown["truth"])
+    hook.remove()
+    shown = task.pictures(batch)
+    hidden = spread(batch["hidden"], 32).expand(-1, 3, -1, -1)
+    assert torch.equal(shown["reconstruction"][~hidden], shown["truth"][~hidden])
+    assert not torch.equal(shown["reconstruction"][hidden], shown["truth"][hidden])
+    assert torch.equal(shown["masked"][~hidden], shown["truth"][~hidden])
+    assert torch.unique(shown["masked"][hidden]).numel() <= 3  # one filling
+
+
+@pytest.mark.parametrize(
+    ("image_size", "values", "message"),
+    [
+        (100, {}, "multiple of 32"),
+        (0, {}, "multiple of 32"),
+        (96, {"block": 64}, r"task\.block=64"),
+        (32, {}, "leaves nothing to see"),
+        (64, {"ratio": 0.1}, "leaves nothing to see or nothing to predict"),
+    ],
+)
+def test_a_size_that_blocks_do_not_fill_is_refused(
+    image_size: int, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        Inpainting.views(InpaintingConfig(**values), image_size)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"patch": 24}, "patch=24 does not divide block=32"),
+        ({"scales": [16]}, "must hold 8"),
+        ({"scales": [8, 8]}, "must hold 8"),
+        ({"scales": [8, 64]}, r"task\.scales"),
+        ({"ratio": 1.0}, r"task\.ratio"),
+        ({"block": 20}, r"task\.block"),
+        ({"loss": "l3"}, r"task\.loss"),
+        ({"crop_scale": [0.5, 2.0]}, "crop_scale"),
+    ],
+)
+def test_an_impossible_recipe_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        validate(InpaintingConfig, values, prefix="task.")
