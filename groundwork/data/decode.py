@@ -194,7 +194,7 @@ def open_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
         raise DataError(f"its header says {width} x {height} pixels")
     if width * height >= max_pixels:
         raise DataError(
-            f"it has {width} x {height} pixels, and the limit (max_pixels) is {max_pixels}"
+            f"it has {width} x {height} pixels; fewer than {max_pixels} (max_pixels) are allowed"
         )
     if image.format == "PNG" and "exif" not in image.info and b"eXIf" in data:
         _guard(image.load)  # PNG allows eXIf behind the pixels, where only decoding finds it

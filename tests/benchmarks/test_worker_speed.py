@@ -11,7 +11,6 @@ from benchmarks import worker_speed
 from groundwork.errors import UsageError
 
 
-@pytest.mark.slow
 def test_ratios_are_those_of_the_times(make_jpeg: Callable[..., bytes]) -> None:
     found = worker_speed.measure([make_jpeg(seed, 320, 240) for seed in range(8)])
     speed = found["samples_per_second"]
@@ -21,7 +20,6 @@ def test_ratios_are_those_of_the_times(make_jpeg: Callable[..., bytes]) -> None:
     assert min(found["milliseconds"].values()) > 0
 
 
-@pytest.mark.slow
 def test_the_views_of_both_are_drawn(make_jpeg: Callable[..., bytes]) -> None:
     sheet = worker_speed.side_by_side([make_jpeg(seed, 320, 240) for seed in range(2)])
     assert sheet.width > 1000
@@ -29,7 +27,7 @@ def test_the_views_of_both_are_drawn(make_jpeg: Callable[..., bytes]) -> None:
 
 
 def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no .jpg"):
+    with pytest.raises(UsageError, match="holds no"):
         worker_speed.read_pictures(tmp_path, 3)
 
 

@@ -169,15 +169,24 @@ def test_an_older_timm_checkpoint_is_converted_as_timm_does_it(tmp_path: Path) -
         assert torch.equal(tensor, theirs[name.removeprefix("model.")])
 
 
-def test_a_student_and_its_teacher_are_never_mixed(tmp_path: Path) -> None:
-    student, teacher, target = _filled(SMALL, 1), _filled(SMALL, 2), build_backbone(SMALL)
-    names = list(student.state_dict())
-    tensors = {f"backbone.{name}": student.state_dict()[name] for name in names[:-4]}
-    tensors |= {f"teacher.backbone.{name}": teacher.state_dict()[name] for name in names}
+def test_two_networks_in_one_file_are_never_mixed(tmp_path: Path) -> None:
+    whole, part, target = _filled(SMALL, 1), _filled(SMALL, 2), build_backbone(SMALL)
+    names = list(whole.state_dict())
+    tensors = {f"backbone.{name}": whole.state_dict()[name] for name in names}
+    tensors |= {f"teacher.backbone.{name}": part.state_dict()[name] for name in names[:-4]}
     save_file(tensors, tmp_path / "both.safetensors")
     report = load_init(target, tmp_path / "both.safetensors")
-    assert _equal(teacher, target)
-    assert all(name.startswith("backbone.") for name in report.unexpected)
+    assert _equal(whole, target)
+    assert all(name.startswith("teacher.backbone.") for name in report.unexpected)
+
+
+def test_of_two_whole_networks_the_less_wrapped_is_taken(tmp_path: Path) -> None:
+    wrapped, plain, target = _filled(SMALL, 1), _filled(SMALL, 2), build_backbone(SMALL)
+    tensors = {f"_orig_mod.backbone.{name}": one for name, one in wrapped.state_dict().items()}
+    tensors |= {f"backbone.{name}": one for name, one in plain.state_dict().items()}
+    save_file(tensors, tmp_path / "both.safetensors")
+    load_init(target, tmp_path / "both.safetensors")
+    assert _equal(plain, target)
 
 
 def test_batchnorm_counters_do_not_count(tmp_path: Path) -> None:

@@ -72,13 +72,15 @@ def test_parts_are_named_and_shared_tensors_are_written_twice(tmp_path: Path) ->
 
 
 def test_saving_leaves_the_module_as_it_is_and_replaces_the_older_file(tmp_path: Path) -> None:
-    path = tmp_path / "pretrained.safetensors"
+    path, reader = tmp_path / "pretrained.safetensors", tmp_path / "reader"
     path.write_bytes(b"older")
+    reader.hardlink_to(path)  # as one that has the older file open
     backbone = build_backbone(SMALL).to(memory_format=torch.channels_last)
     save_product(path, {"backbone": backbone}, {})
     weight = backbone.state_dict()["model.layer1.0.conv1.weight"]
     assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    assert {one.name for one in tmp_path.iterdir()} == {path.name, reader.name}
+    assert reader.read_bytes() == b"older"
     read_product(path)
 
 
