@@ -65,7 +65,7 @@ from pretext_tasks.crops import draw_flip
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
-_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as everywhere in image processing
+_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _GREY_LEVEL = 1 / 255
 _MOST_PERMUTATIONS = 10_000  # choosing them takes about ten seconds
 
@@ -304,8 +304,11 @@ def normalise_each(image: Tensor) -> Tensor:
 
 
 def _affine(image: Tensor, scale: Sequence[float], shift: Sequence[float]) -> Tensor:
-    """Scale and shift each channel of N 3 H W."""
-    return torch.stack([image[:, c] * scale[c] + shift[c] for c in range(3)], dim=1)
+    """Scale and shift each channel of N 3 H W; the memory format stays."""
+    result = torch.empty_like(image)
+    for c in range(3):
+        result[:, c] = image[:, c] * scale[c] + shift[c]
+    return result
 
 
 def put_together(tiles: Tensor, places: Tensor, gap: int = 2) -> Tensor:
