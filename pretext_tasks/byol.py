@@ -16,6 +16,7 @@ Differs from the paper:
 - The representation is C5 averaged over its cells; the paper's ResNet ends in the same pooling.
 - A backbone of a detector, not ResNet-50; widths of the heads are settings with the paper's values.
 - Colours are clamped once, and hue turns in YIQ: groundwork/colour.py says how that differs.
+- `window_scale` may cut both views from a random part of the picture; off by default.
 - `rotate` may turn views by quarter turns (pictures without an up); 0, as in the paper, by default.
 - BatchNorm statistics are per process unless the loop converts to SyncBatchNorm.
 """
@@ -64,6 +65,7 @@ class BYOLConfig(Section):
     hidden_width: Width = 4096  # section 3.3: projector and predictor
     projection_width: Width = 256  # section 3.3
     momentum: Probability = 0.996  # section 3.3: tau_base, for 1,000 epochs; 0.99 for 300
+    window_scale: tuple[float, float] = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
     crop_scale: tuple[float, float] = (0.08, 1.0)  # appendix B: part of the picture's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # appendix B: width to height, log-uniform
     flip: Probability = 0.5  # appendix B
@@ -92,6 +94,7 @@ class BYOL(PretextTask):
         """Return the maker of two views that are coloured by different rules."""
         return TwoViews(
             image_size,
+            config.window_scale,
             config.crop_scale,
             config.crop_ratio,
             config.flip,

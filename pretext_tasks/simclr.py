@@ -9,6 +9,7 @@ Differs from the paper:
 - The representation is C5 averaged over its cells; the paper's ResNet ends in the same pooling.
 - A backbone of a detector, not ResNet-50; widths of the head are settings with the paper's values.
 - Colours are clamped once, and hue turns in YIQ: groundwork/colour.py says how that differs.
+- `window_scale` may cut both views from a random part of the picture; off by default.
 - `rotate` may turn views by quarter turns (pictures without an up); 0, as in the paper, by default.
 - BatchNorm statistics are per process unless the loop converts to SyncBatchNorm (the paper's
   section 2.2 aggregates them, since statistics per process let partners be told apart).
@@ -59,6 +60,7 @@ class SimCLRConfig(Section):
     projector_batch_norm: bool = True  # as in the authors' code; the text does not say
     # Table 5: 0.1 is best at batch 4096 on ImageNet; appendix B.9: 0.5 on CIFAR-10 at 256 to 4096.
     temperature: Annotated[float, Field(gt=0.001)] = 0.1
+    window_scale: tuple[float, float] = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
     crop_scale: tuple[float, float] = (0.08, 1.0)  # appendix A: part of the picture's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # appendix A: width to height
     flip: Probability = 0.5  # appendix A
@@ -88,6 +90,7 @@ class SimCLR(PretextTask):
         """Return the maker of two views that are coloured by one rule."""
         return TwoViews(
             image_size,
+            config.window_scale,
             config.crop_scale,
             config.crop_ratio,
             config.flip,

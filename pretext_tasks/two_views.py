@@ -48,6 +48,7 @@ class TwoViews:
     """Cuts two views; `rotate` is the probability of a turn by 90, 180 or 270 degrees each."""
 
     image_size: int
+    window_scale: tuple[float, float]
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     flip: float
@@ -64,10 +65,13 @@ class TwoViews:
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Return view_1 and view_2 (uint8 H W 3), colour_1 and colour_2 (float32)."""
-        boxes = [
-            draw_crop(picture.width, picture.height, self.crop_scale, self.crop_ratio, generator)
-            for _ in self.colours
-        ]
+        left, top, right, bottom = draw_window(
+            picture.width, picture.height, self.window_scale, self.crop_ratio, generator
+        )
+        boxes = []
+        for _ in self.colours:
+            box = draw_crop(right - left, bottom - top, self.crop_scale, self.crop_ratio, generator)
+            boxes.append((box[0] + left, box[1] + top, box[2] + left, box[3] + top))
         entries: dict[str, np.ndarray[Any, Any]] = {}
         cuts = picture.cut(boxes, self.image_size)  # decodes once for both
         for number, (view, config) in enumerate(zip(cuts, self.colours, strict=True), start=1):
@@ -78,6 +82,24 @@ class TwoViews:
             entries[f"view_{number}"] = np.ascontiguousarray(view)
             entries[f"colour_{number}"] = colour.draw(config, generator)
         return entries
+
+
+def draw_window(
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    generator: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """Draw the part of a picture that both views are cut from; all of it at the scale (1, 1).
+
+    In a picture of many small objects two crops share no object. A window about as large as an
+    object makes the views two looks at one thing, and other windows the things to differ from.
+    """
+    if scale == (1.0, 1.0):
+        return 0, 0, width, height
+    left, top, right, bottom = draw_crop(width, height, scale, ratio, generator)
+    return int(left), int(top), int(right), int(bottom)
 
 
 def colour_both(batch: dict[str, Tensor], backbone: Backbone) -> Tensor:
