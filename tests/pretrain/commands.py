@@ -21,7 +21,7 @@ TINY = [
     "threads=1",
     "probe.labeled=null",
     "probe.times=1",
-    "probe.pictures=8",
+    "probe.pictures=32",
 ]
 
 
