@@ -340,7 +340,8 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 tracking.write(position.step, metrics)
                 show.metrics(position.step, metrics)
                 window = {}
-            if clock.crossed(progress, position.step, recipe.probe.times) or ended:
+            due = ended or clock.crossed(progress, position.step, recipe.probe.times)
+            if recipe.probe.times and due:
                 metrics = measure()
                 tracking.write(position.step, metrics)
                 _sheet(run, task, sheet, position.step)

@@ -261,6 +261,32 @@ def test_bad_pictures_are_replaced_counted_and_bounded(pictures: Path, tmp_path:
     assert status(tmp_path / "many")["exit_code"] == 3
 
 
+@pytest.mark.slow
+def test_the_options_of_the_loop_work_together(pictures: Path, tmp_path: Path) -> None:
+    keys = [f"data.train={pictures}", "budget.steps=2", *TINY, "backbone.name=timm/resnet10t"]
+    done = run(
+        1, tmp_path, "--task", "simclr", "--out", "first", *keys, "precision=bf16", "accumulate=2",
+        "optim.name=lars", "optim.clip=1", "schedule.name=one_cycle", "log.trackers=[tensorboard]",
+        f"data.cache={tmp_path / 'cache'}", "data.workers=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "first").rglob("events.out.tfevents.*"))
+    product = tmp_path / "first" / "pretrained.safetensors"
+    assert backbone_from_file(product).name == "timm/resnet10t"
+    done = run(
+        1, tmp_path, "--task", "jigsaw", "--out", "second", "--init", str(product), *keys,
+        "optim.name=lamb", "schedule.name=cyclical", "ema.enabled=true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "100" in next(line for line in done.stdout.splitlines() if "Weights of" in line)
+    done = run(
+        1, tmp_path, "--task", "byol", "--out", "third", "--init", str(product), *keys,
+        "backbone.name=yolo12n",
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+
+
 def test_wrong_use_is_told_in_a_sentence(pictures: Path, tmp_path: Path) -> None:
     cases: list[tuple[list[str], int, str]] = [
         (["--task", "byol", "--init", "missing.safetensors"], 2, "--init missing.safetensors"),
