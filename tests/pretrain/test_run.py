@@ -46,7 +46,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
     end = time.monotonic() + 120
     while time.monotonic() < end:
         path = folder / "metrics.jsonl"
-        if path.exists() and any(f'"step": {step},' in line for line in path.open()):
+        if path.exists() and f'"step": {step},' in path.read_text():
             return
         assert process.poll() is None, "the run ended before it was to be stopped"
         time.sleep(0.05)

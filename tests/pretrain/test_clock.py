@@ -1,0 +1,60 @@
+"""When a run ends, and what asks it to."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from pretrain.clock import Clock, StopRequest, agree
+from pretrain.recipe import Budget
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        (Budget(steps=7), 7),
+        (Budget(samples=65), 9),  # 65 / 8, rounded up
+        (Budget(epochs=2), 6),  # 44 / 8, rounded up
+        (Budget(epochs=0.5), 2),
+    ],
+)
+def test_a_budget_is_a_number_of_steps(budget: Budget, steps: int) -> None:
+    clock = Clock(budget, pictures=22, batch_size=8, seconds=0.0)
+    assert clock.steps == steps
+    assert clock.progress(0) == 0.0
+    assert not clock.over(steps - 1)
+    assert clock.over(steps)
+
+
+def test_minutes_go_on_after_a_resume() -> None:
+    clock = Clock(Budget(minutes=2), pictures=22, batch_size=8, seconds=90.0)
+    assert clock.progress(10**6) == 0.75
+    clock.set(120.0)
+    assert clock.over(1)
+
+
+def test_even_marks_are_crossed_once_each() -> None:
+    clock = Clock(Budget(steps=10), pictures=22, batch_size=8, seconds=0.0)
+    crossed = [
+        step for step in range(1, 11) if clock.crossed(clock.progress(step - 1), step, times=4)
+    ]
+    assert crossed == [3, 5, 8, 10]
+    assert not any(clock.crossed(step / 10, step + 1, times=0) for step in range(10))
+
+
+def test_a_signal_is_noted_and_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    request = StopRequest()
+    assert not request.asked
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert request.asked
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    request.restore()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_one_process_agrees_with_itself() -> None:
+    assert agree(None, True, 3.5, 2) == (True, 3.5, 2)

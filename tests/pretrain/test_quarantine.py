@@ -1,0 +1,39 @@
+"""Unreadable pictures are listed once each, and there may not be too many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from groundwork.data.loader import Batch, Replaced
+from groundwork.errors import DataError
+from pretrain.quarantine import Quarantine
+
+
+def batch(*keys: str) -> Batch:
+    replaced = [Replaced(i, "shard-0.tar", key, 512, "cut short") for i, key in enumerate(keys)]
+    return Batch({}, list(keys), list(range(len(keys))), replaced, 0.0)
+
+
+def test_each_picture_is_listed_once(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path, 1000, 0.01)
+    quarantine.note(batch("a", "b"))
+    quarantine.note(batch("b", "c"))
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["a", "b", "c"]
+    assert lines[0]["reason"] == "cut short"
+    assert quarantine.bad == 3
+
+
+@pytest.mark.parametrize(
+    ("pictures", "fraction", "allowed"), [(1000, 0.01, 10), (20, 0.01, 1), (1000, 0.0, 0)]
+)
+def test_more_than_the_allowed_share_ends_the_run(
+    tmp_path: Path, pictures: int, fraction: float, allowed: int
+) -> None:
+    quarantine = Quarantine(tmp_path, pictures, fraction)
+    quarantine.check(allowed)
+    with pytest.raises(DataError, match=f"{allowed + 1} of {pictures} pictures are unreadable"):
+        quarantine.check(allowed + 1)
