@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 
@@ -98,10 +98,15 @@ def prepare_run(recipe: Recipe, out: Path | None, resumed: bool) -> Run:
     tracker is not installed.
     """
     check_trackers(recipe.log.trackers)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    name = f"{recipe.task_name}-{recipe.backbone.name.replace('/', '-')}"
+    chosen = [str(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")]
+    folder = Path(broadcast_object_list(chosen)[0])
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=state.device.type == "cpu",
         mixed_precision=PRECISIONS[recipe.precision],
         log_with=list(recipe.log.trackers) or None,
+        project_dir=str(folder),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     world = accelerator.num_processes
@@ -118,10 +123,6 @@ def prepare_run(recipe: Recipe, out: Path | None, resumed: bool) -> Run:
     if accelerator.device.type == "cpu":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(recipe.threads or max(1, len(os.sched_getaffinity(0)) // here))
-    name = f"{recipe.task_name}-{recipe.backbone.name.replace('/', '-')}"
-    chosen = [str(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")]
-    folder = Path(broadcast_object_list(chosen)[0])
-    accelerator.project_configuration.set_directories(str(folder))
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.sweep(folder / "checkpoints")
