@@ -45,6 +45,7 @@ def bare_steps(recipe: recipes.Recipe, steps: int) -> list[float]:
     batch = next(iter(loader)).views
     loader.close()
     task = task_class(build_backbone(recipe.backbone.name), config)
+    task = task.to(memory_format=torch.channels_last)  # as the loop does
     optimizer = build_optimizer(recipe.optim, task)
     seconds = []
     for _ in range(steps):
