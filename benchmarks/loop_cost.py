@@ -28,9 +28,10 @@ from groundwork.data.loader import Loader
 from groundwork.data.order import Order
 from groundwork.data.samples import open_samples
 from groundwork.optim import build_optimizer
+from groundwork.run_folder import prepare_run
 from pretext_tasks import load_task
 from pretrain import recipe as recipes
-from pretrain.loop import prepare_run, pretrain
+from pretrain.loop import pretrain
 
 
 def bare_steps(recipe: recipes.Recipe, steps: int) -> list[float]:
@@ -62,7 +63,7 @@ def run_steps(recipe: recipes.Recipe, folder: Path) -> tuple[list[float], list[f
     """Seconds of each step of a real run, and the worker's CPU seconds for each."""
     task_class = load_task(recipe.task_name)
     recipe, config = recipes.with_task_defaults(recipe, task_class.Config)
-    run = prepare_run(recipe, folder, resumed=False)
+    run = prepare_run(recipe, "bench", folder, resumed=False)
     pretrain(recipe, task_class, config, run)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "speed/images_per_second" in line]

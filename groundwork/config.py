@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -163,3 +165,49 @@ def keys_of(model: type[BaseModel]) -> list[str]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 names.extend(f"{name}.{below}" for below in keys_of(kind))
     return names
+
+
+def find_recipe(name: str, stage: str) -> Path:
+    """Return the path of a recipe given by path or by its name in recipes/<stage>."""
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        return Path(name)
+    folder = Path(str(resources.files("recipes"))) / stage
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        raise UsageError(
+            f"There is no recipe '{name}'; these are: {', '.join(known)}." + nearest(name, known)
+        )
+    return path
+
+
+def changes_on_resume(old: BaseModel, new: BaseModel, fixed: tuple[str, ...]) -> list[str]:
+    """Compare the recipe of a checkpoint with the one asked for on resume.
+
+    Returns a line for every harmless change; raises UsageError for a key that begins with one of
+    `fixed`, which would make another model or another order of the data.
+    """
+    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    changed = [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    refused = [line for line in changed if line.split(":")[0].startswith(fixed)]
+    if refused:
+        raise UsageError(
+            "A resumed run cannot change "
+            + "; ".join(refused)
+            + ". Start a new run with --init instead."
+        )
+    return changed
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            leaves.update(_leaves(value, f"{prefix}{key}."))
+        else:
+            leaves[prefix + key] = value
+    return leaves

@@ -1,4 +1,4 @@
-"""The sections of a recipe that both stages share: optimiser, schedule, moving average, probe.
+"""The sections of a recipe that both stages share: data, budget, optimiser, schedule, and so on.
 
 They are here, and not beside the code that uses them, because nothing in this file imports torch or
 timm: a mistake in a recipe is told in under a second, before the libraries are loaded.
@@ -6,12 +6,15 @@ timm: a mistake in a recipe is told in under a second, before the libraries are 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from groundwork.config import Section
 
+Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -93,3 +96,72 @@ class ProbeSettings(Section):
         if self.val is not None and self.labeled is None:
             raise ValueError("val needs labeled: the pictures that val is compared with")
         return self
+
+
+class Data(Section):
+    """Where the pictures come from, and how they are read."""
+
+    train: str | tuple[str, ...] = "scenes"  # a folder, shards, a URL, a list of these, or scenes
+    workers: Annotated[int, Field(ge=0)] | None = None  # of each rank; null: cores less one, max 8
+    window_shards: Count = 16  # samples are shuffled inside a window of so many shards
+    cache: str | None = None  # for drawn scenes, remote shards, foreign indexes
+    cache_gb: Annotated[float, Field(gt=0)] = 50.0  # bound of the local copy of remote shards
+    on_error: Literal["skip", "raise"] = "skip"  # what an unreadable picture does
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the pictures of the data
+    max_pixels: Count = 100_000_000  # a larger picture is refused before it is decoded
+
+    def cache_folder(self) -> Path:
+        """Return the folder for what is made or fetched once."""
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(self.cache or f"{base}/groundwork").expanduser()
+
+
+class BackboneKeys(Section):
+    """Which backbone is trained: yolo12n, s, m, l, x, or timm/<model>."""
+
+    name: str = "yolo12n"
+
+
+class Budget(Section):
+    """How long to train: exactly one of these is set. Progress runs from 0 to 1 over it."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Count | None = None
+    samples: Count | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None  # of the loop's wall clock
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        chosen = [name for name, value in self if value is not None]
+        if len(chosen) != 1:
+            raise ValueError(
+                "set exactly one of budget.epochs, budget.steps, budget.samples, budget.minutes, "
+                f"not {len(chosen)}"
+            )
+        return self
+
+
+class CheckpointKeys(Section):
+    """How often a checkpoint is saved, and how many of the newest are kept."""
+
+    every_steps: Count = 500
+    keep: Count = 3
+
+
+class Log(Section):
+    """How often metrics are written; trackers are Accelerate's (tensorboard, wandb, ...)."""
+
+    every_steps: Count = 10
+    samples: bool = False  # also write which pictures each rank saw, to samples-<rank>.jsonl
+    trackers: tuple[str, ...] = ()
+
+
+class Guard(Section):
+    """What happens when gradients are not finite: the step is skipped on every rank.
+
+    After `skips` in a row the last checkpoint's weights come back with the learning rate halved
+    and the stream goes on behind the bad batches; after `rollbacks` of these the run ends (5).
+    """
+
+    skips: Count = 10
+    rollbacks: Annotated[int, Field(ge=0)] = 2

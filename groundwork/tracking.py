@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from torch import Tensor
 
 from groundwork.checkpoint import write_atomically
 from groundwork.errors import UsageError
@@ -31,6 +33,36 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise UsageError(f"log.trackers={name} is not known; these are: {', '.join(known)}.")
         if name not in available:
             raise UsageError(f"log.trackers={name} is not installed: pip install {name}.")
+
+
+class Window:
+    """Sums since the last line of metrics, tensors among them, which are read once a line."""
+
+    def __init__(self, sums: Mapping[str, float] | None = None) -> None:
+        self._sums: dict[str, Any] = dict(sums or {})
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Add to a sum; waits for no device."""
+        self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def plain(self) -> dict[str, float]:
+        """Return the sums as numbers, for a checkpoint."""
+        return {key: float(value) for key, value in self._sums.items()}
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Turn the sums into means over their steps and over the ranks."""
+        sums = self._sums
+        steps, seconds = float(sums["steps"]), float(sums["seconds"])
+        names = [name for name in sorted(sums) if name.startswith("train/")]
+        totals = torch.stack([torch.as_tensor(sums[n], dtype=torch.float32).cpu() for n in names])
+        means = accelerator.reduce((totals / steps).to(accelerator.device), "mean").tolist()
+        metrics = dict(zip(names, means, strict=True))
+        if sums.get("counted"):
+            metrics["train/gradient_norm"] = float(sums["gradient_norm"]) / float(sums["counted"])
+        metrics["speed/images_per_second"] = float(sums["images"]) / max(seconds, 1e-9)
+        metrics["speed/data_wait"] = float(sums["wait"]) / max(seconds, 1e-9)
+        metrics["speed/worker_seconds"] = float(sums["worker"]) / steps
+        return metrics
 
 
 class Tracking:

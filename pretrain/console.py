@@ -1,11 +1,9 @@
-"""What a person reads while a run goes on: what begins, a bar or lines, what was learned."""
+"""What a person reads of a pretraining run: what begins, what a probe found, what was learned."""
 
 from __future__ import annotations
 
 import logging
-import math
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from groundwork.clock import Clock
+from groundwork.console import minutes
 from groundwork.data.shards import Samples
-from pretrain.clock import Clock
 from pretrain.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -25,65 +24,6 @@ LEARNED = {
     "probe/rankme": "Effective number of feature dimensions (RankMe)",
     "probe/spread": "Spread of the features (0 collapsed, 1 everywhere)",
 }
-QUIET_SECONDS = 30.0  # between lines where there is no terminal for a progress bar
-
-
-class Display:
-    """What a person sees while it trains: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, clock: Clock, active: bool) -> None:
-        self.clock = clock
-        self.active = active
-        self.told = 0.0
-        total = clock.steps if clock.limit is None else clock.limit
-        shown = active and sys.stderr.isatty()
-        layout = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]{postfix}"
-        self.bar = tqdm(total=total, disable=not shown, bar_format=layout, dynamic_ncols=True)
-        self.quiet = active and not shown
-
-    def step(self, step: int) -> None:
-        """Move the bar."""
-        self.bar.n = step if self.clock.limit is None else min(self.clock.seconds, self.clock.limit)
-        self.bar.set_description_str(f"step {step}", refresh=False)
-        self.bar.update(0)
-
-    def metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Show the loss, the speed and the share of time spent waiting for data."""
-        if not self.active:
-            return
-        text = (
-            f"loss {metrics['train/loss']:.4f}  {metrics['speed/images_per_second']:.1f} images/s  "
-            f"data wait {metrics['speed/data_wait']:.0%}"
-        )
-        self.bar.set_postfix_str(text, refresh=False)
-        over = self.clock.over(step)
-        if self.quiet and (over or time.perf_counter() - self.told > QUIET_SECONDS):
-            self.told = time.perf_counter()
-            done = self.clock.progress(step)
-            left = self.clock.seconds * (1 - done) / done if done else math.nan
-            logger.info("step %d  %3.0f%%  %s  %s left", step, 100 * done, text, minutes(left))
-
-    def probe(self, step: int, metrics: Mapping[str, float], alarm: str) -> None:
-        """Say what a probe found, and raise the alarm where it has to be."""
-        if self.active and metrics:
-            tqdm.write(f"probe at step {step}: {_values(metrics)}", file=sys.stdout)
-        if alarm:
-            logger.warning("COLLAPSE ALARM at step %d. %s", step, alarm)
-
-    def ended(self, step: int, pictures: int, probe: Mapping[str, Any]) -> None:
-        """Say what was learned."""
-        spent = minutes(self.clock.seconds)
-        logger.info("Saw %d pictures in %d steps and %s.", pictures, step, spent)
-        if not probe:
-            return
-        first, last = probe["first"], probe["last"]
-        for name, title in LEARNED.items():
-            if name in last:
-                logger.info("%s: %.3f before, %.3f after.", title, first[name], last[name])
-
-    def close(self) -> None:
-        """Leave the terminal clean."""
-        self.bar.close()
 
 
 def announce(
@@ -107,12 +47,21 @@ def announce(
     logger.info("Run folder: %s", folder)
 
 
-def minutes(seconds: float) -> str:
-    """Write a time as minutes and seconds."""
-    if not math.isfinite(seconds):
-        return "?"
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+def tell_probe(step: int, metrics: Mapping[str, float], alarm: str) -> None:
+    """Say what a probe found, and raise the alarm where it has to be."""
+    if metrics:
+        values = "  ".join(f"{k.removeprefix('probe/')} {v:.4g}" for k, v in metrics.items())
+        tqdm.write(f"probe at step {step}: {values}", file=sys.stdout)
+    if alarm:
+        logger.warning("COLLAPSE ALARM at step %d. %s", step, alarm)
 
 
-def _values(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{key.removeprefix('probe/')} {value:.4g}" for key, value in metrics.items())
+def tell_end(step: int, pictures: int, seconds: float, probe: Mapping[str, Any]) -> None:
+    """Say what was learned."""
+    logger.info("Saw %d pictures in %d steps and %s.", pictures, step, minutes(seconds))
+    if not probe:
+        return
+    first, last = probe["first"], probe["last"]
+    for name, title in LEARNED.items():
+        if name in last:
+            logger.info("%s: %.3f before, %.3f after.", title, first[name], last[name])

@@ -9,24 +9,17 @@ the device of (seed, step, rank), so that nothing hidden has to be restored on r
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
-import os
-import platform
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from groundwork import checkpoint as checkpoints
@@ -34,46 +27,41 @@ from groundwork.backbones import build_backbone, load_init
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import save_product
 from groundwork.checkpoint import Checkpoint
-from groundwork.config import Section, to_yaml
+from groundwork.clock import Clock, StopRequest, agree, host_group
+from groundwork.config import Section
+from groundwork.console import Display
 from groundwork.data.loader import Loader
 from groundwork.data.order import Order
 from groundwork.data.samples import open_samples
 from groundwork.data.shards import Samples
 from groundwork.ema import Ema
-from groundwork.errors import CheckpointError, DivergedError, StoppedError, UsageError
+from groundwork.errors import CheckpointError, DivergedError, StoppedError
 from groundwork.optim import (
     build_optimizer,
     set_learning_rate,
     state_from_tensors,
     state_to_tensors,
 )
+from groundwork.quarantine import Quarantine
+from groundwork.run_folder import (
+    Run,
+    check_same_data,
+    commit,
+    data_workers,
+    find_checkpoint,
+    step_seed,
+)
 from groundwork.schedule import multiplier
-from groundwork.tracking import Tracking, check_trackers
+from groundwork.tracking import Tracking, Window
 from pretext_tasks.contract import PretextTask, Views, backbone_of
-from pretrain.clock import Clock, StopRequest, agree, host_group
-from pretrain.console import Display, announce
+from pretrain.console import announce, tell_end, tell_probe
 from pretrain.probe import CollapseAlarm, open_probe
-from pretrain.quarantine import Quarantine
 from pretrain.recipe import Recipe
 from pretrain.report import save_sheet
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 PICTURES = 8  # samples on a sheet of what the task sees
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run keeps its files, and the processes that take part in it."""
-
-    folder: Path
-    accelerator: Accelerator
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
-        return self.folder / "checkpoints"
 
 
 @dataclass
@@ -89,48 +77,6 @@ class Position:
     replaced: int = 0  # samples whose picture was unreadable, of all ranks
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics
     probe: dict[str, Any] = field(default_factory=dict)
-
-
-def prepare_run(recipe: Recipe, out: Path | None, resumed: bool) -> Run:
-    """Start Accelerate, agree on the run folder, and write the recipe and the machine into it.
-
-    Raises UsageError where the launcher and Accelerate disagree on the number of processes, or a
-    tracker is not installed.
-    """
-    check_trackers(recipe.log.trackers)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    name = f"{recipe.task_name}-{recipe.backbone.name.replace('/', '-')}"
-    chosen = [str(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")]
-    folder = Path(broadcast_object_list(chosen)[0])
-    accelerator = Accelerator(
-        cpu=state.device.type == "cpu",
-        mixed_precision=PRECISIONS[recipe.precision],
-        log_with=list(recipe.log.trackers) or None,
-        project_dir=str(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    world = accelerator.num_processes
-    if int(os.environ.get("WORLD_SIZE", "1")) != world:
-        raise UsageError(
-            f"The launcher started {os.environ['WORLD_SIZE']} processes, Accelerate sees {world}: "
-            "use torchrun --nproc-per-node N pretrain/run.py ..., and check the Accelerate config."
-        )
-    if recipe.batch_size % (world * recipe.accumulate):
-        raise UsageError(
-            f"batch_size={recipe.batch_size} is not divisible by {world} processes x "
-            f"accumulate={recipe.accumulate}."
-        )
-    if accelerator.device.type == "cpu":
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(recipe.threads or max(1, len(os.sched_getaffinity(0)) // here))
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.sweep(folder / "checkpoints")
-        checkpoints.write_atomically(folder / "recipe.yaml", to_yaml(recipe))
-        machine = "machine-resumed.json" if resumed else "machine.json"
-        checkpoints.write_atomically(folder / machine, json.dumps(_machine(accelerator), indent=1))
-    accelerator.wait_for_everyone()
-    return Run(folder, accelerator)
 
 
 def pretrain(  # noqa: C901 (one loop, read from top to bottom)
@@ -173,9 +119,9 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
 
     # Where it stands.
     position = Position()
-    saved = _find_checkpoint(run, resume)
+    saved = find_checkpoint(run, resume)
     if saved is not None:
-        _same_data(saved, samples)
+        check_same_data(saved, samples)
         position = Position(**saved.documents["state"])
         _restore(saved, task, optimizer, ema, accelerator)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
@@ -214,7 +160,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         world=world,
         accumulate=recipe.accumulate,
         start=position.samples,
-        workers=_workers(recipe),
+        workers=data_workers(recipe.data.workers),
         on_error=recipe.data.on_error,
         max_pixels=recipe.data.max_pixels,
         pin_memory=device.type == "cuda",
@@ -242,7 +188,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     def save(required: bool) -> None:
         """Save a checkpoint; a failed one is a warning unless it is the last chance."""
         position.seconds = clock.seconds
-        position.window = {key: float(value) for key, value in window.items()}
+        position.window = window.plain()
         if accelerator.is_main_process:
             try:
                 _save(run, recipe, position, task, optimizer, ema, accelerator, samples)
@@ -254,7 +200,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
 
     task.train()
     batches = iter(loader)
-    window: dict[str, Any] = dict(position.window)
+    window = Window(position.window)
     show = Display(clock, accelerator.is_main_process)
     try:
         if position.step == 0:
@@ -265,7 +211,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             progress = clock.progress(position.step)
             factor = multiplier(recipe.schedule, progress) * 0.5**position.rollbacks
             set_learning_rate(optimizer, recipe.optim.lr * factor)
-            torch.manual_seed(_step_seed(recipe.seed, position.step, accelerator.process_index))
+            torch.manual_seed(step_seed(recipe.seed, position.step, accelerator.process_index))
             torch._foreach_copy_(kept_buffers, buffers)
 
             # Step 1. Forward and backward over the micro-batches of this rank.
@@ -274,8 +220,8 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             for micro in range(recipe.accumulate):
                 began = time.perf_counter()
                 batch = next(batches)
-                _add(window, "wait", time.perf_counter() - began)
-                _add(window, "worker", batch.worker_seconds)
+                window.add("wait", time.perf_counter() - began)
+                window.add("worker", batch.worker_seconds)
                 quarantine.note(batch)
                 position.replaced += len(batch.replaced)
                 positions += batch.positions
@@ -285,9 +231,9 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 with nullcontext() if last else accelerator.no_sync(wrapped):
                     output = wrapped(views)
                     accelerator.backward(output.loss / recipe.accumulate)
-                _add(window, "train/loss", output.loss.detach() / recipe.accumulate)
+                window.add("train/loss", output.loss.detach() / recipe.accumulate)
                 for name, value in output.metrics.items():
-                    _add(window, f"train/{name}", value / recipe.accumulate)
+                    window.add(f"train/{name}", value / recipe.accumulate)
 
             # Step 2. Update, unless a gradient is not finite: then every rank skips, because the
             # norm is taken after the all-reduce. Reading it waits for the device, once a step:
@@ -308,8 +254,8 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 if ema is not None:
                     ema.update(position.step - position.skipped)
                 position.skipped_in_a_row = 0
-                _add(window, "gradient_norm", norm)
-                _add(window, "counted", 1.0)
+                window.add("gradient_norm", norm)
+                window.add("counted", 1.0)
             else:
                 torch._foreach_copy_(buffers, kept_buffers)
                 position.skipped += 1
@@ -320,33 +266,33 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 )  # fmt: skip
                 if position.skipped_in_a_row >= recipe.guard.skips:
                     _roll_back(recipe, run, position, task, optimizer, ema, accelerator)
-            _add(window, "steps", 1.0)
-            _add(window, "images", float(recipe.batch_size))
+            window.add("steps", 1.0)
+            window.add("images", float(recipe.batch_size))
 
             # Step 4. Everybody agrees on the time, on whether to stop, and on what was unreadable.
             stopping, seconds, bad = agree(group, stop.asked, clock.seconds, quarantine.bad)
             clock.set(seconds)
             quarantine.check(bad)
             ended = clock.over(position.step)
-            _add(window, "seconds", clock.lap())
+            window.add("seconds", clock.lap())
 
             # Step 5. Tell, probe, save: none of it changes what is learned.
             if recipe.log.samples:
                 tracking.write_samples(position.step, keys)
             if position.step == 1 or position.step % recipe.log.every_steps == 0 or ended:
-                metrics = _read(window, accelerator)
+                metrics = window.read(accelerator)
                 metrics["optim/lr"] = recipe.optim.lr * factor
                 metrics["train/skipped"] = float(position.skipped)
                 metrics["data/replaced"] = float(position.replaced)
                 tracking.write(position.step, metrics)
                 show.metrics(position.step, metrics)
-                window = {}
+                window = Window()
             due = ended or clock.crossed(progress, position.step, recipe.probe.times)
             if recipe.probe.times and due:
                 metrics = measure()
                 tracking.write(position.step, metrics)
                 _sheet(run, task, sheet, position.step)
-                show.probe(position.step, metrics, collapse)
+                tell_probe(position.step, metrics, collapse)
                 if (
                     agree(group, bool(collapse), clock.seconds, 0)[0]
                     and recipe.probe.stop_on_collapse
@@ -379,36 +325,17 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 "task": recipe.task_name,
                 "recipe": recipe.model_dump(mode="json"),
                 "images_seen": position.samples,
-                "commit": _commit(),
+                "commit": commit(),
                 "data": samples.fingerprint,
             },
         )
-        show.ended(position.step, position.samples, position.probe)
+        tell_end(position.step, position.samples, clock.seconds, position.probe)
         quarantine.tell(position.replaced)
     tracking.close()
     accelerator.wait_for_everyone()
     if group is not None:
         torch.distributed.destroy_process_group()
     return product
-
-
-def _add(window: dict[str, Any], name: str, value: Tensor | float) -> None:
-    window[name] = window.get(name, 0.0) + value
-
-
-def _read(window: dict[str, Any], accelerator: Accelerator) -> dict[str, float]:
-    """Turn the window's sums into means over its steps and over the ranks."""
-    steps, seconds = float(window["steps"]), float(window["seconds"])
-    names = [name for name in sorted(window) if name.startswith("train/")]
-    sums = torch.stack([torch.as_tensor(window[name], dtype=torch.float32).cpu() for name in names])
-    means = accelerator.reduce((sums / steps).to(accelerator.device), "mean").tolist()
-    metrics = dict(zip(names, means, strict=True))
-    if window.get("counted"):
-        metrics["train/gradient_norm"] = float(window["gradient_norm"]) / float(window["counted"])
-    metrics["speed/images_per_second"] = float(window["images"]) / max(seconds, 1e-9)
-    metrics["speed/data_wait"] = float(window["wait"]) / max(seconds, 1e-9)
-    metrics["speed/worker_seconds"] = float(window["worker"]) / steps
-    return metrics
 
 
 def _save(
@@ -460,27 +387,6 @@ def _restore(
         accelerator.scaler.load_state_dict(saved.documents["scaler"])
 
 
-def _find_checkpoint(run: Run, resume: Path | None) -> Checkpoint | None:
-    if resume is None:
-        return None
-    if (resume / checkpoints.MANIFEST).is_file():
-        return checkpoints.load(resume)
-    found = checkpoints.latest(resume)
-    if found is None:
-        logger.warning("%s holds no whole checkpoint: starting from the beginning.", resume)
-    return found
-
-
-def _same_data(saved: Checkpoint, samples: Samples) -> None:
-    before = saved.documents["data"]
-    if before["fingerprint"] != samples.fingerprint:
-        raise UsageError(
-            f"The data is not what {saved.path} was trained on: {before['pictures']} pictures of "
-            f"{before['name']} then, {len(samples)} of {samples.name} now. Give the same data, or "
-            "start a new run with --init."
-        )
-
-
 def _roll_back(
     recipe: Recipe,
     run: Run,
@@ -527,43 +433,3 @@ def _sheet(run: Run, task: PretextTask, views: dict[str, Tensor], step: int) -> 
     task.train(training)
     for name, pictures in shown.items():
         save_sheet(pictures, run.folder / "pictures" / f"step-{step}-{name}.png")
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of the device's random numbers (dropout): nothing of them needs to be saved."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _workers(recipe: Recipe) -> int:
-    if recipe.data.workers is not None:
-        return recipe.data.workers
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(8, len(os.sched_getaffinity(0)) // here - 1))
-
-
-def _machine(accelerator: Accelerator) -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    return {
-        "command": sys.argv,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "processes": accelerator.num_processes,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-
-
-def _commit() -> str:
-    """Return the commit of this checkout, or an empty string where there is none."""
-    head = Path(__file__).resolve().parent.parent / ".git" / "HEAD"
-    try:
-        text = head.read_text().strip()
-        if text.startswith("ref: "):
-            return (head.parent / text.removeprefix("ref: ")).read_text().strip()
-        return text
-    except OSError:
-        return ""

@@ -7,89 +7,37 @@ torch, so that a mistake is told before anything heavy is loaded.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from groundwork.config import Section, keys_of, merge, nearest, parse_overrides, read_yaml, validate
+from groundwork.config import (
+    Section,
+    changes_on_resume,
+    find_recipe,
+    keys_of,
+    merge,
+    nearest,
+    parse_overrides,
+    read_yaml,
+    validate,
+)
 from groundwork.errors import UsageError
-from groundwork.settings import Ema, Optimiser, ProbeSettings, Schedule
+from groundwork.settings import (
+    BackboneKeys,
+    Budget,
+    CheckpointKeys,
+    Count,
+    Data,
+    Ema,
+    Guard,
+    Log,
+    Optimiser,
+    ProbeSettings,
+    Schedule,
+)
 from pretext_tasks import TASKS
-
-Count = Annotated[int, Field(ge=1)]
-
-
-class Data(Section):
-    """Where the pictures come from, and how they are read."""
-
-    train: str | tuple[str, ...] = "scenes"  # a folder, shards, a URL, a list of these, or scenes
-    workers: Annotated[int, Field(ge=0)] | None = None  # of each rank; null: cores less one, max 8
-    window_shards: Count = 16  # samples are shuffled inside a window of so many shards
-    cache: str | None = None  # for drawn scenes, remote shards, foreign indexes
-    cache_gb: Annotated[float, Field(gt=0)] = 50.0  # bound of the local copy of remote shards
-    on_error: Literal["skip", "raise"] = "skip"  # what an unreadable picture does
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the pictures of the data
-    max_pixels: Count = 100_000_000  # a larger picture is refused before it is decoded
-
-    def cache_folder(self) -> Path:
-        """Return the folder for what is made or fetched once."""
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(self.cache or f"{base}/groundwork").expanduser()
-
-
-class BackboneKeys(Section):
-    """Which backbone is trained: yolo12n, s, m, l, x, or timm/<model>."""
-
-    name: str = "yolo12n"
-
-
-class Budget(Section):
-    """How long to train: exactly one of these is set. Progress runs from 0 to 1 over it."""
-
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    steps: Count | None = None
-    samples: Count | None = None
-    minutes: Annotated[float, Field(gt=0)] | None = None  # of the loop's wall clock
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        chosen = [name for name, value in self if value is not None]
-        if len(chosen) != 1:
-            raise ValueError(
-                "set exactly one of budget.epochs, budget.steps, budget.samples, budget.minutes, "
-                f"not {len(chosen)}"
-            )
-        return self
-
-
-class CheckpointKeys(Section):
-    """How often a checkpoint is saved, and how many of the newest are kept."""
-
-    every_steps: Count = 500
-    keep: Count = 3
-
-
-class Log(Section):
-    """How often metrics are written; trackers are Accelerate's (tensorboard, wandb, ...)."""
-
-    every_steps: Count = 10
-    samples: bool = False  # also write which pictures each rank saw, to samples-<rank>.jsonl
-    trackers: tuple[str, ...] = ()
-
-
-class Guard(Section):
-    """What happens when gradients are not finite: the step is skipped on every rank.
-
-    After `skips` in a row the last checkpoint's weights come back with the learning rate halved
-    and the stream goes on behind the bad batches; after `rollbacks` of these the run ends (5).
-    """
-
-    skips: Count = 10
-    rollbacks: Annotated[int, Field(ge=0)] = 2
 
 
 class Recipe(Section):
@@ -161,7 +109,7 @@ def resolve(task: str | None, recipe: str | None, overrides: Sequence[str]) -> R
         raise UsageError(
             f"Say what to train: --task NAME with one of {', '.join(sorted(TASKS))}, or --recipe."
         )
-    values = read_yaml(find_recipe(recipe or str(task)))
+    values = read_yaml(find_recipe(recipe or str(task), "pretrain"))
     if task is not None:
         below = values.get("task")
         if isinstance(below, dict) and below.get("name") not in (None, task):
@@ -185,20 +133,6 @@ def with_task_defaults(recipe: Recipe, config: type[Section]) -> tuple[Recipe, S
     return recipe.model_copy(update={"task": task}), given
 
 
-def find_recipe(name: str) -> Path:
-    """Return the path of a recipe given by path or by its name in recipes/pretrain."""
-    if name.endswith((".yaml", ".yml")) or os.sep in name:
-        return Path(name)
-    folder = Path(str(resources.files("recipes"))) / "pretrain"
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(path.stem for path in folder.glob("*.yaml"))
-        raise UsageError(
-            f"There is no recipe '{name}'; these are: {', '.join(known)}." + nearest(name, known)
-        )
-    return path
-
-
 def all_keys() -> list[str]:
     """List every key of a recipe but the task's own."""
     return keys_of(Recipe)
@@ -209,32 +143,5 @@ FIXED = ("task", "backbone", "seed", "image_size", "optim.name", "data.window_sh
 
 
 def refuse_changes(old: Recipe, new: Recipe) -> list[str]:
-    """Compare the recipe of a checkpoint with the one asked for on resume.
-
-    Returns a line for every harmless change; raises UsageError for one that would make another
-    model or another order of the data.
-    """
-    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
-    changed = [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-    fixed = [line for line in changed if line.split(":")[0].startswith(FIXED)]
-    if fixed:
-        raise UsageError(
-            "A resumed run cannot change "
-            + "; ".join(fixed)
-            + ". Start a new run with --init instead."
-        )
-    return changed
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            leaves.update(_leaves(value, f"{prefix}{key}."))
-        else:
-            leaves[prefix + key] = value
-    return leaves
+    """Return a line for every harmless change on resume; raises UsageError for another kind."""
+    return changes_on_resume(old, new, FIXED)

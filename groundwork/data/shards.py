@@ -47,6 +47,7 @@ class Sample:
 
     `key` is unique within its shard; `label` is the name of its class where the data has one;
     `source` is the shard (or file) and `offset` the byte in it at which the picture begins.
+    `annotation` is what labeled data knows of it (groundwork.data.labels), as it was written.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Sample:
     label: str | None
     source: str
     offset: int
+    annotation: object | None = field(default=None, repr=False, compare=False)
 
 
 class Samples(Protocol):

@@ -11,9 +11,9 @@ import pytest
 
 from groundwork.config import read_yaml
 from groundwork.errors import UsageError
+from groundwork.settings import Budget
 from pretext_tasks import TASKS, load_task
 from pretrain import recipe as recipes
-from pretrain.recipe import Budget
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes" / "pretrain").glob("*.yaml"))

@@ -9,7 +9,7 @@ import pytest
 
 from groundwork.data.loader import Batch, Replaced
 from groundwork.errors import DataError
-from pretrain.quarantine import Quarantine
+from groundwork.quarantine import Quarantine
 
 
 def batch(*keys: str) -> Batch:

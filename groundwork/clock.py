@@ -10,7 +10,7 @@ from types import FrameType
 import torch
 import torch.distributed
 
-from pretrain.recipe import Budget
+from groundwork.settings import Budget
 
 
 class Clock:

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from pretrain.clock import Clock, StopRequest, agree
-from pretrain.recipe import Budget
+from groundwork.clock import Clock, StopRequest, agree
+from groundwork.settings import Budget
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The second stage: a detector on the pretrained backbone, trained, evaluated, exported."""

@@ -1,0 +1,97 @@
+"""A picture in a frame of a given size: scaled with its aspect kept, centred, grey around it.
+
+Training ends with it and evaluation begins with it, so that both see objects in the same shape.
+The grey is 114 of 255, as detectors of the YOLO family pad with: about the mean of natural
+pictures, so that the frame is nearly zero once it is normalised.
+
+The picture is placed at whole pixels, and its sides are rounded to whole pixels, which moves the
+far edge of its shorter side by up to half a pixel against `scale`; boxes follow `scale` alone, both
+ways, and come back exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune.augment.boxes import Boxes, Rule, moved, scaled
+from finetune.augment.warp import GREY, resized
+
+if TYPE_CHECKING:
+    from finetune.augment.contract import Item, Source
+
+
+class Geometry(NamedTuple):
+    """Where a picture lies in its frame: framed = picture * scale + (left, top), in pixels."""
+
+    scale: float
+    left: int
+    top: int
+
+    def apply(self, boxes: Boxes) -> Boxes:
+        """Bring boxes of the picture into the frame."""
+        return moved(scaled(boxes, self.scale, self.scale), self.left, self.top)
+
+    def undo(self, boxes: Boxes) -> Boxes:
+        """Bring boxes of the frame back to the picture; they are not clipped to it."""
+        return scaled(moved(boxes, -self.left, -self.top), 1 / self.scale, 1 / self.scale)
+
+    def shown(self, width: int, height: int) -> tuple[int, int]:
+        """Return (height, width) in the frame of a picture of this width and height."""
+        return max(1, round(height * self.scale)), max(1, round(width * self.scale))
+
+
+def letterbox_geometry(
+    width: int, height: int, size: tuple[int, int], *, enlarge: bool = True
+) -> Geometry:
+    """Return scale, left and top of a width x height picture in a frame of size (height, width).
+
+    Without `enlarge` a picture that is smaller than its frame keeps its size.
+    """
+    scale = min(size[0] / height, size[1] / width)
+    if not enlarge:
+        scale = min(scale, 1.0)
+    shown = Geometry(scale, 0, 0).shown(width, height)
+    return Geometry(scale, (size[1] - shown[1]) // 2, (size[0] - shown[0]) // 2)
+
+
+def framed(
+    pixels: npt.NDArray[np.uint8], geometry: Geometry, size: tuple[int, int]
+) -> npt.NDArray[np.uint8]:
+    """Put a picture (uint8 H W 3) into its frame of size (height, width); contiguous."""
+    height, width = geometry.shown(pixels.shape[1], pixels.shape[0])
+    inner = resized(pixels, (height, width))
+    if (height, width) == size:
+        return np.ascontiguousarray(inner)
+    frame = np.full((*size, 3), GREY, np.uint8)
+    frame[geometry.top : geometry.top + height, geometry.left : geometry.left + width] = inner
+    return frame
+
+
+class Letterbox:
+    """Brings an item to source.size; the boxes that `rule` names survive.
+
+    Without `enlarge` a picture that is smaller than its frame keeps its size.
+    """
+
+    def __init__(self, enlarge: bool = True, rule: Rule | None = None) -> None:
+        self.enlarge = enlarge
+        self.rule = rule or Rule()
+
+    def __call__(self, item: Item, source: Source) -> Item:
+        """Return the item in its frame."""
+        height, width = item.pixels.shape[:2]
+        geometry = letterbox_geometry(width, height, source.size, enlarge=self.enlarge)
+        area = geometry.apply(np.array([[0, 0, width, height]], np.float32))[0]
+        boxes, kept = self.rule.clip(
+            geometry.apply(item.boxes), (area[0], area[1], area[2], area[3])
+        )
+        return replace(
+            item,
+            pixels=framed(item.pixels, geometry, source.size),
+            boxes=boxes[kept],
+            classes=item.classes[kept],
+        )

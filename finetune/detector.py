@@ -1,0 +1,119 @@
+"""A detector: backbone, neck and head, and what turns its logits into boxes.
+
+Source: YOLOv12 (arXiv 2502.12524); class-aware non-maximum suppression is torchvision's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from finetune.head import DetectionHead, Raw, anchors_of
+from groundwork.backbones import build_backbone
+from groundwork.backbones.contract import Backbone
+from groundwork.backbones.yolo12 import SCALES
+from groundwork.errors import UsageError
+from groundwork.necks.yolo12 import YOLO12Neck
+
+# Non-maximum suppression looks at no more than this many boxes of a picture, the best ones.
+CANDIDATES = 30_000
+
+
+class Detections(NamedTuple):
+    """The boxes found in one picture, best first.
+
+    `boxes` K 4 (left, top, right, bottom in pixels), `scores` K in 0..1, `classes` K int64.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+
+
+class Detector(nn.Module):
+    """Pictures normalised with the backbone's mean and std -> Raw logits of every anchor point.
+
+    Sides are multiples of 32. Train and eval mode return the same thing; `detect` makes boxes.
+    """
+
+    def __init__(self, backbone: Backbone, neck: YOLO12Neck, head: DetectionHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+
+    def forward(self, image: Tensor) -> Raw:
+        """N 3 H W -> logits."""
+        pyramid = self.backbone(image)
+        features = self.neck(pyramid)
+        raw: Raw = self.head(features)
+        return raw
+
+    def predict(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """N 3 H W -> boxes N A 4 in pixels and scores N A C in 0..1, before any suppression."""
+        return self.read(self(image), image.shape[2], image.shape[3])
+
+    def read(self, raw: Raw, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Logits of pictures of height x width -> boxes N A 4 in pixels, scores N A C."""
+        boxes = self.head.decode(raw.boxes.float(), anchors_of(height, width, raw.boxes))
+        scores = raw.classes.float().sigmoid()
+        if raw.objectness is not None:
+            scores = scores * raw.objectness.float().sigmoid().unsqueeze(-1)
+        return boxes, scores
+
+    @torch.no_grad()
+    def detect(
+        self,
+        image: Tensor,
+        *,
+        score: float = 0.001,
+        iou: float = 0.7,
+        most: int = 300,
+    ) -> list[Detections]:
+        """Find the boxes of each picture of N 3 H W; `suppress` says what the numbers mean."""
+        boxes, scores = self.predict(image)
+        return [
+            suppress(*one, score=score, iou=iou, most=most)
+            for one in zip(boxes, scores, strict=True)
+        ]
+
+
+def suppress(
+    boxes: Tensor, scores: Tensor, *, score: float = 0.001, iou: float = 0.7, most: int = 300
+) -> Detections:
+    """Keep the boxes of one picture (A 4 and A C) that no better box of their class overlaps.
+
+    Every class whose score is above `score` is a box of its own (so a cell may give several); of
+    two boxes of one class with more than `iou` in common the better one stays; at most `most`.
+    """
+    cells, classes = (scores > score).nonzero(as_tuple=True)
+    found = scores[cells, classes]
+    if len(found) > CANDIDATES:
+        found, best = found.topk(CANDIDATES)
+        cells, classes = cells[best], classes[best]
+    kept = batched_nms(boxes[cells], found, classes, iou)[:most]
+    return Detections(boxes[cells[kept]], found[kept], classes[kept])
+
+
+def build_detector(
+    name: str,
+    num_classes: int = 80,
+    *,
+    width: str | None = None,
+    objectness: bool = False,
+) -> Detector:
+    """Build a detector with random weights: yolo12n to yolo12x, or timm/<model>.
+
+    `width` (n, s, m, l, x) chooses neck and head; None is the backbone's own letter, and n for
+    timm. Raises UsageError for names that are not known.
+    """
+    if width is not None and width not in SCALES:
+        raise UsageError(f"width={width} is not one of {', '.join(SCALES)}.")
+    backbone = build_backbone(name)
+    letter = width or (name.removeprefix("yolo12") if name.startswith("yolo12") else "n")
+    neck = YOLO12Neck(backbone.levels, letter)
+    head = DetectionHead(neck.channels, num_classes, objectness=objectness)
+    return Detector(backbone, neck, head)

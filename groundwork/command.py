@@ -1,0 +1,131 @@
+"""What the commands of both stages share: flags, status.json, what is logged, how they are stopped.
+
+Nothing here imports torch: a mistake in a command is told in a quarter of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from groundwork.errors import UsageError
+
+
+def flags(program: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser of the flags that both stages have; all else is key=value."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog="Every other setting is key=value; --print-recipe shows all keys with their values.",
+    )
+    parser.add_argument("--recipe", help="a recipe file, or the name of one of recipes/")
+    parser.add_argument("--out", type=Path, help="the run folder (default: one of runs/)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with a run folder or a checkpoint; without a path, with the last run of runs/",
+    )
+    parser.add_argument("--init", type=Path, help="weights to start from")
+    parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Raise UsageError for flags that exclude each other, or name what is not there."""
+    chosen = options.recipe or options.init or getattr(options, "task", None)
+    if options.resume is not None and chosen:
+        raise UsageError(
+            "--resume takes task, recipe and weights from the run: leave out the others."
+        )
+    if options.init is not None and not options.init.is_file():
+        raise UsageError(f"--init {options.init} is not a file.")
+    if (
+        options.resume is None
+        and options.out is not None
+        and (options.out / "recipe.yaml").exists()
+    ):
+        raise UsageError(
+            f"--out {options.out} holds a run already: go on with it by --resume {options.out}, "
+            "or choose another folder."
+        )
+
+
+def find_run(resume: str, stage: str) -> tuple[Path, Path]:
+    """Return what to resume from (a checkpoint, or a folder of them) and the run folder.
+
+    An empty `resume` is the last run of `stage` (pretrain or finetune) in runs/. Raises UsageError.
+    """
+    path = Path(resume) if resume else _last_run(Path("runs"), stage)
+    is_checkpoint = (path / "manifest.json").is_file()
+    folder = path.parent.parent if is_checkpoint else path
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        raise UsageError(f"--resume {path}: there is no run here ({file} is missing).")
+    if stage_of(folder) != stage:
+        raise UsageError(
+            f"--resume {path}: this is a run of {stage_of(folder)}/run.py: go on with it there."
+        )
+    return path if is_checkpoint else folder / "checkpoints", folder
+
+
+def stage_of(folder: Path) -> str:
+    """Say which stage a run folder is of: only a pretraining recipe has a task."""
+    with (folder / "recipe.yaml").open(encoding="utf-8") as file:
+        return "pretrain" if any(line.startswith("task:") for line in file) else "finetune"
+
+
+def _last_run(folder: Path, stage: str) -> Path:
+    runs = [path.parent for path in folder.glob("*/recipe.yaml") if stage_of(path.parent) == stage]
+    if not runs:
+        raise UsageError(f"--resume: there is no run in {folder.resolve()}; name its folder.")
+    return max(runs, key=lambda path: (path / "recipe.yaml").stat().st_mtime)
+
+
+def stop_with_the_launcher() -> None:
+    """Ask Linux for SIGTERM when the launcher dies.
+
+    `accelerate launch` with one process dies of SIGTERM without passing it on, and training would
+    go on as an orphan. Only under a launcher: a run started by hand may outlive its shell.
+    """
+    launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
+    if launched and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() == 1:  # it died before we asked
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def write_status(folder: Path | None, state: str, exit_code: int | None, message: str) -> None:
+    """Write status.json, since launchers turn every exit code into 1."""
+    if folder is None or not is_main_process():
+        return
+    from groundwork.checkpoint import write_atomically  # imports torch
+
+    text = json.dumps({"state": state, "exit_code": exit_code, "message": message}, indent=1)
+    write_atomically(folder / "status.json", text + "\n")
+
+
+def is_main_process() -> bool:
+    """Tell by the launcher's variables whether this is rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def log_to_standard_output(packages: Sequence[str]) -> None:
+    """Log what these packages say, as plain lines; only errors of other ranks."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in packages:
+        package = logging.getLogger(name)
+        package.handlers = [handler]
+        package.propagate = False
+        package.setLevel(logging.INFO if is_main_process() else logging.ERROR)

@@ -1,0 +1,177 @@
+"""A run: its folder, the processes that take part, and where it goes on. Shared by both stages."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from pydantic import BaseModel
+
+from groundwork import checkpoint as checkpoints
+from groundwork.checkpoint import Checkpoint
+from groundwork.config import to_yaml
+from groundwork.data.shards import Samples
+from groundwork.errors import UsageError
+from groundwork.settings import Log
+from groundwork.tracking import check_trackers
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class RunKeys(Protocol):
+    """The keys of a recipe that say how it is run; both stages' recipes have them."""
+
+    @property
+    def log(self) -> Log:
+        """Where metrics go."""
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """Of forward and backward."""
+
+    @property
+    def batch_size(self) -> int:
+        """Of one step, over all ranks."""
+
+    @property
+    def accumulate(self) -> int:
+        """Forwards for one step."""
+
+    @property
+    def threads(self) -> int | None:
+        """Of a one-process CPU run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run keeps its files, and the processes that take part in it."""
+
+    folder: Path
+    accelerator: Accelerator
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+
+def prepare_run(recipe: RunKeys, name: str, out: Path | None, resumed: bool) -> Run:
+    """Start Accelerate, agree on the run folder, and write the recipe and the machine into it.
+
+    Without `out`, the folder is runs/<name>-<time>.
+
+    Raises UsageError where the launcher and Accelerate disagree on the number of processes, or a
+    tracker is not installed.
+    """
+    assert isinstance(recipe, BaseModel)
+    check_trackers(recipe.log.trackers)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    name = f"{name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
+    chosen = [str(out or Path("runs") / name)]
+    folder = Path(broadcast_object_list(chosen)[0])
+    accelerator = Accelerator(
+        cpu=state.device.type == "cpu",
+        mixed_precision=PRECISIONS[recipe.precision],
+        log_with=list(recipe.log.trackers) or None,
+        project_dir=str(folder),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    world = accelerator.num_processes
+    if int(os.environ.get("WORLD_SIZE", "1")) != world:
+        raise UsageError(
+            f"The launcher started {os.environ['WORLD_SIZE']} processes, Accelerate sees {world}: "
+            "use torchrun --nproc-per-node N the same command, and check the Accelerate config."
+        )
+    if recipe.batch_size % (world * recipe.accumulate):
+        raise UsageError(
+            f"batch_size={recipe.batch_size} is not divisible by {world} processes x "
+            f"accumulate={recipe.accumulate}."
+        )
+    if accelerator.device.type == "cpu":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(recipe.threads or max(1, len(os.sched_getaffinity(0)) // here))
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.sweep(folder / "checkpoints")
+        checkpoints.write_atomically(folder / "recipe.yaml", to_yaml(recipe))
+        machine = "machine-resumed.json" if resumed else "machine.json"
+        checkpoints.write_atomically(folder / machine, json.dumps(_machine(accelerator), indent=1))
+    accelerator.wait_for_everyone()
+    return Run(folder, accelerator)
+
+
+def find_checkpoint(run: Run, resume: Path | None) -> Checkpoint | None:
+    """Read what to resume from: a checkpoint, or the newest whole one of a folder of them."""
+    if resume is None:
+        return None
+    if (resume / checkpoints.MANIFEST).is_file():
+        return checkpoints.load(resume)
+    found = checkpoints.latest(resume)
+    if found is None:
+        logger.warning("%s holds no whole checkpoint: starting from the beginning.", resume)
+    return found
+
+
+def check_same_data(saved: Checkpoint, samples: Samples) -> None:
+    """Raise UsageError where the data is not what the checkpoint was trained on."""
+    before = saved.documents["data"]
+    if before["fingerprint"] != samples.fingerprint:
+        raise UsageError(
+            f"The data is not what {saved.path} was trained on: {before['pictures']} pictures of "
+            f"{before['name']} then, {len(samples)} of {samples.name} now. Give the same data, or "
+            "start a new run with --init."
+        )
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the device's random numbers (dropout): nothing of them needs to be saved."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def data_workers(workers: int | None) -> int:
+    """Return data.workers, or where it is null one worker for each core of this rank but one."""
+    if workers is not None:
+        return workers
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, len(os.sched_getaffinity(0)) // here - 1))
+
+
+def _machine(accelerator: Accelerator) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "command": sys.argv,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str:
+    """Return the commit of this checkout, or an empty string where there is none."""
+    head = Path(__file__).resolve().parent.parent / ".git" / "HEAD"
+    try:
+        text = head.read_text().strip()
+        if text.startswith("ref: "):
+            return (head.parent / text.removeprefix("ref: ")).read_text().strip()
+        return text
+    except OSError:
+        return ""
