@@ -44,6 +44,11 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.neck = neck
         self.head = head
+        self.scales: dict[str, float] = {}
+
+    def lr_scales(self) -> dict[str, float]:
+        """Say which parameters learn at another rate than the common one (groundwork/optim.py)."""
+        return self.scales
 
     def forward(self, image: Tensor) -> Raw:
         """N 3 H W -> logits."""

@@ -3,6 +3,10 @@
 The file is written by groundwork.backbones.product: tensors `backbone.*`, `neck.*`, `head.*`, and
 metadata that says how to build the detector again (`detector`), which classes it knows (`names`),
 and for which side of picture it was trained (`image_size`).
+
+A start is taken from what a file holds of five parts: backbone, neck, and the head's branches for
+boxes, classes and objectness. Each of them has to fit, or nothing is taken. Names are matched as
+groundwork.backbones.load does it, and YOLOv12's public names are known (finetune/exchange.py).
 """
 
 from __future__ import annotations
@@ -12,10 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.detector import Detector, build_detector
-from groundwork.backbones.product import read_product, save_product
+from finetune.exchange import from_ultralytics
+from groundwork.backbones.load import (
+    ENOUGH,
+    InitReport,
+    advice,
+    fit,
+    fit_backbone,
+    report_of,
+    take,
+    unwrap,
+)
+from groundwork.backbones.product import read_product, read_tensors, save_product
+from groundwork.backbones.yolo12 import YOLO12
 from groundwork.errors import CheckpointError
 
 
@@ -83,3 +99,162 @@ def detector_from_file(path: Path) -> tuple[Detector, About]:
             "the version that wrote it."
         ) from error
     return detector.eval(), About(tuple(metadata["names"]), int(metadata["image_size"]), metadata)
+
+
+# The parts of a detector that a file may hold one without the other; the backbone it must hold.
+_PARTS = {
+    "neck": ("neck.",),
+    "head's box branch": ("head.boxes.", "head.bins"),
+    "head's class branch": ("head.classes.",),
+    "head's objectness branch": ("head.objectness.",),
+}
+_CLASSES = "head's class branch"
+_LAST_BIAS = "head.classes.0.2.bias"  # as long as there are classes
+
+
+@dataclass(frozen=True)
+class DetectorInit:
+    """What a file gave a detector: a report for each part it holds, and a sentence for the rest."""
+
+    path: Path
+    parts: tuple[InitReport, ...]
+    left: tuple[str, ...]
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        """The parts that have the file's weights: backbone, neck, head's box branch, ..."""
+        return frozenset(report.part for report in self.parts)
+
+    def sentence(self) -> str:
+        """Say it for a person, one sentence a part."""
+        said = [f"{report.account()}." for report in self.parts] + list(self.left)
+        return f"Loaded from {self.path}: {' '.join(said)}"
+
+
+def load_init(detector: Detector, path: str | Path) -> DetectorInit:
+    """Give a detector what a file holds of it: safetensors, or a torch file without code in it.
+
+    The file may be a pretrained.safetensors (backbone, and neck where one was trained), a
+    detector.safetensors, a checkpoint of the timm model, or YOLOv12's tensors under their public
+    names. The class branch is taken where the number of classes is the same. BatchNorm statistics
+    come with the weights.
+
+    Raises CheckpointError where the file cannot be read, has no backbone, fits less than 90 % of
+    the tensors of a part that it holds (BatchNorm counters do not count), or holds numbers that
+    are not finite; the detector is then as it was.
+    """
+    path = Path(path)
+    tensors, metadata = _read(path)
+    if isinstance(detector.backbone, YOLO12):
+        tensors = from_ultralytics(tensors)
+    own = dict(detector.state_dict())
+    body, body_tensors, chosen = _choose(detector, own, tensors)
+    spread = _by_part(own, tensors)
+    inner = dict(detector.backbone.state_dict())
+    rest = body_tensors if body_tensors is not tensors else spread["backbone"]
+    reports = [report_of(path, inner, rest, body)]
+    left = []
+    for part in _PARTS:
+        names = {name: own[name] for name in own if _part(name) == part}
+        keys = spread.get(part, {})
+        reason = _not_taken(part, names, keys, own)
+        if reason is None:
+            fitted = {name: key for name, key in chosen.items() if name in names}
+            reports.append(report_of(path, names, keys, fitted, part))
+            continue
+        if reason:
+            left.append(reason)
+        chosen = {name: key for name, key in chosen.items() if name not in names}
+    for report in reports:
+        if report.share < ENOUGH:
+            raise CheckpointError(_refusal(report, detector, metadata))
+    taken = {f"backbone.{name}": body_tensors[key] for name, key in body.items()}
+    taken |= {name: tensors[key] for name, key in chosen.items()}
+    take(own, taken, {name: name for name in taken}, path)
+    return DetectorInit(path, tuple(reports), tuple(left))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Read a file's tensors and metadata; of a pickled YOLO model, say how to get at them."""
+    try:
+        return read_tensors(path)
+    except CheckpointError as error:
+        if "ultralytics" not in str(error.__cause__):
+            raise
+        plain = path.with_suffix(".safetensors")
+        raise CheckpointError(
+            f"{path} is a pickled model, which can run code and is not read: save its tensors "
+            f"where it was made, by `from safetensors.torch import save_file; "
+            f"save_file(YOLO('{path.name}').model.state_dict(), '{plain.name}')`, and start from "
+            f"{plain.name}."
+        ) from error
+
+
+def _choose(
+    detector: Detector, own: Mapping[str, Tensor], tensors: dict[str, Tensor]
+) -> tuple[dict[str, str], dict[str, Tensor], dict[str, str]]:
+    """Map names to the file's: the backbone's (and in which tensors), and those of neck and head.
+
+    Both are of one network of the file: a whole detector, or where more of the backbone fits so, a
+    backbone alone.
+    """
+    whole = fit(own, tensors)
+    of_backbone = "backbone."
+    body = {n.removeprefix(of_backbone): k for n, k in whole.items() if n.startswith(of_backbone)}
+    rest = {name: key for name, key in whole.items() if not name.startswith(of_backbone)}
+    inner = dict(detector.backbone.state_dict())
+    alone, converted = fit_backbone(detector.backbone, inner, tensors)
+    if len(alone) > len(body):
+        return alone, converted, {}
+    return body, tensors, rest
+
+
+def _by_part(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Sort a file's tensors by the part they belong to; what is of none counts as backbone."""
+    spread: dict[str, dict[str, Tensor]] = {"backbone": {}}
+    for key, value in tensors.items():
+        spread.setdefault(_part(unwrap(key, own)[0]), {})[key] = value
+    return spread
+
+
+def _part(name: str) -> str:
+    return next((part for part, starts in _PARTS.items() if name.startswith(starts)), "backbone")
+
+
+def _not_taken(
+    part: str,
+    names: Mapping[str, Tensor],
+    keys: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+) -> str | None:
+    """Say why a part is left as initialised; None: it is to be taken, "": there is no such part."""
+    if not names:
+        return f"The detector has no {part} and the file has." if keys else ""
+    if not keys:
+        return f"The {part} is not in the file and left as initialised."
+    if part == _CLASSES:
+        there = next((v for k, v in keys.items() if unwrap(k, own)[0] == _LAST_BIAS), None)
+        here = own[_LAST_BIAS]
+        if there is not None and there.shape != here.shape:
+            return (
+                f"The {part} is left as initialised: the file's is for {len(there)} classes, "
+                f"this one for {len(here)}."
+            )
+    return None
+
+
+def _refusal(report: InitReport, detector: Detector, metadata: Mapping[str, Any] | None) -> str:
+    name = detector.backbone.name
+    if report.part == "backbone":
+        return report.refusal(name, advice(name, metadata))
+    letter = detector.neck.letter
+    made = (metadata or {}).get("detector") or {}
+    said = made.get("width")
+    todo = (
+        f"The file says that its width is {said}: set detector.width={said}."
+        if said and said != letter
+        else "Set backbone.name and detector.width to what the file was made with."
+    )
+    return report.refusal(f"the {report.part} of {name} with width {letter}", todo)

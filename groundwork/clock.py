@@ -16,7 +16,7 @@ from groundwork.settings import Budget
 class Clock:
     """The budget as progress from 0 to 1: a function of the step, or of the time spent."""
 
-    def __init__(self, budget: Budget, pictures: int, batch_size: int, seconds: float) -> None:
+    def __init__(self, budget: Budget, pictures: int, batch_size: float, seconds: float) -> None:
         self.limit = None if budget.minutes is None else budget.minutes * 60
         self.steps = budget.steps
         if budget.epochs is not None:
@@ -104,3 +104,12 @@ def agree(
     shared = torch.tensor([float(stop), mine, float(bad)], dtype=torch.float64)
     torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=group)
     return bool(shared[0]), float(shared[1]), int(shared[2])
+
+
+def told_by_main(group: torch.distributed.ProcessGroup | None, value: float) -> float:
+    """Give every rank the main process's value."""
+    if group is None:
+        return value
+    shared = torch.tensor([value], dtype=torch.float64)
+    torch.distributed.broadcast(shared, 0, group=group)
+    return float(shared[0])

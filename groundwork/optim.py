@@ -1,9 +1,10 @@
 """Optimisers: built by timm from a recipe's section, and kept in a checkpoint without pickle.
 
 AdamW (arXiv 1711.05101), SGD with momentum, LARS (arXiv 1708.03888) and LAMB (arXiv 1904.00962).
-Two groups: weights that decay, and the rest (norms, biases, other one-dimensional parameters, and
-what a module's own `no_weight_decay()` names), which neither decay nor are adapted by layer, as
-BYOL and SimCLR train with LARS (arXiv 2006.07733, appendix J; arXiv 2002.05709, section B.2).
+Two kinds of group: weights that decay, and the rest (norms, biases, other one-dimensional
+parameters, and what a module's own `no_weight_decay()` names), which neither decay nor are adapted
+by layer, as BYOL and SimCLR train with LARS (arXiv 2006.07733, appendix J; arXiv 2002.05709,
+section B.2). Each kind has one group for every learning rate that a module's `lr_scales()` asks.
 
 Differs from timm's factory:
 - It adapts by layer where weight decay is not zero; here it is so for every weight of the first
@@ -37,24 +38,24 @@ def build_optimizer(config: Optimiser, model: nn.Module) -> torch.optim.Optimize
     nothing is trainable.
     """
     excluded = undecayed(model)
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (rest if name in excluded else decayed).append(parameter)
-    groups: list[dict[str, Any]] = []
-    if decayed:
-        groups.append({"params": decayed, "weight_decay": config.weight_decay})
-    if rest:
-        groups.append({"params": rest, "weight_decay": 0.0})
-    if not groups:
+    scales = learning_rate_scales(model)
+    # The order of the groups is that of their first use, decayed before undecayed.
+    chosen: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for decays in (True, False):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and (name not in excluded) is decays:
+                chosen.setdefault((decays, scales.get(name, 1.0)), []).append(parameter)
+    if not chosen:
         raise UsageError(
             "The model has no trainable parameter: at least one part must be unfrozen."
         )
-    for group in groups:
-        group["lr_scale"] = 1.0
+    groups: list[dict[str, Any]] = []
+    for (decays, scale), parameters in chosen.items():
+        group: dict[str, Any] = {"params": parameters, "lr_scale": scale}
+        group["weight_decay"] = config.weight_decay if decays else 0.0
         if config.name in ("lars", "lamb"):
-            group["always_adapt"] = group["params"] is decayed
+            group["always_adapt"] = decays
+        groups.append(group)
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         groups, opt=TIMM_NAMES[config.name], lr=config.lr, **_arguments(config)
     )
@@ -73,6 +74,20 @@ def undecayed(model: nn.Module) -> frozenset[str]:
         if callable(own):
             names.update(inside + name for name in own())
     return frozenset(names)
+
+
+def learning_rate_scales(model: nn.Module) -> dict[str, float]:
+    """Name the parameters whose learning rate is not the common one, with what it is times.
+
+    A module says so by `lr_scales()`, names below itself to factors; an outer module's word holds.
+    """
+    scales: dict[str, float] = {}
+    for prefix, module in reversed(list(model.named_modules())):
+        own = getattr(module, "lr_scales", None)
+        if callable(own):
+            inside = f"{prefix}." if prefix else ""
+            scales.update({inside + name: float(scale) for name, scale in own().items()})
+    return scales
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -68,10 +68,18 @@ class Run:
         return self.folder / "checkpoints"
 
 
-def prepare_run(recipe: RunKeys, name: str, out: Path | None, resumed: bool) -> Run:
+def prepare_run(
+    recipe: RunKeys,
+    name: str,
+    out: Path | None,
+    *,
+    resumed: bool,
+    parts_without_gradient: bool = False,
+) -> Run:
     """Start Accelerate, agree on the run folder, and write the recipe and the machine into it.
 
-    Without `out`, the folder is runs/<name>-<time>.
+    Without `out`, the folder is runs/<name>-<time>. `parts_without_gradient` says that some steps
+    train a part only.
 
     Raises UsageError where the launcher and Accelerate disagree on the number of processes, or a
     tracker is not installed.
@@ -87,7 +95,11 @@ def prepare_run(recipe: RunKeys, name: str, out: Path | None, resumed: bool) -> 
         mixed_precision=PRECISIONS[recipe.precision],
         log_with=list(recipe.log.trackers) or None,
         project_dir=str(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True, find_unused_parameters=parts_without_gradient
+            )
+        ],
     )
     world = accelerator.num_processes
     if int(os.environ.get("WORLD_SIZE", "1")) != world:

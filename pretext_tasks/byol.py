@@ -7,6 +7,11 @@ mirror, so 0 to 8). No gradient reaches the target: after every step its paramet
 online ones, tau * target + (1 - tau) * online, with tau rising from its base to 1 by a cosine
 (section 3.3). The target starts as a copy of the online network, heads included.
 
+The predictor has to keep up: features stay spread while it is near the best predictor of the
+target's projections, and collapse onto few directions where it lags (the paper's section 5 argues
+from an optimal predictor; Tian et al., arXiv 2102.06810, show the dynamics). In the long runs of
+the paper it keeps up at the common rate; in short ones `predictor_lr` of 10 makes it (LOG.md).
+
 BatchNorm: each view goes through each network by itself, so that statistics are those of one view,
 as in the paper. The target normalises by the statistics of its batch, as the online network does;
 its running statistics are moving averages of what the target itself saw. They are kept in the
@@ -29,6 +34,7 @@ from typing import Annotated, Any
 
 import torch
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -65,6 +71,7 @@ class BYOLConfig(Section):
     hidden_width: Width = 4096  # section 3.3: projector and predictor
     projection_width: Width = 256  # section 3.3
     momentum: Probability = 0.996  # section 3.3: tau_base, for 1,000 epochs; 0.99 for 300
+    predictor_lr: Annotated[float, Field(gt=0)] = 1.0  # times optim.lr; see the module
     window_scale: tuple[float, float] = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
     crop_scale: tuple[float, float] = (0.08, 1.0)  # appendix B: part of the picture's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # appendix B: width to height, log-uniform
@@ -83,6 +90,7 @@ class BYOL(PretextTask):
         super().__init__()
         width, hidden = config.projection_width, config.hidden_width
         self.momentum = config.momentum
+        self.predictor_lr = config.predictor_lr
         self.backbone = backbone
         self.projector = BYOLProjectionHead(backbone.levels[2].channels, hidden, width)
         self.predictor = BYOLPredictionHead(width, hidden, width)
@@ -125,6 +133,11 @@ class BYOL(PretextTask):
         online = [*self.backbone.parameters(), *self.projector.parameters()]
         target = [*self.target_backbone.parameters(), *self.target_projector.parameters()]
         torch._foreach_lerp_(target, online, 1 - momentum)
+
+    def lr_scales(self) -> dict[str, float]:
+        """Say how much faster the predictor learns (groundwork/optim.py)."""
+        names = [f"predictor.{name}" for name, _ in self.predictor.named_parameters()]
+        return dict.fromkeys(names, self.predictor_lr)
 
     def product(self) -> dict[str, nn.Module]:
         """Return the online backbone."""

@@ -28,7 +28,9 @@ them. A backbone that saw tiles, each with the same mean and deviation, later se
 with their own: running statistics are near theirs, not equal, and fine-tuning has to move them.
 
 Differs from the paper:
-- The representation of a tile is C5 averaged over its cells; the paper's AlexNet flattens pool5.
+- The representation of a tile is C5 pooled to 2 x 2 cells (`cells`), flattened; the paper's AlexNet
+  flattens all of pool5. Averaged over all cells, a tile no longer says on which of its sides
+  something lies, and in pictures without an up nothing is left to solve the puzzle by.
 - A backbone of a detector, not AlexNet with a first stride of 2; no dropout in the head, because a
   step draws nothing on the device.
 - The smallest distance leads the choice of permutations. By the paper's mean distance alone
@@ -85,6 +87,7 @@ class JigsawConfig(Section):
     channel_shift: int = Field(default=2, ge=0)  # pixels
     normalise_tiles: bool = True
     colour: Colour | None = None  # ours: drawn for each tile
+    cells: int = Field(default=2, ge=1)  # ours: sides of the grid that C5 of a tile is pooled to
     tile_width: int = Field(default=512, ge=1)  # figure 3: fc6
     hidden_width: int = Field(default=4096, ge=1)  # figure 3: fc7
 
@@ -211,7 +214,7 @@ class Jigsaw(PretextTask):
         chosen = choose_permutations(config.grid, config.permutations, config.permutation_seed)
         self.register_buffer("permutations", torch.from_numpy(chosen))
         self.tile_layer = nn.Sequential(
-            nn.Linear(backbone.levels[2].channels, config.tile_width), nn.ReLU()
+            nn.Linear(backbone.levels[2].channels * config.cells**2, config.tile_width), nn.ReLU()
         )
         self.classifier = nn.Sequential(
             nn.Linear(config.grid**2 * config.tile_width, config.hidden_width),
@@ -273,8 +276,8 @@ class Jigsaw(PretextTask):
         tiles = batch["tiles"]  # N T H W 3
         n = len(tiles)
         image = self._seen(tiles.flatten(0, 1), batch)  # N*T 3 H W
-        feature = self.backbone(image).c5.mean(dim=(2, 3))
-        logits: Tensor = self.classifier(self.tile_layer(feature).view(n, -1))
+        feature = functional.adaptive_avg_pool2d(self.backbone(image).c5, self.config.cells)
+        logits: Tensor = self.classifier(self.tile_layer(feature.flatten(1)).view(n, -1))
         return logits
 
     def _seen(self, tiles: Tensor, batch: dict[str, Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """The command that packs pictures into tar shards, and the one that checks shards.
 
-    python -m pretrain.pack IMAGES [IMAGES ...] SHARDS
+    python -m pretrain.pack [--labels LABELS] IMAGES [IMAGES ...] SHARDS
     python -m pretrain.pack verify SHARDS
 
 What: finds pictures (pack_plan), packs them (pack_shards), checks shards (verify_shards), and
@@ -22,8 +22,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from groundwork.data.decode import MAX_PIXELS
+from groundwork.data.label_lookup import LabelLookup, open_lookup
 from groundwork.data.write_shards import write_file
 from groundwork.errors import GroundworkError, UsageError
+from pretrain.pack_labels import DEFECTS_NAME, summary, with_labels
 from pretrain.pack_plan import Findings, Source, drop_duplicates, find_pictures, plan_shards
 from pretrain.pack_shards import JPEG_QUALITY, QUARANTINE_NAME, Options, Packed, pack
 from pretrain.verify_shards import verify
@@ -44,6 +46,12 @@ given again; until it has finished, SHARDS has no index.json and is not taken fo
 Shards are read by this project and by any webdataset reader. A picture's key is its path less the
 extension, with the dots of the file name written as %2E (webdataset cuts at the first dot); where
 a folder has a.jpg and a.png, the second one's key is a.png. The index keeps the original paths.
+
+With --labels the boxes of the pictures are packed too, each picture's in a .json member beside it,
+in pixels of the upright picture, scaled with --resize:
+  python -m pretrain.pack --labels ROOT ROOT/images/train SHARDS/train
+Pictures that the labels do not name are left out and noted (YOLO: without a label file they are
+background); what was wrong with boxes and was mended is noted in SHARDS/{DEFECTS_NAME}.
 """
 
 _VERIFY_HELP = """\
@@ -118,7 +126,14 @@ def _pack_parser() -> argparse.ArgumentParser:
         help="leave out exact copies (same bytes) of an earlier picture; noted in "
         f"{DUPLICATES_NAME}",
     )
-    parser.add_argument(
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument(
+        "--labels",
+        metavar="LABELS",
+        help="pack the boxes too: the root of the data set that the pictures are from (COCO, YOLO, "
+        "Pascal VOC), a COCO json, a data.yaml, or a folder of label files",
+    )
+    labels.add_argument(
         "--class-folders",
         action="store_true",
         help="take the first folder below IMAGES as the class of the pictures in it; stored as a "
@@ -191,13 +206,18 @@ def _pack(arguments: argparse.Namespace) -> int:
     if arguments.drop_duplicates:
         pictures, dropped = drop_duplicates(pictures, arguments.workers)
     classes = sorted({picture.label for picture in pictures if picture.label is not None})
-    options = Options(arguments.resize, arguments.max_pixels, tuple(classes))
+    lookup = open_lookup(arguments.labels) if arguments.labels is not None else None
+    if lookup is not None:
+        pictures, classes = with_labels(pictures, lookup), list(lookup.names)
+    options = Options(
+        arguments.resize, arguments.max_pixels, tuple(classes), labeled=lookup is not None
+    )
     plan = plan_shards(
         pictures,
         prefix="shard",
         shard_size=arguments.shard_size,
         shard_bytes=arguments.shard_mib << 20,
-        options=[options],
+        options=[options, *(["labeled"] if options.labeled else [])],
     )
     with tqdm(total=len(pictures), unit=" pictures", desc="Packing", smoothing=0.1) as bar:
         results = pack(
@@ -211,12 +231,17 @@ def _pack(arguments: argparse.Namespace) -> int:
     if dropped:
         lines = (json.dumps({"path": path, "same_as": first}) + "\n" for path, first in dropped)
         write_file(folder / DUPLICATES_NAME, "".join(lines).encode("ascii"))
-    _say(_summary(folder, findings, results, len(dropped), time.monotonic() - started))
+    _say(_summary(folder, findings, results, len(dropped), time.monotonic() - started, lookup))
     return 0
 
 
 def _summary(
-    folder: Path, findings: Findings, results: Sequence[Packed], dropped: int, seconds: float
+    folder: Path,
+    findings: Findings,
+    results: Sequence[Packed],
+    dropped: int,
+    seconds: float,
+    lookup: LabelLookup | None,
 ) -> str:
     pictures = sum(done.row.pictures for done in results)
     size = sum(done.row.tar_bytes for done in results)
@@ -234,10 +259,14 @@ def _summary(
     bad = [item for done in results for item in done.quarantined]
     if bad:
         lines.append(
-            f"  {len(bad):,} unreadable pictures left out, see {folder / QUARANTINE_NAME}:"
+            f"  {len(bad):,} {'unreadable ' * (lookup is None)}pictures left out, see "
+            f"{folder / QUARANTINE_NAME}:"
         )
         lines += [f"    {path!r}: {reason}" for path, reason in bad[:5]]
         lines += [f"    and {len(bad) - 5:,} more"] * (len(bad) > 5)
+    if lookup is not None:
+        mended = [item for done in results for item in done.mended]
+        lines += summary(mended, lookup, str(folder / DEFECTS_NAME))
     if dropped:
         lines.append(f"  {dropped:,} exact copies left out, see {folder / DUPLICATES_NAME}")
     if findings.named_twice:

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from groundwork.data.label_policy import Labels
 from groundwork.data.shard_index import default_key, sha256_text
 from groundwork.data.tar_format import BLOCK, PICTURE_SUFFIXES, picture_suffix
 from groundwork.data.write_shards import shard_name
@@ -33,7 +34,10 @@ _SYSTEM_FOLDER = "__MACOSX"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A picture to be packed. `path` is its name: the path below the common folder."""
+    """A picture to be packed. `path` is its name: the path below the common folder.
+
+    `labels` is what is packed beside it with `--labels` (pretrain.pack_labels).
+    """
 
     file: str
     path: str
@@ -41,6 +45,7 @@ class Source:
     changed: int  # time of the last change, ns
     label: str | None = None
     key: str = ""
+    labels: Labels | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(slots=True)
@@ -234,5 +239,9 @@ def plan_shards(
 
 
 def _plan_hash(pictures: Iterable[Source], options: Sequence[object]) -> str:
-    lines = [repr((p.path, p.key, p.size, p.changed, p.label)) for p in pictures]
+    lines = []
+    for p in pictures:
+        lines.append(repr((p.path, p.key, p.size, p.changed, p.label)))
+        if p.labels is not None:
+            lines.append(p.labels.digest())
     return sha256_text([*map(repr, options), *lines])

@@ -20,13 +20,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from groundwork.data.decode import Picture, open_picture
+from groundwork.data.label_policy import Defects
 from groundwork.data.shard_index import (
     INDEX_NAME,
     SampleIndex,
@@ -46,6 +47,7 @@ from groundwork.data.write_shards import (
     write_shard,
 )
 from groundwork.errors import DataError, UsageError
+from pretrain.pack_labels import DEFECTS_NAME, labeled_member
 from pretrain.pack_plan import PlannedShard, Source
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -60,6 +62,7 @@ class Options:
     resize: int | None  # shortest side in pixels; None keeps the original bytes
     max_pixels: int
     classes: tuple[str, ...] = ()
+    labeled: bool = field(default=False, repr=False)  # what the plan knows from the labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Packed:
 
     row: Row
     quarantined: list[list[str]]  # [path, reason]
+    mended: list[list[str]]  # [path, reason, where]: defects of its labels
     made: bool  # in this run
 
 
@@ -83,30 +87,38 @@ Tick = Callable[[], object]
 def pack_shard(folder: Path, shard: PlannedShard, options: Options, tick: Tick) -> Packed:
     """Write one shard. Raises DataError when the folder cannot be written to."""
     quarantined: list[list[str]] = []
+    mended: list[list[str]] = []
 
     def entries() -> Iterator[Entry]:
         for picture in shard.pictures:
             tick()
+            defects = Defects()
             try:
-                entry = _entry(picture, options)
+                entry = _entry(picture, options, defects)
             except DataError as error:
                 quarantined.append([picture.path, str(error)])
             else:
+                mended.extend([picture.path, found.reason, found.shown()] for found in defects)
                 yield entry
 
     try:
         samples = write_shard(
-            folder, shard.name, entries(), plan=shard.plan, quarantined=quarantined
+            folder,
+            shard.name,
+            entries(),
+            plan=shard.plan,
+            quarantined=quarantined,
+            mended=mended,
         )
     except OSError as error:
         raise DataError(
             f"The shard {folder / shard.name} cannot be written: {error.strerror}. Make room or "
             "name another folder; the same command goes on where it stopped."
         ) from error
-    return Packed(Row.of(shard.name, samples), quarantined, True)
+    return Packed(Row.of(shard.name, samples), quarantined, mended, True)
 
 
-def _entry(picture: Source, options: Options) -> Entry:
+def _entry(picture: Source, options: Options, defects: Defects) -> Entry:
     """Read and check one picture. Raises DataError with the reason why it cannot be used."""
     suffix = picture_suffix(picture.path)
     if suffix is None:
@@ -118,12 +130,16 @@ def _entry(picture: Source, options: Options) -> Entry:
     except OSError as error:
         raise DataError(f"it cannot be read: {error.strerror}") from error
     opened = open_picture(content, max_pixels=options.max_pixels)
-    if options.resize is not None and min(opened.width, opened.height) > options.resize:
-        content, suffix = _resized(opened, options.resize), "jpg"
+    size = opened.height, opened.width
+    if options.resize is not None and min(size) > options.resize:
+        size = _resized_to(opened, options.resize)
+        content, suffix = _resized(opened, size), "jpg"
     else:
         _check_pixels(opened)
         suffix = picture.path.rpartition(".")[2]
     members = {suffix: content}
+    if options.labeled:
+        members["json"] = labeled_member(picture.labels, opened, size, options.classes, defects)
     if picture.label is not None:
         # A number, since webdataset decodes `cls` with int(); the index has the name.
         members["cls"] = str(options.classes.index(picture.label)).encode()
@@ -140,10 +156,14 @@ def _check_pixels(picture: Picture) -> None:
     picture.cut([whole], (max(1, picture.height // 8), max(1, picture.width // 8)))
 
 
-def _resized(picture: Picture, side: int) -> bytes:
-    """Encode anew with the shortest side at `side`."""
+def _resized_to(picture: Picture, side: int) -> tuple[int, int]:
+    """Return the height and width that have the shortest side at `side`."""
     scale = side / min(picture.width, picture.height)
-    size = max(side, round(picture.height * scale)), max(side, round(picture.width * scale))
+    return max(side, round(picture.height * scale)), max(side, round(picture.width * scale))
+
+
+def _resized(picture: Picture, size: tuple[int, int]) -> bytes:
+    """Encode anew with this height and width."""
     whole = (0.0, 0.0, float(picture.width), float(picture.height))
     file = io.BytesIO()
     Image.fromarray(picture.cut([whole], size)[0]).save(file, "JPEG", quality=JPEG_QUALITY)
@@ -160,7 +180,7 @@ def finished_shard(folder: Path, shard: PlannedShard) -> Packed | None:
         return None
     if samples.plan != shard.plan or samples.tar_bytes != size:
         return None
-    return Packed(Row.of(shard.name, samples), samples.quarantined, False)
+    return Packed(Row.of(shard.name, samples), samples.quarantined, samples.mended, False)
 
 
 # ---- all shards --------------------------------------------------------------------------------
@@ -243,16 +263,22 @@ def _check_plan(folder: Path, plan_hash: str) -> None:
 
 
 def _write_quarantine(folder: Path, results: Sequence[Packed]) -> None:
-    lines = [
-        json.dumps({"path": path, "reason": reason, "shard": done.row.name})
+    bad = [
+        {"path": path, "reason": reason, "shard": done.row.name}
         for done in results
         for path, reason in done.quarantined
     ]
-    path = folder / QUARANTINE_NAME
-    if lines:
-        write_file(path, "".join(line + "\n" for line in lines).encode("ascii"))
-    else:
-        path.unlink(missing_ok=True)
+    mended = [
+        {"path": path, "reason": reason, "where": where, "shard": done.row.name}
+        for done in results
+        for path, reason, where in done.mended
+    ]
+    for name, rows in ((QUARANTINE_NAME, bad), (DEFECTS_NAME, mended)):
+        if rows:
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            write_file(folder / name, lines.encode("ascii"))
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _check_bad_fraction(folder: Path, results: Sequence[Packed], limit: float) -> None:

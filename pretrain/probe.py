@@ -23,9 +23,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +42,7 @@ from groundwork.data.samples import open_samples
 from groundwork.data.scenes import open_scene_objects
 from groundwork.data.shards import Samples
 from groundwork.errors import DataError
+from groundwork.precise_batchnorm import measured_statistics
 from groundwork.settings import ProbeSettings
 
 logger = logging.getLogger(__name__)
@@ -347,48 +347,11 @@ def features(
     return torch.cat(pooled)
 
 
-@contextmanager
-def fresh_statistics(backbone: Backbone, pixels: Tensor, batch_size: int) -> Iterator[None]:
-    """Give every BatchNorm the statistics of these pictures; the old ones come back at the end.
-
-    Each batch is normalised by itself, and mean and variance are averaged over the pictures. By
-    hooks in eval mode, since SyncBatchNorm in train mode would wait for ranks that do not probe.
-    """
-    norms = [
-        module
-        for module in backbone.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-    ]
-    old = [{name: one.clone() for name, one in norm.named_buffers()} for norm in norms]
-    sums = [torch.zeros(2, norm.num_features, dtype=torch.float64) for norm in norms]
-
-    def listen(norm: nn.Module, inputs: tuple[Tensor, ...], total: Tensor) -> None:
-        values = inputs[0].float()
-        axes = [axis for axis in range(values.ndim) if axis != 1]
-        variance, mean = torch.var_mean(values, dim=axes, correction=0)
-        moments = torch.stack([mean, variance])
-        _put(norm, moments)
-        total += len(values) * moments.double().cpu()
-
-    hooks = [
-        norm.register_forward_pre_hook(partial(listen, total=total))
-        for norm, total in zip(norms, sums, strict=True)
-    ]
-    try:
-        if norms:
-            features(backbone, pixels, batch_size)
-        for hook in hooks:
-            hook.remove()
-        for norm, total in zip(norms, sums, strict=True):
-            _put(norm, total / len(pixels))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        with torch.no_grad():
-            for norm, buffers in zip(norms, old, strict=True):
-                for name, value in buffers.items():
-                    norm.get_buffer(name).copy_(value)
+def fresh_statistics(
+    backbone: Backbone, pixels: Tensor, batch_size: int
+) -> AbstractContextManager[None]:
+    """Give every BatchNorm the statistics of these pictures; the old ones come back at the end."""
+    return measured_statistics(backbone, lambda: features(backbone, pixels, batch_size))
 
 
 def knn(bank: Tensor, labels: Tensor, queries: Tensor, classes: int) -> Tensor:
@@ -444,13 +407,6 @@ def _finite(values: Tensor) -> Tensor:
 def _whole(data: bytes, side: int) -> npt.NDArray[np.uint8]:
     picture = open_picture(data)
     return picture.cut([(0.0, 0.0, float(picture.width), float(picture.height))], side)[0]
-
-
-@torch.no_grad()
-def _put(norm: nn.Module, moments: Tensor) -> None:
-    """Set the running mean and variance of a BatchNorm: (2, channels)."""
-    norm.get_buffer("running_mean").copy_(moments[0])
-    norm.get_buffer("running_var").copy_(moments[1])
 
 
 @contextmanager

@@ -18,24 +18,34 @@ if TYPE_CHECKING:
     from finetune.augment.affine import RandomAffine
     from finetune.augment.boxes import Rule
     from finetune.augment.contract import Compose, Item, Source, Transform
+    from finetune.augment.crop import RandomCrop
     from finetune.augment.flips import (
         RandomHorizontalFlip,
         RandomQuarterTurn,
         RandomVerticalFlip,
     )
+    from finetune.augment.gridmask import GridMask
     from finetune.augment.jitter import HSV, ColorJitter
     from finetune.augment.letterbox import Letterbox, letterbox_geometry
+    from finetune.augment.mixing import CutMix, MixUp
     from finetune.augment.mosaic import Mosaic
+    from finetune.augment.policies import AutoAugment, RandAugment
     from finetune.augment.stack import build
 
 __all__ = [
     "HSV",
+    "AutoAugment",
     "ColorJitter",
     "Compose",
+    "CutMix",
+    "GridMask",
     "Item",
     "Letterbox",
+    "MixUp",
     "Mosaic",
+    "RandAugment",
     "RandomAffine",
+    "RandomCrop",
     "RandomHorizontalFlip",
     "RandomQuarterTurn",
     "RandomVerticalFlip",
@@ -49,11 +59,36 @@ __all__ = [
 _MODULES = {
     "affine": ("RandomAffine",),
     "boxes": ("Rule",),
-    "contract": ("Compose", "Item", "Source", "Transform"),
-    "flips": ("RandomHorizontalFlip", "RandomQuarterTurn", "RandomVerticalFlip"),
-    "jitter": ("HSV", "ColorJitter"),
-    "letterbox": ("Letterbox", "letterbox_geometry"),
+    "contract": (
+        "Compose",
+        "Item",
+        "Source",
+        "Transform",
+    ),
+    "crop": ("RandomCrop",),
+    "flips": (
+        "RandomHorizontalFlip",
+        "RandomQuarterTurn",
+        "RandomVerticalFlip",
+    ),
+    "gridmask": ("GridMask",),
+    "jitter": (
+        "HSV",
+        "ColorJitter",
+    ),
+    "letterbox": (
+        "Letterbox",
+        "letterbox_geometry",
+    ),
+    "mixing": (
+        "CutMix",
+        "MixUp",
+    ),
     "mosaic": ("Mosaic",),
+    "policies": (
+        "AutoAugment",
+        "RandAugment",
+    ),
     "stack": ("build",),
 }
 

@@ -1,8 +1,8 @@
-"""Rotation, scale, shear and translation in one resampling, out of a mosaic's canvas too.
+"""Rotation, scale, shear and translation at once, out of a mosaic's canvas too.
 
 The map is about the centre of the item and takes it to the centre of source.size: a picture of the
 size of training is changed in place, and of a mosaic's canvas, twice that size, a window of the
-size of training is taken. One sampling does both.
+size of training is taken, so that a mosaic costs no second sampling.
 
 Without rotation and shear the window's edges are rounded to whole pixels of the item: the picture
 is scaled by up to half a pixel a side more or less than was drawn, boxes exactly as the picture.

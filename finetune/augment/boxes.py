@@ -8,10 +8,12 @@ The rule. A box that was cut survives when both hold:
 - at least `min_visible` of the area that it had before this transform can be seen. The default of
   a quarter is a choice, not yet a measurement: the YOLO family keeps a tenth, of which little can
   be recognised, and SSD (arXiv 1512.02325, section 2.2) boxes whose centre lies inside, about half.
-The share is taken anew at every transform: two cuts may leave less than `min_visible`.
+The share is taken anew at every transform: two cuts may leave less than `min_visible`, and where a
+grid hides one part of an object and a later window cuts off the other, nothing.
 
-A box that is partly hidden but whole at its edges (a pasted rectangle in its middle, a grid) keeps
-its edges: it tells where the object is, not which of its pixels can be seen.
+A box that is partly hidden (by a grid, a cutout, a pasted rectangle) keeps its edges: it tells how
+far the object reaches, not which of its pixels can be seen. Only where a pasted rectangle covers a
+whole side of it does it end there, as at the picture's edge.
 
 A linear map makes of a box a parallelogram, and the new box encloses it. For a rotation that box is
 looser than the object, which rarely fills its corners: a disc turned by 10 degrees gets a box that
@@ -44,7 +46,7 @@ class Rule:
     def clip(self, boxes: Boxes, window: tuple[float, float, float, float]) -> tuple[Boxes, Mask]:
         """Clip the boxes to a window, and say which of them survive; both have N rows.
 
-        A box that is not finite, or inverted, or without area, does not survive.
+        A box that is NaN, or inverted, or without area, does not survive.
         """
         clipped = np.clip(boxes, np.array(window[:2] * 2), np.array(window[2:] * 2))
         clipped = clipped.astype(np.float32)
@@ -54,8 +56,8 @@ class Rule:
         self, boxes: Boxes, whole: npt.NDArray[np.float32], visible: npt.NDArray[np.float32]
     ) -> Mask:
         """Say which boxes survive, N, of whose area `whole` the area `visible` can be seen."""
-        kept: Mask = (boxes[:, 2:] - boxes[:, :2] >= self.min_side).all(axis=1)
-        kept &= (visible >= self.min_visible * whole) & (whole > 0) & np.isfinite(whole)
+        kept: Mask = np.all(boxes[:, 2:] - boxes[:, :2] >= self.min_side, axis=1)
+        kept &= (visible >= self.min_visible * whole) & (whole > 0)
         return kept
 
 
@@ -64,6 +66,13 @@ def area(boxes: Boxes) -> npt.NDArray[np.float32]:
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
     product: npt.NDArray[np.float32] = sides[:, 0] * sides[:, 1]
     return product
+
+
+def overlap(boxes: Boxes, window: tuple[float, float, float, float]) -> npt.NDArray[np.float32]:
+    """Return the area of each box, N, that lies inside a window."""
+    low = np.maximum(boxes[:, :2], np.array(window[:2], np.float32))
+    high = np.minimum(boxes[:, 2:], np.array(window[2:], np.float32))
+    return area(np.concatenate([low, high], axis=1))
 
 
 def moved(boxes: Boxes, left: float, top: float) -> Boxes:

@@ -25,16 +25,17 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from finetune.augment.boxes import Rule
 from finetune.augment.letterbox import Letterbox
 from groundwork.colour import PARAMETERS
 
-_CHAIN = 18  # of PARAMETERS: A beside B, 3 x 6, in x' = A x + B m
+CHAIN = 18  # the first of PARAMETERS: A beside B, 3 x 6, in x' = A x + B m, m the mean colour
 
 
 def unchanged_colour() -> npt.NDArray[np.float32]:
     """Return the parameters for groundwork.colour.apply that leave a picture as it is."""
     parameters = np.zeros(PARAMETERS, np.float32)
-    parameters[:_CHAIN] = np.eye(3, 6, dtype=np.float32).ravel()
+    parameters[:CHAIN] = np.eye(3, 6, dtype=np.float32).ravel()
     return parameters
 
 
@@ -81,12 +82,12 @@ class Compose:
     """A chain of transforms, ended by a letterbox of exactly `source.size`.
 
     The chain's input is a sample's picture whose longer side is about max(size). Its output is
-    contiguous, and every box in it lies inside the picture and has an area.
+    contiguous; every box in it lies inside the picture and survived by `rule` (boxes.py).
     """
 
-    def __init__(self, transforms: Sequence[Transform]) -> None:
+    def __init__(self, transforms: Sequence[Transform], *, rule: Rule | None = None) -> None:
         self.transforms = list(transforms)
-        self._letterbox = Letterbox()
+        self._letterbox = Letterbox(rule=rule)
 
     def __call__(self, item: Item, source: Source) -> Item:
         """Transform one sample."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from finetune.augment.contract import Item, Source
+from finetune.augment.warp import mirrored, turned
 
 
 class RandomHorizontalFlip:
@@ -21,7 +22,7 @@ class RandomHorizontalFlip:
             return item
         boxes = item.boxes.copy()
         boxes[:, [0, 2]] = item.pixels.shape[1] - item.boxes[:, [2, 0]]
-        return replace(item, pixels=np.ascontiguousarray(item.pixels[:, ::-1]), boxes=boxes)
+        return replace(item, pixels=mirrored(item.pixels, axis=1), boxes=boxes)
 
 
 class RandomVerticalFlip:
@@ -36,7 +37,7 @@ class RandomVerticalFlip:
             return item
         boxes = item.boxes.copy()
         boxes[:, [1, 3]] = item.pixels.shape[0] - item.boxes[:, [3, 1]]
-        return replace(item, pixels=np.ascontiguousarray(item.pixels[::-1]), boxes=boxes)
+        return replace(item, pixels=mirrored(item.pixels, axis=0), boxes=boxes)
 
 
 class RandomQuarterTurn:
@@ -61,5 +62,5 @@ class RandomQuarterTurn:
             2: (width - right, height - bottom, width - left, height - top),
             3: (height - bottom, left, height - top, right),
         }[quarters]
-        pixels = np.ascontiguousarray(np.rot90(item.pixels, quarters))
-        return replace(item, pixels=pixels, boxes=np.stack(edges, axis=1).astype(np.float32))
+        boxes = np.stack(edges, axis=1).astype(np.float32)
+        return replace(item, pixels=turned(item.pixels, quarters), boxes=boxes)

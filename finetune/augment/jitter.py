@@ -13,10 +13,8 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from finetune.augment.contract import Item, Source
+from finetune.augment.contract import CHAIN, Item, Source
 from groundwork.colour import Colour, draw
-
-_CHAIN = 18  # of the parameters: A beside B, 3 x 6, in x' = A x + B m, m being the mean colour
 
 
 class ColorJitter:
@@ -67,9 +65,9 @@ def _after(
     """Join two distortions: A2 (A1 x + B1 m) + B2 (A1 + B1) m. The second has neither blur nor
     solarisation; the first's are kept, and come last as always.
     """
-    before, behind = (chain[:_CHAIN].reshape(3, 6) for chain in (first, second))
+    before, behind = (chain[:CHAIN].reshape(3, 6) for chain in (first, second))
     joined = behind[:, :3] @ before
     joined[:, 3:] += behind[:, 3:] @ (before[:, :3] + before[:, 3:])
     parameters = first.copy()
-    parameters[:_CHAIN] = joined.ravel()
+    parameters[:CHAIN] = joined.ravel()
     return parameters

@@ -3,9 +3,10 @@
 Source: YOLOv4 (Bochkovskiy et al., arXiv 2004.10934, section 3.3): a detector sees objects outside
 their usual surroundings, and each batch holds the statistics of four times its pictures.
 
-The canvas is meant for RandomAffine, which takes a window of source.size out of it in one sampling
-and so never shows an edge of the canvas before it shrinks by half. Without RandomAffine the closing
-letterbox shrinks the canvas: every picture is then shown at half the size (4) or a third (9).
+The canvas is meant for RandomAffine, which takes a window of source.size from its middle: so one
+sampling does for both, and the canvas ends in view only where it is shrunk by about a half. Without
+RandomAffine the closing letterbox shrinks the canvas: every picture is then shown at half the size
+(4) or a third (9).
 
 Differs from the paper: pictures keep their aspect and the size at which they would be seen alone
 (of nine, two thirds of it); what they leave free is grey.
@@ -18,18 +19,19 @@ from typing import Literal
 
 import numpy as np
 
-from finetune.augment.boxes import Rule, moved, scaled
+from finetune.augment.boxes import Boxes, Mask, Rule, moved, scaled
 from finetune.augment.contract import Item, Source
-from finetune.augment.warp import GREY, resized
+from finetune.augment.warp import GREY, Pixels, resized
 
 
 class Mosaic:
-    """Lays `tiles` pictures, the item first, on one canvas with the probability `prob`.
+    """Lays `tiles` pictures, the item among them, on one canvas with the probability `prob`.
 
-    Of four, the inner corners meet in a point drawn from the middle half of the canvas. Of nine,
-    the item lies in the middle; the lines between columns and rows lie at thirds of the canvas,
-    moved by up to a twelfth. A box survives by `rule`, against its tile. The item's colour is that
-    of the whole.
+    Of four, the inner corners meet in a point about the middle, drawn as far from it as half a
+    picture reaches; of nine, the item lies in the middle, and the lines about it are moved by up to
+    an eighth of a picture. (Half a picture is half the frame for square ones. Flat pictures have
+    their point drawn from less, or grey would fill more of what is seen than they do.) A box
+    survives by `rule`, against its cell. The item's colour is that of the whole.
     """
 
     def __init__(
@@ -45,50 +47,68 @@ class Mosaic:
         """Return the canvas, 2 * source.size, or the item as it is."""
         if source.generator.random() >= self.prob:
             return item
-        height, width = 2 * source.size[0], 2 * source.size[1]
-        columns = _lines(width, self.tiles, source.generator)
-        rows = _lines(height, self.tiles, source.generator)
-        canvas = np.full((height, width, 3), GREY, np.uint8)
+        tiles = [item, *(source.other() for _ in range(self.tiles - 1))]
+        if self.tiles == 9:
+            tiles = [_smaller(tile, 2 / 3) for tile in tiles]
+            tiles[0], tiles[4] = tiles[4], tiles[0]
+        shapes = np.array([tile.pixels.shape for tile in tiles])
+        rows, columns = (
+            _lines(2 * source.size[axis], shapes[:, axis].mean(), self.tiles, source.generator)
+            for axis in (0, 1)
+        )
+        canvas = np.full((rows[-1], columns[-1], 3), GREY, np.uint8)
         boxes, classes = [], []
-        side = len(rows) - 1
-        # Every other cell's picture is drawn in the order of the cells.
-        first = 0 if self.tiles == 4 else 4
-        for cell in range(self.tiles):
-            tile = item if cell == first else source.other()
-            if self.tiles == 9:
-                tile = _smaller(tile, 2 / 3)
-            row, column = divmod(cell, side)
-            tall, wide = tile.pixels.shape[:2]
-            top, left = _start(rows, row, tall), _start(columns, column, wide)
-            upper, lower = max(top, rows[row]), min(top + tall, rows[row + 1])
-            near, far = max(left, columns[column]), min(left + wide, columns[column + 1])
-            canvas[upper:lower, near:far] = tile.pixels[
-                upper - top : lower - top, near - left : far - left
-            ]
-            placed, kept = self.rule.clip(moved(tile.boxes, left, top), (near, upper, far, lower))
+        for cell, tile in enumerate(tiles):
+            row, column = divmod(cell, len(columns) - 1)
+            placed, kept = self._place(tile, canvas, (rows, row), (columns, column))
             boxes.append(placed[kept])
             classes.append(tile.classes[kept])
-        return replace(
-            item, pixels=canvas, boxes=np.concatenate(boxes), classes=np.concatenate(classes)
-        )
+        joined, names = np.concatenate(boxes), np.concatenate(classes)
+        return replace(item, pixels=canvas, boxes=joined, classes=names)
+
+    def _place(
+        self,
+        tile: Item,
+        canvas: Pixels,
+        rows: tuple[list[int], int],
+        columns: tuple[list[int], int],
+    ) -> tuple[Boxes, Mask]:
+        """Lay one picture into its cell; return its boxes there, and which of them survive."""
+        height, width = tile.pixels.shape[:2]
+        top, upper, lower = _stretch(*rows, height)
+        left, near, far = _stretch(*columns, width)
+        canvas[upper:lower, near:far] = tile.pixels[
+            upper - top : lower - top, near - left : far - left
+        ]
+        return self.rule.clip(moved(tile.boxes, left, top), (near, upper, far, lower))
 
 
-def _lines(length: int, tiles: int, generator: np.random.Generator) -> list[int]:
-    """Draw where one axis of the canvas is divided, its ends included."""
+def _lines(length: int, mean: float, tiles: int, generator: np.random.Generator) -> list[int]:
+    """Draw where one axis of the canvas is divided, its ends included.
+
+    `mean` is the mean length of the pictures along it.
+    """
+    middle = length / 2
     if tiles == 4:
-        return [0, int(generator.integers(length // 4, length - length // 4 + 1)), length]
-    reach = length // 12
-    moves = generator.integers(-reach, reach + 1, 2)
-    return [0, length // 3 + int(moves[0]), 2 * length // 3 + int(moves[1]), length]
+        inner = [middle + mean / 2 * generator.uniform(-1, 1)]
+    else:
+        inner = [middle + mean * (side + generator.uniform(-1, 1) / 8) for side in (-0.5, 0.5)]
+    return [0, *(min(max(round(line), 0), length) for line in inner), length]
 
 
-def _start(lines: list[int], cell: int, length: int) -> int:
-    """Return where a picture begins: against the inner line, or centred between two of them."""
+def _stretch(lines: list[int], cell: int, length: int) -> tuple[int, int, int]:
+    """Return where a picture begins, and the first and the last of it that its cell shows.
+
+    It lies against the inner line, or centred between two.
+    """
+    low, high = lines[cell], lines[cell + 1]
     if cell == 0:
-        return lines[1] - length
-    if cell == len(lines) - 2:
-        return lines[cell]
-    return (lines[cell] + lines[cell + 1] - length) // 2
+        start = high - length
+    elif cell == len(lines) - 2:
+        start = low
+    else:
+        start = (low + high - length) // 2
+    return start, max(start, low), min(start + length, high)
 
 
 def _smaller(tile: Item, factor: float) -> Item:

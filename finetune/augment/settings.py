@@ -44,7 +44,7 @@ class GridMaskSettings(Section):
 
     prob: Probability = 0.0
     ratio: float = Field(default=0.6, gt=0, lt=1)
-    pitch: tuple[Scale, Scale] = (0.3, 0.6)
+    pitch: tuple[Scale, Scale] = (0.43, 1.0)
 
     @model_validator(mode="after")
     def _pitch_is_a_range(self) -> GridMaskSettings:

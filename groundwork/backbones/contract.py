@@ -45,3 +45,7 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, image: Tensor) -> Pyramid:
         """Return C3, C4 and C5 of the normalised pictures."""
+
+    @abstractmethod
+    def depths(self) -> dict[str, int]:
+        """Say how deep each parameter lies, by name: 0 is nearest to the picture."""

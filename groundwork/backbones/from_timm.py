@@ -26,6 +26,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from groundwork.backbones.contract import STRIDES, Backbone, Level, Pyramid
@@ -69,6 +70,17 @@ class TimmBackbone(Backbone):
                 image, indices=self.indices, output_fmt="NCHW", intermediates_only=True
             )
         )
+
+    def depths(self) -> dict[str, int]:
+        """Return the depths that timm gives its layers, by the model's own grouping."""
+        names = {parameter: f"model.{name}" for name, parameter in self.model.named_parameters()}
+        groups = param_groups_layer_decay(self.model, layer_decay=0.5)
+        order = sorted({group["lr_scale"] for group in groups})
+        return {
+            names[parameter]: order.index(group["lr_scale"])
+            for group in groups
+            for parameter in group["params"]
+        }
 
     def _try(self) -> Pyramid:
         """Run once on a small black picture; raises UsageError where the maps are not as said."""

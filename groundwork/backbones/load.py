@@ -27,9 +27,9 @@ _COUNTER = "num_batches_tracked"  # BatchNorm's counter: many files lack it, and
 
 @dataclass(frozen=True)
 class InitReport:
-    """What a file gave a backbone.
+    """What a file gave a part of a network, the backbone unless another is named.
 
-    `matched` and `missing` are the backbone's names, `unexpected` are the file's. `reshaped` says
+    `matched` and `missing` are the part's names, `unexpected` are the file's. `reshaped` says
     of those missing that the file has in another shape which shape that is.
     """
 
@@ -38,21 +38,40 @@ class InitReport:
     missing: list[str]
     unexpected: list[str]
     reshaped: dict[str, str] = field(default_factory=dict)
+    part: str = "backbone"
 
     @property
     def share(self) -> float:
-        """The matched tensors' share of the backbone's, 0 to 1."""
+        """The matched tensors' share of the part's, 0 to 1."""
         return len(self.matched) / max(1, len(self.matched) + len(self.missing))
 
     def sentence(self) -> str:
-        """Say it for a person."""
+        """Say it for a person, with the file's name."""
+        return f"Loaded from {self.path}: {self.account()}."
+
+    def account(self) -> str:
+        """Say how many tensors were matched, missing and unexpected, and which."""
         total = len(self.matched) + len(self.missing)
-        said = [f"{len(self.matched)} of {total} tensors of the backbone ({_percent(self.share)})"]
+        said = [
+            f"{len(self.matched)} of {total} tensors of the {self.part} ({_percent(self.share)})"
+        ]
         if self.missing:
             said.append(f"{len(self.missing)} missing, left as initialised ({self._missing()})")
         if self.unexpected:
             said.append(f"{len(self.unexpected)} not wanted ({_some(self.unexpected)})")
-        return f"Loaded from {self.path}: {'; '.join(said)}."
+        return "; ".join(said)
+
+    def refusal(self, name: str, advice: str) -> str:
+        """Say why this is too little for `name`, and what to do."""
+        total = len(self.matched) + len(self.missing)
+        sentence = (
+            f"{self.path} fits {name} in {len(self.matched)} of {total} tensors "
+            f"({_percent(self.share)}), and {_percent(ENOUGH)} are needed; missing are "
+            f"{self._missing()}"
+        )
+        if self.unexpected:
+            sentence += f"; the file has instead {_some(self.unexpected)}"
+        return f"{sentence}. {advice}"
 
     def _missing(self) -> str:
         return _some([f"{name}{self.reshaped.get(name, '')}" for name in self.missing])
@@ -75,12 +94,34 @@ def load_init(backbone: Backbone, path: str | Path) -> InitReport:
     path = Path(path)
     tensors, metadata = read_tensors(path)
     own = dict(backbone.state_dict())
-    chosen = _fit(own, tensors)
-    if len(chosen) < len(own) and backbone.name.startswith("timm/"):
-        chosen, tensors = _fit_older(backbone, own, tensors, chosen)
-    report = _report(path, own, tensors, chosen)
+    chosen, tensors = fit_backbone(backbone, own, tensors)
+    report = report_of(path, own, tensors, chosen)
     if report.share < ENOUGH:
-        raise CheckpointError(_refusal(report, backbone.name, (metadata or {}).get("backbone")))
+        raise CheckpointError(report.refusal(backbone.name, advice(backbone.name, metadata)))
+    take(own, tensors, chosen, path)
+    return report
+
+
+def fit_backbone(
+    backbone: Backbone, own: Mapping[str, Tensor], tensors: dict[str, Tensor]
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Map the backbone's names to the file's; return the file's tensors too, or timm's conversion.
+
+    Only the tensors of older timm models are converted, and only where more of them then fit.
+    """
+    chosen = fit(own, tensors)
+    if len(chosen) < len(own) and backbone.name.startswith("timm/"):
+        return _fit_older(backbone, own, tensors, chosen)
+    return chosen, tensors
+
+
+def take(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], chosen: Mapping[str, str], path: Path
+) -> None:
+    """Copy the chosen tensors of the file `path` into `own`, all or none.
+
+    Raises CheckpointError, before any is copied, where one holds a number that is not finite.
+    """
     bad = [name for name, key in chosen.items() if not tensors[key].isfinite().all()]
     if bad:
         raise CheckpointError(
@@ -89,14 +130,21 @@ def load_init(backbone: Backbone, path: str | Path) -> InitReport:
         )
     for name, key in chosen.items():
         own[name].detach().copy_(tensors[key])  # in place: type and memory format stay
-    return report
 
 
-def _fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map the backbone's names to the file's, from the one network in the file that fits best."""
+def advice(name: str, metadata: Mapping[str, object] | None) -> str:
+    """Say what to do about a file that does not fit the backbone `name`, from its metadata."""
+    said = (metadata or {}).get("backbone")
+    if isinstance(said, str) and said != name:
+        return f"The file says that it holds {said}: set backbone.name={said}."
+    return "Set backbone.name to what the file was made with, or leave out --init."
+
+
+def fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map a network's names to the file's, from the one network in the file that fits best."""
     networks: dict[str, dict[str, str]] = {}
     for key in tensors:
-        name, wrapper = _unwrap(key, own)
+        name, wrapper = unwrap(key, own)
         if name in own and own[name].shape == tensors[key].shape:
             networks.setdefault(wrapper, {})[name] = key
     # The most tensors; of equals the one with the shortest prefix.
@@ -104,8 +152,8 @@ def _fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, 
     return networks.get(best, {})
 
 
-def _unwrap(key: str, own: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Take prefixes off until the name is one of the backbone's; return it and what was taken."""
+def unwrap(key: str, own: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Take prefixes off until the name is one of the network's; return it and what was taken."""
     name = key
     while True:
         if name in own:
@@ -129,24 +177,29 @@ def _fit_older(
     from groundwork.backbones.from_timm import TimmBackbone, convert
 
     assert isinstance(backbone, TimmBackbone)
-    plain = {_unwrap(key, own)[0].removeprefix("model."): value for key, value in tensors.items()}
+    plain = {unwrap(key, own)[0].removeprefix("model."): value for key, value in tensors.items()}
     converted = convert(backbone, plain)
     if converted is not None:
-        better = _fit(own, converted)
+        better = fit(own, converted)
         if len(better) > len(chosen):
             return better, converted
     return chosen, tensors
 
 
-def _report(
-    path: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], chosen: Mapping[str, str]
+def report_of(
+    path: Path,
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    chosen: Mapping[str, str],
+    part: str = "backbone",
 ) -> InitReport:
+    """Tell what of `own` was chosen from the file's tensors and what was not, both ways."""
     counted = [name for name in own if not name.endswith(_COUNTER)]
     used = set(chosen.values())
     left = [key for key in tensors if key not in used and not key.endswith(_COUNTER)]
     reshaped = {}
     for key in left:
-        name, _ = _unwrap(key, own)
+        name, _ = unwrap(key, own)
         if name in own and name not in chosen:
             here, there = (_shape(one) for one in (own[name], tensors[key]))
             reshaped[name] = f" is {there} in the file and {here} here"
@@ -156,21 +209,8 @@ def _report(
         missing=[name for name in counted if name not in chosen],
         unexpected=left,
         reshaped=reshaped,
+        part=part,
     )
-
-
-def _refusal(report: InitReport, name: str, said: object) -> str:
-    total = len(report.matched) + len(report.missing)
-    sentence = (
-        f"{report.path} fits {name} in {len(report.matched)} of {total} tensors "
-        f"({_percent(report.share)}), and {_percent(ENOUGH)} are needed; missing are "
-        f"{report._missing()}"
-    )
-    if report.unexpected:
-        sentence += f"; the file has instead {_some(report.unexpected)}"
-    if isinstance(said, str) and said != name:
-        return f"{sentence}. The file says that it holds {said}: set backbone.name={said}."
-    return f"{sentence}. Set backbone.name to what the file was made with, or leave out --init."
 
 
 def _percent(share: float) -> str:

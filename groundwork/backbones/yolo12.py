@@ -100,10 +100,11 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.cv1 = ConvUnit(channels, inner, 3)
         self.cv2 = ConvUnit(inner, channels, 3)
+        self.drop: nn.Module = nn.Identity()  # finetune/regularize.py may put stochastic depth here
 
     def forward(self, x: Tensor) -> Tensor:
         """N, channels, H, W -> the same shape."""
-        out: Tensor = x + self.cv2(self.cv1(x))
+        out: Tensor = x + self.drop(self.cv2(self.cv1(x)))
         return out
 
 
@@ -198,14 +199,15 @@ class AttentionBlock(nn.Module):
         inner = math.floor(channels * mlp_ratio)
         self.attn = AreaAttention(channels, area)
         self.mlp = nn.Sequential(ConvUnit(channels, inner), ConvUnit(inner, channels, linear=True))
+        self.drop: nn.Module = nn.Identity()  # finetune/regularize.py may put stochastic depth here
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """N, channels, H, W -> the same shape."""
-        x = x + self.attn(x)
-        out: Tensor = x + self.mlp(x)
+        x = x + self.drop(self.attn(x))
+        out: Tensor = x + self.drop(self.mlp(x))
         return out
 
 
@@ -299,3 +301,7 @@ class YOLO12(Backbone):
             if index in LEVEL_LAYERS:
                 levels.append(x)
         return Pyramid(*levels)
+
+    def depths(self) -> dict[str, int]:
+        """Return each parameter's layer, 0 to 8."""
+        return {name: int(name.split(".")[1]) for name, _ in self.named_parameters()}

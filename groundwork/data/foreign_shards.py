@@ -35,6 +35,8 @@ from groundwork.errors import DataError
 
 _LOGGER = logging.getLogger(__name__)
 FOLDER_NAME = ".groundwork-index"
+# Enters the name of every index; raise it when an index has more in it than before.
+_FORM = "2: offsets of json members"
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -61,7 +63,7 @@ def index_foreign(tars: Sequence[Path], cache: Path) -> tuple[Path, Path]:
 
 
 def _signature(tars: Sequence[Path], names: Sequence[str]) -> str:
-    lines = []
+    lines = [_FORM]
     for tar, name in zip(tars, names, strict=True):
         try:
             status = tar.stat()

@@ -20,13 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from groundwork.data.label_table import (
-    LISTED_TWICE,
-    NO_BOX,
-    NO_PICTURE,
-    Defects,
-    LabelTable,
-)
+from groundwork.data.label_policy import LISTED_TWICE, NO_BOX, NO_PICTURE, Defects
+from groundwork.data.label_table import LabelTable, relative
 from groundwork.errors import DataError
 
 _LOOKED_AT = 50  # pictures by which a json's folder of pictures is recognised
@@ -34,14 +29,18 @@ _LOOKED_AT = 50  # pictures by which a json's folder of pictures is recognised
 
 @dataclass(slots=True)
 class CocoRoot:
-    """A COCO data set: its json files by split (None: a file that is of no split)."""
+    """A COCO data set: its json files by split (None: a file that is of no split).
+
+    `loose`: pictures that are nowhere to be found are no error, and keep the names they are given.
+    """
 
     root: Path
     files: Mapping[str | None, Path]
     names: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    loose: bool = False
 
-    format = "COCO json"
+    form = "COCO json"
 
     def splits(self) -> tuple[str, ...]:
         """Return the splits that there are; none where the data is not split."""
@@ -57,7 +56,7 @@ class CocoRoot:
             if split is None or key in (None, split)
         }
         return {
-            key: _table(document, numbers, self._pictures_of(key, document), defects)
+            key: _table(self.root, self._pictures_of(key, document), document, numbers, defects)
             for key, document in chosen.items()
         }
 
@@ -71,6 +70,8 @@ class CocoRoot:
         names = [image["file_name"] for image in document.images]
         looked_at = names[:: max(1, len(names) // _LOOKED_AT)]
         hits = [sum((folder / name).is_file() for name in looked_at) for folder in folders]
+        if not any(hits) and self.loose:
+            return self.root
         if not any(hits):
             tried = ", ".join(dict.fromkeys(str(folder) for folder in folders))
             raise DataError(
@@ -105,7 +106,9 @@ class _Document:
                 f"{path}, line {error.lineno}: this is no JSON ({error.msg}): export it again."
             ) from error
         except (UnicodeDecodeError, RecursionError) as error:
-            raise DataError(f"{path}, line 1: this is no JSON ({error}): export it again.") from error
+            raise DataError(
+                f"{path}, line 1: this is no JSON ({error}): export it again."
+            ) from error
         if not isinstance(content, dict):
             content = {}
         document = cls(
@@ -185,14 +188,14 @@ def _classes(documents: list[_Document]) -> tuple[dict[int, int], tuple[str, ...
 
 
 def _table(
-    document: _Document, numbers: dict[int, int], folder: Path, defects: Defects
+    root: Path, folder: Path, document: _Document, numbers: dict[int, int], defects: Defects
 ) -> LabelTable:
     file = str(document.path)
     pictures: dict[str, tuple[str, str, tuple[int, int] | None]] = {}
     places: dict[str, int] = {}  # path -> number of the picture
     by_id: dict[int | str, int] = {}
     for image in document.images:
-        path = image["file_name"]
+        path = relative(str(folder / image["file_name"]), root)
         if image["id"] in by_id:
             raise DataError(f"{file} has two images of the id {image['id']!r}: export it again.")
         if path in pictures:
@@ -222,15 +225,14 @@ def _table(
         box = _box(annotation["bbox"], file, place)
         crowd = bool(annotation.get("iscrowd"))
         rows.append((picture, box, numbers[annotation["category_id"]], crowd, place))
-    return LabelTable.of(folder, "annotation", list(pictures.values()), rows)
+    return LabelTable.of(root, "annotation", list(pictures.values()), rows)
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:
-    width, height = image.get("width"), image.get("height")
-    said = isinstance(width, int | float) and isinstance(height, int | float)
-    if not said or not 0 < width < 1 << 31 or not 0 < height < 1 << 31:
-        return None
-    return int(width), int(height)
+    sides = [image.get("width"), image.get("height")]
+    width, height = (side if isinstance(side, int | float) else 0 for side in sides)
+    said = 0 < width < 1 << 31 and 0 < height < 1 << 31
+    return (int(width), int(height)) if said else None
 
 
 def _box(value: Any, file: str, place: int) -> tuple[float, float, float, float]:

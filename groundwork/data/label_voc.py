@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from groundwork.data.label_table import NO_LABEL_FILE, NO_PICTURE, Defects, LabelTable
+from groundwork.data.label_policy import NO_LABEL_FILE, NO_PICTURE, Defects
+from groundwork.data.label_table import LabelTable, relative
 from groundwork.data.label_yolo import read_names
 from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError
@@ -52,7 +53,7 @@ class VocRoot:
     names: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
-    format = "Pascal VOC xml"
+    form = "Pascal VOC xml"
 
     def splits(self) -> tuple[str, ...]:
         """Return the splits that there are; none where the data is not split."""
@@ -67,18 +68,14 @@ class VocRoot:
             for _, file in found[key]:
                 if file not in parsed and Path(file).is_file():
                     parsed[file] = read_xml(Path(file))
-        names_file = next(
-            (p for p in (self.root / "labelmap.txt", self.root / "classes.txt") if p.is_file()),
-            None,
-        )
         seen = sorted({name for objects in parsed.values() for name, _ in objects.objects})
-        self.names = tuple(seen) if names_file is None else _listed_names(names_file, seen)
+        self.names, names_file = voc_names(self.root, seen)
         if not self.names:
             raise DataError(f"No xml of {self.root} has an object, so there are no classes.")
         if split is None and None not in self.lists:
             self._report_strays(parsed, defects)
         return {
-            key: self._table(pairs, parsed, str(names_file), defects)
+            key: self._table(pairs, parsed, names_file, defects)
             for key, pairs in found.items()
             if split is None or key in (None, split)
         }
@@ -96,7 +93,7 @@ class VocRoot:
                 by_stem.setdefault(name.rpartition(".")[0], name)
         if listed is None:
             stems = list(by_stem)
-            if not any(f"{stem}.xml" in set(_names_in(annotations)) for stem in stems):
+            if {f"{stem}.xml" for stem in stems}.isdisjoint(_names_in(annotations)):
                 raise DataError(f"No picture of {pictures} has an xml in {annotations}.")
         else:
             stems = _read_list(listed)
@@ -113,7 +110,8 @@ class VocRoot:
         defects: Defects,
     ) -> LabelTable:
         numbers = {name: number for number, name in enumerate(self.names)}
-        pictures, rows = [], []
+        pictures: list[tuple[str, str, tuple[int, int] | None]] = []
+        rows = []
         for picture, file in pairs:
             objects = parsed.get(file)
             size = objects.size if objects else None
@@ -126,7 +124,7 @@ class VocRoot:
                         "not name: correct it, or add the name there."
                     )
                 rows.append((len(pictures), box, numbers[name], False, place))
-            pictures.append((os.path.relpath(picture, self.root), file, size))
+            pictures.append((relative(picture, self.root), file, size))
         return LabelTable.of(self.root, "object", pictures, rows)
 
     def _report_strays(self, parsed: Mapping[str, Objects], defects: Defects) -> None:
@@ -149,20 +147,30 @@ def _read_list(path: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     names = [line.strip() for line in lines if line.strip()]
     # VOC's lists of one class have 1, 0 or -1 behind the name; names may have blanks otherwise.
-    names = [name.rpartition(" ")[0].strip() if name.endswith((" 1", " 0", "-1")) else name for name in names]
+    names = [
+        name.rpartition(" ")[0].strip() if name.endswith((" 1", " 0", "-1")) else name
+        for name in names
+    ]
     names = [name.rpartition(".")[0] if picture_suffix(name) else name for name in names]
     if not names:
         raise DataError(f"The list {path} names no picture.")
     return list(dict.fromkeys(names))
 
 
-def _listed_names(path: Path, seen: Sequence[str]) -> tuple[str, ...]:
-    """Read names; of a labelmap's `name:colour:parts:actions` the name alone."""
+def voc_names(folder: Path, seen: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """Return the classes, and the file that lists them ("" where it is those that were seen).
+
+    Of a labelmap's lines, `name:colour:parts:actions`, the name alone is read.
+    """
+    files = (folder / "labelmap.txt", folder / "classes.txt")
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        return tuple(seen), ""
     names = read_names(path)
     if path.name == "labelmap.txt":
         names = tuple(name.partition(":")[0] for name in names if not name.startswith("#"))
         names = tuple(name for name in names if name != "background" or name in seen)
-    return names
+    return names, str(path)
 
 
 # ---- one file ----------------------------------------------------------------------------------

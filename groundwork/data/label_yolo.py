@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from groundwork.config import parse_yaml
-from groundwork.data.label_table import NO_PICTURE, Defects, LabelTable
+from groundwork.data.label_policy import NO_PICTURE, Defects
+from groundwork.data.label_table import LabelTable, relative
 from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError, UsageError
 
@@ -45,7 +46,7 @@ class YoloRoot:
     names_file: str = ""  # where they are from; "" where nothing names the classes
     notes: list[str] = field(default_factory=list)
 
-    format = "YOLO text"
+    form = "YOLO text"
 
     def splits(self) -> tuple[str, ...]:
         """Return the splits that there are; none where the data is not split."""
@@ -79,16 +80,7 @@ def label_file(picture: str) -> str:
 
 def read_yaml_root(path: Path) -> YoloRoot:
     """Read a data.yaml. Raises DataError for one that names no pictures or has odd names."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The file {path} cannot be read: {error}.") from error
-    try:
-        document = parse_yaml(text, str(path))
-    except UsageError as error:
-        raise DataError(f"{error} Correct it, or export the data set again.") from error
-    if not isinstance(document, dict):
-        raise DataError(f"{path} holds no keys (train, val, names).")
+    document = _yaml(path)
     base = path.parent
     if isinstance(document.get("path"), str) and (base / document["path"]).is_dir():
         base = base / document["path"]
@@ -102,6 +94,25 @@ def read_yaml_root(path: Path) -> YoloRoot:
     names = _yaml_names(document, path)
     root = YoloRoot(base, sources, names, str(path) if names else "")
     return root if names else with_classes_txt(root)
+
+
+def read_yaml_names(path: Path) -> tuple[str, ...]:
+    """Read the names of a data.yaml alone; none where it has none. Raises DataError."""
+    return _yaml_names(_yaml(path), path)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The file {path} cannot be read: {error}.") from error
+    try:
+        document = parse_yaml(text, str(path))
+    except UsageError as error:
+        raise DataError(f"{error} Correct it, or export the data set again.") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{path} holds no keys (train, val, names).")
+    return document
 
 
 def _listed(given: Any, path: Path, split: str) -> list[str]:
@@ -186,14 +197,10 @@ def _table(root: YoloRoot, sources: Sequence[Path], defects: Defects) -> LabelTa
         for box, class_number, line in parse_lines(content or b"", file, root):
             rows.append((number, box, class_number, False, line))
     listed = [
-        (os.path.relpath(picture, root.root) if _below(picture, root.root) else picture, file, None)
+        (relative(picture, root.root), file, None)
         for picture, file in zip(pictures, files, strict=True)
     ]
     return LabelTable.of(root.root, "line", listed, rows, unit=True)
-
-
-def _below(picture: str, root: Path) -> bool:
-    return picture.startswith(f"{root.absolute()}/")
 
 
 def _pictures(source: Path) -> list[str]:

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,11 +40,26 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from groundwork.data.decode import MAX_PIXELS, Picture, open_picture
 from groundwork.data.order import Order, sample_generator
-from groundwork.data.shards import Samples
+from groundwork.data.shards import Sample, Samples
 from groundwork.errors import DataError, GroundworkError, UsageError
 
 Arrays = dict[str, npt.NDArray[Any]]
 Views = Callable[[Picture, np.random.Generator], Arrays]
+
+
+class PlaceViews(ABC):
+    """Views of a sample that may look at its labels and at other samples of the stream.
+
+    Entries named in `ragged` need not be of one length: in the batch they lie one after the other,
+    and `<name>_sample` says for every row which sample of the batch it is of.
+    """
+
+    ragged: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def at(self, place: Place) -> Arrays:
+        """Return the entries of the batch of the sample at this place."""
+
 
 # Batches that each worker makes ahead: enough to hide a slow one, few enough for little memory.
 _PREFETCH = 3
@@ -62,6 +78,17 @@ class Replaced:
     key: str
     offset: int  # -1 where it is not known
     reason: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """A sample with where it stands in the stream, from which its neighbours can be asked for."""
+
+    position: int
+    sample: Sample
+    picture: Picture
+    generator: np.random.Generator
+    neighbour: Callable[[int], tuple[Sample, Picture]]  # the readable sample so many places on
 
 
 @dataclass(frozen=True)
@@ -110,7 +137,7 @@ class Loader:
         self,
         samples: Samples,
         order: Order,
-        views: Views,
+        views: Views | PlaceViews,
         *,
         seed: int,
         batch_size: int,
@@ -254,7 +281,7 @@ class _Positions(Dataset[Any]):
         self,
         samples: Samples,
         order: Order,
-        views: Views,
+        views: Views | PlaceViews,
         seed: int,
         skip: bool,
         max_pixels: int,
@@ -286,7 +313,8 @@ class _Positions(Dataset[Any]):
                 keys.append(key)
                 if failure is not None:
                     replaced.append(failure)
-            views = _stack(made, keys)
+            ragged = self._views.ragged if isinstance(self._views, PlaceViews) else frozenset()
+            views = _stack(made, keys, ragged)
         except GroundworkError as error:
             return error.with_traceback(None)
         self._clock = time.process_time() if in_worker else time.thread_time()
@@ -319,20 +347,46 @@ class _Positions(Dataset[Any]):
             sample = self._samples.read(shard, index)
             source, key, offset = sample.source, sample.key, sample.offset
             picture = open_picture(sample.image, max_pixels=self._max_pixels)
-            return self._views(picture, sample_generator(self._seed, position)), key
+            generator = sample_generator(self._seed, position)
+            if isinstance(self._views, PlaceViews):
+                neighbour = partial(self._neighbour, position)
+                place = Place(position, sample, picture, generator, neighbour)
+                return self._views.at(place), key
+            return self._views(picture, generator), key
         except DataError as error:
             return Replaced(position, source, key, offset, str(error))
+
+    def _neighbour(self, position: int, distance: int) -> tuple[Sample, Picture]:
+        """Read the sample `distance` places on, or the next readable one behind it.
+
+        What is unreadable is told where the stream itself comes to it. Raises DataError.
+        """
+        first = position + distance
+        for place in range(first, first + min(len(self._order), _LONGEST_DAMAGE)):
+            try:
+                sample = self._samples.read(*self._order[place])
+                return sample, open_picture(sample.image, max_pixels=self._max_pixels)
+            except DataError as error:
+                reason = error
+        raise DataError(f"No picture can be read from position {first} of the stream on: {reason}")
 
 
 def _where(replaced: Replaced) -> str:
     return f"picture {replaced.key} of {replaced.source}"
 
 
-def _stack(made: list[Arrays], keys: list[str]) -> dict[str, Tensor]:
+def _stack(
+    made: list[Arrays], keys: list[str], ragged: frozenset[str] = frozenset()
+) -> dict[str, Tensor]:
     """Stack every view by name; in a worker straight into shared memory, so it is copied once."""
     stacked: dict[str, Tensor] = {}
     for name, like in made[0].items():
         column = [arrays[name] for arrays in made]
+        if name in ragged:
+            stacked[name] = torch.from_numpy(np.concatenate(column))
+            lengths = [len(array) for array in column]
+            stacked[f"{name}_sample"] = torch.from_numpy(np.repeat(np.arange(len(made)), lengths))
+            continue
         for array, key in zip(column, keys, strict=True):
             if array.shape != like.shape or array.dtype != like.dtype:
                 raise ValueError(

@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -47,6 +47,7 @@ CONTEXT = 1.5  # an object's crop is a square of this many times the longer side
 OBJECTS_OF_A_CLASS = {"train": 100, "val": 50}
 OBJECTS_OF_A_SCENE = 4  # of one class, so that a crowded lot does not stand for its class
 
+_INDEX_FORM = 2  # raise it when the index of the shards has more in it: caches are named by it
 _SEEDS = 1 << 32  # seeds of open_scenes lie below; those of the labeled crops do not
 _OBJECT_SEEDS = {"train": _SEEDS + 1, "val": _SEEDS + 2}
 _SCENES_A_PROCESS = 64  # fewer are drawn sooner than a process starts
@@ -69,9 +70,9 @@ def open_scenes(cache: Path, count: int = 2048, size: int = 256, seed: int = 0) 
             f"Drawn scenes need a count of at least 1 (not {count}), a size of at least 32 "
             f"(not {size}) and a seed from 0 to {_SEEDS - 1} (not {seed})."
         )
-    folder = cache / f"scenes-v{VERSION}-seed{seed}-{count}x{size}px"
+    folder = cache / f"scenes-v{VERSION}-index{_INDEX_FORM}-seed{seed}-{count}x{size}px"
     what = f"{count} aerial scenes of {size}x{size} pixels"
-    return _open(folder, what, lambda: _drawn_by_many(count, size, seed), count)
+    return _open(folder, what, lambda: _drawn_by_many(count, size, seed), count, CLASSES)
 
 
 def open_scene_objects(cache: Path, split: Literal["train", "val"]) -> ShardSamples:
@@ -89,7 +90,11 @@ def open_scene_objects(cache: Path, split: Literal["train", "val"]) -> ShardSamp
 
 
 def _open(
-    folder: Path, what: str, draw: Callable[[], Iterable[tuple[str, Members]]], count: int
+    folder: Path,
+    what: str,
+    draw: Callable[[], Iterable[tuple[str, Members]]],
+    count: int,
+    classes: Sequence[str] | None = None,
 ) -> ShardSamples:
     """Open a folder of shards; where it is missing, one process draws it and the others wait."""
     if not (folder / INDEX_NAME).is_file():
@@ -99,7 +104,7 @@ def _open(
                 if not (folder / INDEX_NAME).is_file():
                     _logger.info("drawing %s into %s, once", what, folder)
                     bar = tqdm(draw(), folder.name, count, unit="picture", disable=None)
-                    write_shards(folder, bar, prefix="scenes", shard_size=256)
+                    write_shards(folder, bar, prefix="scenes", shard_size=256, classes=classes)
         except OSError as error:
             raise DataError(
                 f"The drawn scenes cannot be kept in {folder.parent}: {error.strerror or error}. "

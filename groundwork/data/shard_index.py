@@ -8,16 +8,20 @@ shards in well under a second), can be looked at, and runs nothing.
 For shards that someone else's webdataset wrote, `index_shard` makes the same index from the
 headers alone, by webdataset's own rule: a key is everything up to the first dot of the base name,
 and neighbouring members of one key are a sample.
+
+A `.json` member beside a picture (its boxes, see groundwork.data.label_shards) has its place in two
+further columns, so that it is read without a scan too. They are left out where a shard has none,
+and indices from before they existed are read as having none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -108,6 +112,11 @@ class SampleIndex:
     tar_sha256: str = ""  # empty where only the headers have been read
     plan: str = ""  # hash of what pack was asked to put here
     quarantined: list[list[str]] = field(default_factory=list)  # [path, reason]
+    # Where the `.json` member of each picture lies, 0 where it has none; None where none has one.
+    json_offsets: npt.NDArray[np.int64] | None = None
+    json_sizes: npt.NDArray[np.int64] | None = None
+    # Defects of labels that were mended: [path, reason, where].
+    mended: list[list[str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -132,6 +141,11 @@ class SampleIndex:
             numbers = {name: number for number, name in enumerate(names)}
             document["classes"] = names
             document["labels"] = [-1 if x is None else numbers[x] for x in self.labels]
+        if self.json_offsets is not None and self.json_sizes is not None:
+            document["json_offsets"] = self.json_offsets.tolist()
+            document["json_sizes"] = self.json_sizes.tolist()
+        if self.mended:
+            document["mended"] = self.mended
         return dump(document)
 
     @classmethod
@@ -149,6 +163,10 @@ class SampleIndex:
             if numbers and not -1 <= min(numbers) <= max(numbers) < len(names):
                 raise DataError(f"The index {what} is damaged (labels): copy it again.")
             labels = [None if number < 0 else names[number] for number in numbers]
+        json_offsets, json_sizes = None, None
+        if "json_offsets" in document:
+            json_offsets = _numbers(document, "json_offsets", what)
+            json_sizes = _numbers(document, "json_sizes", what)
         index = cls(
             keys=keys,
             paths=paths,
@@ -159,11 +177,28 @@ class SampleIndex:
             tar_sha256=_single(document, "sha256", str, what),
             plan=_single(document, "plan", str, what),
             quarantined=_column(document, "quarantined", list, what),
+            json_offsets=json_offsets,
+            json_sizes=json_sizes,
+            mended=_column(document, "mended", list, what) if "mended" in document else [],
         )
         lengths = {len(keys), len(paths), len(index.offsets), len(index.sizes), len(labels)}
-        if len(lengths) != 1 or (index.offsets + index.sizes > index.tar_bytes).any():
+        ends = [index.offsets + index.sizes] if len(lengths) == 1 else []
+        if json_offsets is not None and json_sizes is not None:
+            lengths |= {len(json_offsets), len(json_sizes)}
+            ends += [json_offsets + json_sizes] if len(lengths) == 1 else []
+        if len(lengths) != 1 or any((end > index.tar_bytes).any() for end in ends):
             raise DataError(f"The index {what} is damaged (columns disagree): copy it again.")
         return index
+
+
+def json_columns(
+    members: Sequence[tuple[int, int] | None],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | tuple[None, None]:
+    """Make the columns of the `.json` members' offsets and sizes; None where there is none."""
+    if not any(members):
+        return None, None
+    column = np.array([member or (0, 0) for member in members], dtype=np.int64)
+    return column[:, 0], column[:, 1]
 
 
 def default_key(path: str) -> str:
@@ -293,7 +328,7 @@ def index_shard(
     names that lead out of a folder. Each error names the shard and the members.
     """
     seen: dict[str, str] = {}  # key -> its first member
-    samples: list[tuple[str, Member, str | None]] = []
+    samples: list[_Found] = []
     group: dict[str, Member] = {}
     key = ""
     passed_over = 0
@@ -327,22 +362,37 @@ def index_shard(
             raise _clash(path, key, group[split[1]], member)
         group[split[1]] = member
     passed_over += finish()
+    pictures = [sample.picture for sample in samples]
+    json_offsets, json_sizes = json_columns(
+        [(found.json.offset, found.json.size) if found.json else None for found in samples]
+    )
     return (
         SampleIndex(
-            keys=[key for key, _, _ in samples],
-            paths=[member.name for _, member, _ in samples],
-            offsets=np.array([member.offset for _, member, _ in samples], dtype=np.int64),
-            sizes=np.array([member.size for _, member, _ in samples], dtype=np.int64),
-            labels=[label for _, _, label in samples],
+            keys=[sample.key for sample in samples],
+            paths=[member.name for member in pictures],
+            offsets=np.array([member.offset for member in pictures], dtype=np.int64),
+            sizes=np.array([member.size for member in pictures], dtype=np.int64),
+            labels=[sample.label for sample in samples],
             tar_bytes=path.stat().st_size,
+            json_offsets=json_offsets,
+            json_sizes=json_sizes,
         ),
         passed_over,
     )
 
 
+class _Found(NamedTuple):
+    """A sample of a shard that is being indexed."""
+
+    key: str
+    picture: Member
+    label: str | None
+    json: Member | None
+
+
 def _sample(
     path: Path, key: str, group: dict[str, Member], read: Callable[[Member], bytes]
-) -> tuple[str, Member, str | None] | None:
+) -> _Found | None:
     pictures = [member for member in group.values() if picture_suffix(member.name)]
     if len(pictures) > 1:
         raise _clash(path, key, *pictures[:2])
@@ -362,10 +412,11 @@ def _sample(
         return None
     label = group.get("cls")
     if label is None:
-        return key, pictures[0], None
+        return _Found(key, pictures[0], None, group.get("json"))
     if label.size > _MAX_LABEL_BYTES:
         raise DataError(f"The shard {path} has a label of {label.size} bytes: {label.name!r}.")
-    return key, pictures[0], read(label).decode("utf-8", "replace").strip()
+    text = read(label).decode("utf-8", "replace").strip()
+    return _Found(key, pictures[0], text, group.get("json"))
 
 
 def _clash(path: Path, key: str, first: Member, second: Member) -> DataError:

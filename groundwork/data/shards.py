@@ -170,6 +170,17 @@ class ShardSamples:
             )
         return Sample(key, image, samples.labels[index], str(place.tar), offset)
 
+    def read_json(self, shard: int, index: int) -> bytes | None:
+        """Read the `.json` member of a sample; None where it has none. Raises as `read` does."""
+        descriptor, place, samples = self._open(shard)
+        if samples.json_offsets is None or samples.json_sizes is None:
+            return None
+        offset, size = int(samples.json_offsets[index]), int(samples.json_sizes[index])
+        content = _read_all(descriptor, size, offset) if offset else None
+        if content is not None and len(content) != size:
+            raise DataError(f"The shard {place.tar} ends inside a member: copy it again.")
+        return content
+
     def shard(self, shard: int) -> Shard:
         """Say where a shard lies."""
         if not 0 <= shard < len(self.shard_sizes):

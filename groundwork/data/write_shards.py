@@ -28,6 +28,7 @@ from groundwork.data.shard_index import (
     SampleIndex,
     SetIndex,
     is_set_index,
+    json_columns,
     samples_name,
     sha256_bytes,
 )
@@ -81,6 +82,7 @@ class _Columns:
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
+    jsons: list[tuple[int, int] | None] = field(default_factory=list)
 
 
 def shard_name(prefix: str, number: int) -> str:
@@ -95,10 +97,12 @@ def write_shard(
     *,
     plan: str = "",
     quarantined: list[list[str]] | None = None,
+    mended: list[list[str]] | None = None,
 ) -> SampleIndex:
     """Write one tar and, after it, its sample index; return the index.
 
-    `quarantined` ([path, reason] each) may still grow while `entries` is being consumed. A shard
+    `quarantined` ([path, reason] each) and `mended` ([path, reason, where]: defects of labels) may
+    still grow while `entries` is being consumed. A shard
     that turns out to have no samples gets an index, and no tar. Raises DataError for a sample
     without exactly one picture, for a key that occurs twice, and for names that lead out of a
     folder.
@@ -120,6 +124,7 @@ def write_shard(
             os.fsync(file.fileno())
         if not columns.keys:
             temporary.unlink()
+    json_offsets, json_sizes = json_columns(columns.jsons)
     index = SampleIndex(
         keys=columns.keys,
         paths=columns.paths,
@@ -130,6 +135,9 @@ def write_shard(
         tar_sha256=digest.hexdigest() if columns.keys else "",
         plan=plan,
         quarantined=quarantined or [],
+        json_offsets=json_offsets,
+        json_sizes=json_sizes,
+        mended=mended or [],
     )
     write_file(folder / samples_name(name), index.dump())
     return index
@@ -150,6 +158,7 @@ def _blocks(entry: Entry, columns: _Columns, position: int, seen: set[str]) -> I
     label = entry.label
     if label is None and "cls" in entry.members:
         label = entry.members["cls"].decode().strip()
+    json: tuple[int, int] | None = None
     for suffix, content in entry.members.items():
         header = member_header(f"{escaped}.{suffix}", len(content))
         if suffix == pictures[0]:
@@ -158,9 +167,12 @@ def _blocks(entry: Entry, columns: _Columns, position: int, seen: set[str]) -> I
             columns.offsets.append(position + len(header))
             columns.sizes.append(len(content))
             columns.labels.append(label)
+        elif suffix == "json":
+            json = position + len(header), len(content)
         for blocks in (header, content, padding(len(content))):
             position += len(blocks)
             yield blocks
+    columns.jsons.append(json)
 
 
 def finish_set(
@@ -188,8 +200,11 @@ def write_shards(
     *,
     prefix: str = "shard",
     shard_size: int = 1000,
+    classes: Sequence[str] | None = None,
 ) -> Path:
     """Write (key, members) pairs as a finished set; the folder appears whole or not at all.
+
+    `classes` are the names that index.json keeps: those of the labels unless given.
 
     Members are bytes by extension (`{"jpg": ..., "cls": b"airplane"}`), exactly one of them a
     picture. Raises DataError where `folder` exists already. If another process writes the same
@@ -208,7 +223,7 @@ def write_shards(
             index = write_shard(temporary, name, group)
             written.append(Row.of(name, index))
             labels.update(label for label in index.labels if label is not None)
-        finish_set(temporary, written, classes=sorted(labels))
+        finish_set(temporary, written, classes=sorted(labels) if classes is None else classes)
         temporary.chmod(0o755)
         try:
             temporary.rename(folder)

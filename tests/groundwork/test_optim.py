@@ -214,3 +214,33 @@ def test_a_state_that_does_not_fit_is_refused(change: dict[str, Any], message: s
     tensors, info = state_to_tensors(optimizer)
     with pytest.raises(CheckpointError, match=message):
         state_from_tensors(build_optimizer(Optimiser(), model), tensors, info | change)
+
+
+class Fast(nn.Module):
+    """Asks ten times the rate for its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def lr_scales(self) -> dict[str, float]:
+        return {"layer.weight": 10.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_may_ask_for_another_learning_rate(name: Name) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Fast())
+    optimizer = build_optimizer(Optimiser(name=name, weight_decay=0.1), model)
+    set_learning_rate(optimizer, 1e-3)
+    asked = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    rates = {key: asked[id(parameter)] for key, parameter in model.named_parameters()}
+    assert rates == {
+        "0.weight": (1e-3, 0.1),
+        "0.bias": (1e-3, 0.0),
+        "1.layer.weight": (1e-2, 0.1),
+        "1.layer.bias": (1e-3, 0.0),
+    }

@@ -1,0 +1,354 @@
+"""The command that shows what labels a data set has, before anything is trained on them.
+
+    python -m finetune.labels DATA [--split train] [--out labels.png] [--pictures 16]
+
+What: for each split the pictures, classes, sizes and defects, and a sheet of pictures with their
+boxes drawn. Why: wrong labels train without a complaint; a person sees at a glance that boxes sit
+beside their objects, or that names are exchanged. Everything is read as training reads it, through
+groundwork.data.labels; pictures are opened as far as their headers, and only those of the sheet are
+decoded. Small, medium and large are COCO's (areas below 32 x 32 pixels, up to 96 x 96, above).
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import copy
+import math
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from groundwork.data.annotations import Annotations
+from groundwork.data.decode import Picture, open_picture
+from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
+from groundwork.errors import DataError, GroundworkError
+from groundwork.settings import Data
+
+UNREADABLE = "picture that cannot be read, replaced by another one in training"
+_THREADS = 4
+_COUNTING = threading.Lock()
+_EXAMPLES = 3  # of each kind of defect
+_SMALL, _LARGE = 32.0, 96.0  # sides of a square in pixels; COCO's evaluation
+_TILE, _TEXT = 480, 13  # pixels: side of a tile, height of its text
+_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclass(slots=True)
+class Survey:
+    """What was found in one split. `sides` are the roots of the boxes' areas, in pixels."""
+
+    pictures: int = 0
+    background: int = 0
+    crowds: int = 0
+    boxes: Counter[int] = field(default_factory=Counter)  # by class
+    shown_in: Counter[int] = field(default_factory=Counter)  # pictures by class
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # pictures by width, height
+    sides: list[npt.NDArray[np.float32]] = field(default_factory=list)
+
+    def count(self, picture: Picture, annotations: Annotations) -> None:
+        """Count one picture."""
+        classes, edges = annotations.classes.tolist(), annotations.boxes
+        self.pictures += 1
+        self.background += not classes
+        self.crowds += int(annotations.crowd.sum())
+        self.boxes.update(classes)
+        self.shown_in.update(set(classes))
+        self.sizes[picture.width, picture.height] += 1
+        self.sides.append(np.sqrt((edges[:, 2:] - edges[:, :2]).prod(axis=1)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0 done, 2 usage, 3 data."""
+    given = _parser().parse_args(arguments)
+    try:
+        _show(given)
+    except GroundworkError as error:
+        sys.stderr.write(f"{_shown(str(error))}\n")
+        return error.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune.labels",
+        description="Show the classes, boxes, sizes and defects of labeled data, and draw a sheet "
+        "of pictures with their boxes.",
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="the root of a data set (COCO, YOLO, Pascal VOC), a COCO json, a data.yaml, labeled "
+        "shards, or scenes",
+    )
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), help="this split alone (default: all)"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="PNG",
+        type=Path,
+        default=Path("labels.png"),
+        help="where the sheet goes (default %(default)s)",
+    )
+    parser.add_argument(
+        "--pictures",
+        metavar="N",
+        type=_count,
+        default=16,
+        help="pictures on the sheet (default %(default)s; 0: no sheet)",
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def _show(given: argparse.Namespace) -> None:
+    splits: Sequence[str | None] = splits_of(given.data) or (None,)
+    if given.split is not None:
+        splits = (given.split,)
+    settings = Data()
+    opened: dict[str | None, LabeledSamples] = {}
+    for split in splits:
+        samples = open_labeled(
+            given.data,
+            split,
+            cache=settings.cache_folder(),
+            cache_bytes=int(settings.cache_gb * 1e9),
+        )
+        if not opened:
+            _say("\n".join(_heading(given.data, samples)))
+        opened[split] = samples
+        _say("\n".join(_report(split, samples, survey(samples))))
+    if given.pictures:
+        tiles = list(_tiles(opened, given.pictures))
+        _write_sheet(given.out, tiles, next(iter(opened.values())).names)
+        _say(f"\n{len(tiles)} pictures with their boxes: {given.out}")
+    for samples in opened.values():
+        samples.close()
+
+
+# ---- counting ----------------------------------------------------------------------------------
+
+
+def survey(samples: LabeledSamples) -> Survey:
+    """Look at every picture's header and labels; the samples' defects then are all there are."""
+    places = [
+        (shard, index)
+        for shard, size in enumerate(samples.shard_sizes.tolist())
+        for index in range(size)
+    ]
+    found = Survey()
+    # Readers are for one thread each, so every thread has a copy, which counts for itself.
+    copies = [copy.deepcopy(samples) for _ in range(_THREADS)]
+    with (
+        tqdm(total=len(places), unit=" pictures", desc=samples.name, disable=None) as bar,
+        ThreadPoolExecutor(_THREADS) as pool,
+    ):
+        parts = [
+            pool.submit(_survey, reader, places[first::_THREADS], found, bar.update)
+            for first, reader in enumerate(copies)
+        ]
+        for part in parts:
+            part.result()
+    for reader in copies:
+        samples.defects.found.update(reader.defects.found)
+        reader.close()
+    return found
+
+
+def _survey(
+    samples: LabeledSamples,
+    places: Sequence[tuple[int, int]],
+    found: Survey,
+    tick: Callable[[], object],
+) -> None:
+    for shard, index in places:
+        sample = samples.read(shard, index)
+        try:
+            picture = open_picture(sample.image, max_pixels=samples.max_pixels)
+        except DataError as error:
+            samples.defects.add(UNREADABLE, sample.source, f"{sample.key}: {error}")
+            continue
+        annotations = samples.annotations(sample, picture)
+        with _COUNTING:
+            found.count(picture, annotations)
+            tick()
+
+
+# ---- telling -----------------------------------------------------------------------------------
+
+
+def _heading(data: str, samples: LabeledSamples) -> Iterator[str]:
+    shown = ", ".join(samples.names[:20]) + (", ..." if len(samples.names) > 20 else "")
+    yield f"{data}: {samples.form}, {len(samples.names)} classes: {shown}"
+    for note in samples.notes:
+        yield f"  {note}"
+
+
+def _report(split: str | None, samples: LabeledSamples, found: Survey) -> Iterator[str]:
+    total = found.boxes.total()
+    yield ""
+    yield (
+        f"{split or 'all'}: {found.pictures:,} pictures, of them {found.background:,} background; "
+        f"{total:,} boxes" + (f", of them {found.crowds:,} crowds" if found.crowds else "")
+    )
+    width = max(map(len, samples.names))
+    for number, name in enumerate(samples.names):
+        boxes, pictures = found.boxes[number], found.shown_in[number]
+        yield f"  {name:<{width}}  {boxes:>9,} boxes in {pictures:>7,} pictures"
+    yield from _box_sizes(found)
+    common = [f"{w} x {h} ({count:,})" for (w, h), count in found.sizes.most_common(4)]
+    rest = len(found.sizes) - len(common)
+    yield f"  pictures' sizes: {', '.join(common)}" + (f" and {rest:,} others" if rest else "")
+    yield from _defects(samples)
+
+
+def _box_sizes(found: Survey) -> Iterator[str]:
+    sides = np.concatenate([*found.sides, np.zeros(0, np.float32)])
+    if not len(sides):
+        return
+    small, large = int((sides < _SMALL).sum()), int((sides > _LARGE).sum())
+    counts = {"small": small, "medium": len(sides) - small - large, "large": large}
+    shares = ", ".join(f"{n} {count:,} ({count / len(sides):.0%})" for n, count in counts.items())
+    yield f"  boxes' sizes: {shares}"
+    values = np.quantile(sides, _QUANTILES)
+    quantiles = ", ".join(
+        f"{quantile:.0%} {value:.1f}" for quantile, value in zip(_QUANTILES, values, strict=True)
+    )
+    yield f"  roots of their areas, px: {quantiles}"
+
+
+def _defects(samples: LabeledSamples) -> Iterator[str]:
+    if not len(samples.defects):
+        yield "  defects: none"
+        return
+    yield "  defects:"
+    examples: dict[str, list[str]] = {}
+    for defect in samples.defects:
+        shown = examples.setdefault(defect.reason, [])
+        if len(shown) < _EXAMPLES:
+            shown.append(defect.shown())
+    for reason, count in samples.defects.counts().most_common():
+        yield f"    {count:,} x {reason}"
+        yield from (f"        {example}" for example in examples[reason])
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{_shown(text)}\n")
+
+
+def _shown(text: str) -> str:
+    """Make names that are no UTF-8 printable."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# ---- the sheet ---------------------------------------------------------------------------------
+
+
+def _tiles(opened: dict[str | None, LabeledSamples], count: int) -> Iterator[Image.Image]:
+    """Yield pictures for the sheet, evenly spread over each split, and as many of each."""
+    shares = [count // len(opened) + (n < count % len(opened)) for n in range(len(opened))]
+    for (split, samples), share in zip(opened.items(), shares, strict=True):
+        ends = np.cumsum(samples.shard_sizes)
+        numbers = np.linspace(0, len(samples) - 1, min(share, len(samples))).round().astype(int)
+        for number in numbers.tolist():
+            shard = int(np.searchsorted(ends, number, side="right"))
+            index = number - int(ends[shard] - samples.shard_sizes[shard])
+            sample = samples.read(shard, index)
+            try:
+                picture = open_picture(sample.image, max_pixels=samples.max_pixels)
+                annotations = samples.annotations(sample, picture)
+                tile = _draw(picture, annotations, samples.names)
+            except DataError:
+                continue  # told of among the defects, unless its damage lies behind the header
+            title = sample.key.rpartition("/")[2]
+            yield _titled(tile, f"{split}: {title}" if split else title, len(annotations))
+
+
+def _draw(picture: Picture, annotations: Annotations, names: Sequence[str]) -> Image.Image:
+    """Draw a picture's boxes, and the names of their classes where there is room for them."""
+    scale = _TILE / max(picture.width, picture.height)
+    size = max(1, round(picture.height * scale)), max(1, round(picture.width * scale))
+    whole = (0.0, 0.0, float(picture.width), float(picture.height))
+    image = Image.fromarray(picture.cut([whole], size)[0])
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(_TEXT)
+    for box, number, crowd in zip(
+        (annotations.boxes * scale).tolist(),
+        annotations.classes.tolist(),
+        annotations.crowd.tolist(),
+        strict=True,
+    ):
+        left, top, right, bottom = box
+        colour, name = _colour(number), names[number] + (" (crowd)" if crowd else "")
+        draw.rectangle(
+            (left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=2
+        )
+        length = draw.textlength(name, font)
+        if length <= max(right - left, _TILE / 8):
+            above = max(0.0, top - _TEXT)
+            draw.rectangle((left, above, left + length, above + _TEXT), fill=colour)
+            draw.text((left, above - 1), name, _ink(colour), font)
+    return image
+
+
+def _titled(tile: Image.Image, title: str, boxes: int) -> Image.Image:
+    titled = Image.new("RGB", (_TILE, tile.height + 2 * _TEXT), "white")
+    titled.paste(tile, ((_TILE - tile.width) // 2, 2 * _TEXT))
+    text = _shown(title)
+    shown = f"{text if len(text) <= 40 else text[:18] + '...' + text[-19:]}, {boxes} boxes"
+    ImageDraw.Draw(titled).text((4, 3), shown, "black", ImageFont.load_default(_TEXT))
+    return titled
+
+
+def _write_sheet(path: Path, tiles: Sequence[Image.Image], names: Sequence[str]) -> None:
+    """Lay tiles out in a square, with the classes' colours below. Raises DataError."""
+    across = max(1, math.ceil(math.sqrt(len(tiles))))
+    rows = [tiles[first : first + across] for first in range(0, len(tiles), across)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    sheet = Image.new("RGB", (across * _TILE, sum(heights) + 2 * _TEXT), "white")
+    for number, row in enumerate(rows):
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (column * _TILE, sum(heights[:number])))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
+    left, top = 4.0, sum(heights) + _TEXT // 2
+    for number, name in enumerate(names):
+        length = draw.textlength(name, font)
+        draw.rectangle((left - 3, top, left + length + 3, top + _TEXT), fill=_colour(number))
+        draw.text((left, top - 1), name, _ink(_colour(number)), font)
+        left += length + 2 * _TEXT
+    try:
+        sheet.save(path, "PNG")
+    except OSError as error:
+        raise DataError(f"The sheet {path} cannot be written: {error.strerror}.") from error
+
+
+def _colour(number: int) -> tuple[int, int, int]:
+    """Return a class's colour: hues a golden angle apart, so that neighbours differ."""
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1.0, 1.0, 1.0 - number % 2 * 0.15)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _ink(colour: tuple[int, int, int]) -> str:
+    """Return what can be read on a colour (luma of ITU-R BT.601)."""
+    red, green, blue = colour
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else "white"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

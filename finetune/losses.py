@@ -1,0 +1,197 @@
+"""The detection loss: l1 classification + l2 localisation + l3 objectness + penalty.
+
+What is compared with what comes from the task-aligned assignment (finetune/assign.py). Sums over
+points are divided by the sum of the targets' scores over the batch, so that pictures with many
+boxes do not outweigh the others; of several processes each divides by its own sum.
+
+- classification, every point and class against its target score: `bce` (binary cross-entropy),
+  `focal` (arXiv 1708.02002, equation 5, torchvision's), `varifocal` (arXiv 2008.13367, equation 2)
+  or `quality_focal` (arXiv 2006.04388, equation 6).
+- localisation, positive points weighted by their target score: `iou`, `giou` (arXiv 1902.09630),
+  `diou` or `ciou` (arXiv 1911.08287), torchvision's.
+- distribution, part of localisation with a weight of its own: distribution focal loss (arXiv
+  2006.04388, equation 7) of the two bins beside a side's distance.
+- objectness, where the detector has that branch: binary cross-entropy with the overlap of the
+  positive points' boxes, 0 elsewhere.
+- penalty: L2 over all decaying weights, L1 over the scales of BatchNorm (network slimming, arXiv
+  1708.06519).
+
+Differs from the papers:
+- Focal, varifocal and quality focal loss are summed and divided as above; papers divide by the
+  number of positives.
+- Label smoothing (arXiv 1512.00567, section 7) is over the classes of positive points: the box's
+  class gets 1 - epsilon of the target score, and every class epsilon / C of it. Background keeps
+  its targets of 0, of which there are thousands a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.ops import (
+    complete_box_iou_loss,
+    distance_box_iou_loss,
+    generalized_box_iou_loss,
+    sigmoid_focal_loss,
+)
+
+from finetune.assign import Assignment, Targets, assign
+from finetune.detector import Detector
+from finetune.head import BINS, Anchors, Raw, anchors_of
+from finetune.recipe import ClassificationKeys, LossKeys
+from groundwork.optim import undecayed
+
+BOX_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "iou": lambda first, second: 1 - overlaps(first, second),
+    "giou": generalized_box_iou_loss,
+    "diou": distance_box_iou_loss,
+    "ciou": lambda first, second: complete_box_iou_loss(_with_area(first), second),
+}
+
+
+class Loss(NamedTuple):
+    """The whole, with a gradient, and its parts after weighting, without."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class DetectionLoss:
+    """Computes the loss of a batch by a recipe's `loss` section; has no parameters."""
+
+    def __init__(self, config: LossKeys) -> None:
+        self.config = config
+
+    def __call__(
+        self, detector: Detector, raw: Raw, size: tuple[int, int], targets: Targets
+    ) -> Loss:
+        """Compare logits of pictures of `size` (height, width) with the targets."""
+        config = self.config
+        raw = Raw(
+            raw.boxes.float(),
+            raw.classes.float(),
+            None if raw.objectness is None else raw.objectness.float(),
+        )
+        anchors = anchors_of(*size, raw.boxes)
+        boxes = detector.head.decode(raw.boxes, anchors)
+        found = assign(
+            boxes.detach(),
+            raw.classes.detach().sigmoid(),
+            anchors,
+            targets,
+            topk=config.assign.topk,
+            alpha=config.assign.alpha,
+            beta=config.assign.beta,
+        )
+        scale = 1 / found.score.sum().clamp(min=1)
+        parts: dict[str, Tensor] = {}
+        wanted = class_targets(raw.classes, found, targets, config.classification.smoothing)
+        parts["classification"] = (
+            scale
+            * config.classification.weight
+            * classification_loss(raw.classes, wanted, config.classification).sum()
+        )
+        predicted, true = boxes[found.image, found.point], targets.boxes[found.target]
+        box_loss = BOX_LOSSES[config.localisation.kind](predicted, true)
+        parts["localisation"] = scale * config.localisation.weight * (box_loss * found.score).sum()
+        bins = raw.boxes[found.image, found.point]
+        sides = sides_in_strides(true, found.point, anchors)
+        parts["distribution"] = (
+            scale
+            * config.distribution.weight
+            * (distribution_loss(bins, sides) * found.score).sum()
+        )
+        if raw.objectness is not None:
+            there = torch.zeros_like(raw.objectness)
+            there[found.image, found.point] = overlaps(predicted.detach(), true)
+            parts["objectness"] = (
+                scale
+                * config.objectness.weight
+                * functional.binary_cross_entropy_with_logits(
+                    raw.objectness, there, reduction="sum"
+                )
+            )
+        if config.penalty.l2 or config.penalty.l1_scales:
+            parts["penalty"] = penalty(detector, config.penalty.l2, config.penalty.l1_scales)
+        total = torch.stack(list(parts.values())).sum()
+        return Loss(total, {name: value.detach() for name, value in parts.items()})
+
+
+def class_targets(
+    logits: Tensor, found: Assignment, targets: Targets, smoothing: float = 0.0
+) -> Tensor:
+    """Return what the scores should be, N A C: 0 but for positive points."""
+    wanted = torch.zeros_like(logits)
+    if smoothing:
+        wanted[found.image, found.point] = found.score[:, None] * smoothing / logits.shape[2]
+    own = targets.classes[found.target]
+    wanted[found.image, found.point, own] += found.score * (1 - smoothing)
+    return wanted
+
+
+def classification_loss(logits: Tensor, wanted: Tensor, config: ClassificationKeys) -> Tensor:
+    """Return the loss of every point and class, of the shape of `logits`."""
+    if config.kind == "focal":
+        return sigmoid_focal_loss(logits, wanted, alpha=config.alpha, gamma=config.gamma)
+    entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    if config.kind == "bce":
+        return entropy
+    score = logits.sigmoid().detach()
+    if config.kind == "quality_focal":
+        return (wanted - logits.sigmoid()).abs() ** config.gamma * entropy
+    negative = config.alpha * score**config.gamma
+    return torch.where(wanted > 0, wanted, negative) * entropy  # varifocal
+
+
+def overlaps(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of two rows of boxes (P 4), pair by pair."""
+    low = torch.maximum(first[:, :2], second[:, :2])
+    high = torch.minimum(first[:, 2:], second[:, 2:])
+    shared = (high - low).clamp(min=0).prod(1)
+    areas = (first[:, 2:] - first[:, :2]).prod(1) + (second[:, 2:] - second[:, :2]).prod(1)
+    return shared / (areas - shared).clamp(min=1e-7)
+
+
+def _with_area(boxes: Tensor) -> Tensor:
+    """Give boxes sides of a thousandth of a pixel at least: an angle without height is NaN."""
+    low, high = boxes.split(2, 1)
+    return torch.cat((low, torch.maximum(high, low + 1e-3)), 1)
+
+
+def sides_in_strides(boxes: Tensor, point: Tensor, anchors: Anchors) -> Tensor:
+    """Distances P 4 of boxes' sides from their points, in strides, within what the bins can say."""
+    place, stride = anchors.points[point], anchors.strides[point, None]
+    sides = torch.cat((place - boxes[:, :2], boxes[:, 2:] - place), 1) / stride
+    return sides.clamp(0, BINS - 1 - 0.01)
+
+
+def distribution_loss(logits: Tensor, sides: Tensor) -> Tensor:
+    """Distribution focal loss of box logits P 64 for sides P 4; the mean over the sides, P."""
+    below = sides.floor().long()
+    upper = sides - below
+    logs = logits.reshape(-1, 4, BINS).log_softmax(-1)
+    low = logs.gather(2, below[..., None]).squeeze(2)
+    high = logs.gather(2, below[..., None] + 1).squeeze(2)
+    return -(low * (1 - upper) + high * upper).mean(1)
+
+
+def penalty(model: nn.Module, l2: float, l1_scales: float) -> Tensor:
+    """Return l2 / 2 times the squares of the weights that decay, plus l1 times |BatchNorm scales|.
+
+    Frozen parameters are left out.
+    """
+    excluded = undecayed(model)
+    total = torch.zeros((), device=next(model.parameters()).device)
+    if l2:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in excluded:
+                total = total + l2 / 2 * parameter.square().sum()
+    if l1_scales:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad:
+                total = total + l1_scales * module.weight.abs().sum()
+    return total

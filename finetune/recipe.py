@@ -1,0 +1,226 @@
+"""Every key of a fine-tuning recipe with its default, and how the three layers become one.
+
+Defaults here < a recipe file (only what differs) < key=value on the command line. Nothing here
+imports torch, so that a mistake is told before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from finetune.augment.settings import Augment
+from groundwork.config import (
+    Section,
+    changes_on_resume,
+    find_recipe,
+    merge,
+    parse_overrides,
+    read_yaml,
+    validate,
+)
+from groundwork.settings import (
+    BackboneKeys,
+    Budget,
+    CheckpointKeys,
+    Count,
+    Data,
+    Ema,
+    Fraction,
+    Guard,
+    Log,
+    Optimiser,
+    Schedule,
+)
+
+Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Side = Annotated[int, Field(ge=32, multiple_of=32)]
+
+
+class LabeledData(Data):
+    """Where labeled pictures come from; `train` is a data set's root, which supplies its splits."""
+
+    train: str = "scenes"
+    train_list: str | None = None  # a file of picture names, one a line: the label fraction
+    val: str | None = None  # null: the validation split of the root of data.train, if it has one
+    test: str | None = None  # null: the test split of that root, if it has one; scored at the end
+
+
+class DetectorKeys(Section):
+    """What is built on the backbone."""
+
+    width: Literal["n", "s", "m", "l", "x"] | None = None  # of neck and head; null: the backbone's
+    objectness: bool = False  # a third branch in the head
+
+
+class Optim(Optimiser):
+    """The optimiser; `lr` is that of neck and head."""
+
+    backbone_lr: Weight = 1.0  # times lr, for the backbone
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # a layer's rate over the next one's
+    clip: float | None = Field(default=10.0, gt=0)
+
+
+class Freeze(Section):
+    """What keeps its weights and BatchNorm statistics at first, and for how long."""
+
+    backbone: Fraction = 0.0  # share of the budget during which the backbone is frozen
+    neck: Fraction = 0.0
+
+
+class ClassificationKeys(Section):
+    """finetune/losses.py says which loss is which."""
+
+    kind: Literal["bce", "focal", "varifocal", "quality_focal"] = "bce"
+    weight: Weight = 0.5
+    # focal: 2.0 and 0.25 (RetinaNet); varifocal: 2.0 and 0.75; quality focal: 2.0.
+    gamma: Weight = 2.0
+    alpha: Fraction = 0.75
+    smoothing: Fraction = 0.0  # label smoothing's epsilon
+
+
+class LocalisationKeys(Section):
+    """The overlap loss of boxes."""
+
+    kind: Literal["iou", "giou", "diou", "ciou"] = "ciou"
+    weight: Weight = 7.5
+
+
+class PartKeys(Section):
+    """A part of the loss that has a weight and no choices."""
+
+    weight: Weight = 1.0
+
+
+class PenaltyKeys(Section):
+    """The penalty on weights: beside weight decay, which the optimiser has."""
+
+    l2: Weight = 0.0
+    l1_scales: Weight = 0.0  # of BatchNorm
+
+
+class AssignKeys(Section):
+    """Task-aligned assignment (finetune/assign.py)."""
+
+    topk: Count = 10
+    alpha: Weight = 0.5
+    beta: Weight = 6.0
+
+
+class LossKeys(Section):
+    """The loss: weights of its parts and their kinds. The weights are those of the YOLO family."""
+
+    classification: ClassificationKeys = ClassificationKeys()
+    localisation: LocalisationKeys = LocalisationKeys()
+    distribution: PartKeys = PartKeys(weight=1.5)
+    objectness: PartKeys = PartKeys(weight=1.0)
+    penalty: PenaltyKeys = PenaltyKeys()
+    assign: AssignKeys = AssignKeys()
+
+
+class Regularize(Section):
+    """Noise inside the network while it trains (finetune/regularize.py); 0 is none."""
+
+    dropblock: Fraction = 0.0  # probability of DropBlock, on P3 to P5
+    block: Count = 7  # cells of a side of its blocks, at most half of a map's side
+    spatial_dropout: Fraction = 0.0  # probability of dropping a channel of P3 to P5
+    stochastic_depth: Fraction = 0.0  # of a residual branch of the backbone, rising with depth
+
+
+class Phase(Section):
+    """What differs until a share of the budget is spent; null is the recipe's own."""
+
+    until: Annotated[float, Field(gt=0, le=1)]
+    batch_size: Count | None = None
+    image_sizes: tuple[Side, ...] | None = None
+
+
+class EvalKeys(Section):
+    """When validation is scored, and what it decides."""
+
+    times: Annotated[int, Field(ge=0)] = 10  # evenly over the budget; 0 is never
+    batch_size: Count = 16
+    score: Fraction = 0.001  # boxes below are left out
+    iou: Fraction = 0.7  # of non-maximum suppression
+    most: Count = 300  # boxes of one picture
+    select: Literal["best", "last"] = "best"  # which weights become detector.safetensors
+    patience: Count | None = None  # scorings without a better AP after which training stops
+    patience_from: Fraction = 0.5  # share of the budget before which patience does not count
+
+
+class Recipe(Section):
+    """A fine-tuning recipe, resolved: what runs is what is written in the run folder."""
+
+    backbone: BackboneKeys = BackboneKeys()
+    detector: DetectorKeys = DetectorKeys()
+    data: LabeledData = LabeledData()
+    image_size: Side = 640  # longer side of what the network sees, px
+    image_sizes: tuple[Side, ...] = ()  # multi-scale: every batch draws one; empty: image_size
+    batch_size: Count = 16  # of one optimiser step, over all ranks
+    accumulate: Count = 1  # forwards for one optimiser step
+    budget: Budget = Budget(epochs=100)
+    phases: tuple[Phase, ...] = ()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule(final=0.01)
+    ema: Ema = Ema(enabled=True, decay=0.9998)
+    ema_from: Fraction = 0.0  # share of the budget before which the average just follows
+    # BatchNorm of a pretrained backbone: measured anew on the labeled pictures before the first
+    # step, taken from the file, or taken from the file and never changed.
+    batchnorm: Literal["measure", "file", "freeze"] = "measure"
+    freeze: Freeze = Freeze()
+    loss: LossKeys = LossKeys()
+    augment: Augment = Augment()
+    regularize: Regularize = Regularize()
+    eval: EvalKeys = EvalKeys()
+    checkpoint: CheckpointKeys = CheckpointKeys()
+    log: Log = Log()
+    guard: Guard = Guard()
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False  # compiles backbone, neck and head in place
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    threads: Count | None = None  # of a one-process CPU run; null: all allowed cores
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for size in (self.batch_size, *(p.batch_size or self.batch_size for p in self.phases)):
+            if size % self.accumulate:
+                raise ValueError(
+                    f"batch_size={size} is not divisible by accumulate={self.accumulate}"
+                )
+        ends = [phase.until for phase in self.phases]
+        if ends != sorted(set(ends)):
+            raise ValueError("phases: each `until` must be larger than the one before it")
+        return self
+
+
+# A later layer that sets one budget replaces the earlier layer's.
+WHOLE = frozenset({"budget"})
+
+
+def resolve(recipe: str | None, overrides: Sequence[str]) -> Recipe:
+    """Lay the layers over each other; `recipe` is a path or a name of recipes/finetune.
+
+    Raises UsageError for anything that is not a known key.
+    """
+    values = read_yaml(find_recipe(recipe or "default", "finetune"))
+    return build(merge(values, parse_overrides(overrides), WHOLE))
+
+
+def build(values: dict[str, Any]) -> Recipe:
+    """Validate a nested dict as a Recipe; raises UsageError."""
+    return validate(Recipe, values)
+
+
+# Keys that make another model or another stream: a resumed run must not change them.
+FIXED = (
+    "backbone", "detector", "seed", "image_size", "optim.name", "data.window_shards", "ema.",
+    "batchnorm", "freeze", "phases", "augment",
+)  # fmt: skip
+
+
+def refuse_changes(old: Recipe, new: Recipe) -> list[str]:
+    """Return a line for every harmless change on resume; raises UsageError for another kind."""
+    return changes_on_resume(old, new, FIXED)

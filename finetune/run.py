@@ -1,0 +1,106 @@
+"""The command of the second stage: `accelerate launch finetune/run.py --init pretrained.safetensors`.
+
+The only file of this package that exits with a run's state. Flags say which, keys say how:
+everything but the flags is key=value, such as `data.train=ROOT budget.epochs=100 optim.lr=0.001`.
+Without data it trains on the drawn scenes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if not __package__:
+    # Launchers put finetune/ first on the path; an uninstalled clone has its packages beside it.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import logging
+from pathlib import Path
+
+from finetune import recipe as recipes
+from groundwork.backbones import check_backbone_name
+from groundwork.command import (
+    check_flags,
+    find_run,
+    flags,
+    is_main_process,
+    log_to_standard_output,
+    stop_with_the_launcher,
+    write_status,
+)
+from groundwork.config import merge, parse_overrides, read_yaml, to_yaml
+from groundwork.errors import GroundworkError, StoppedError
+
+logger = logging.getLogger("finetune.run")
+
+NEXT = """\
+What next:
+  score it        python -m finetune.evaluate {file} data.val={data}
+  use it          python -m finetune.predict {file} PICTURES --out found
+  take it along   python -m finetune.export {file} --format onnx"""
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse the flags and the key=value overrides."""
+    parser = flags("finetune/run.py", "Train a detector on a pretrained backbone.")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    log_to_standard_output(("groundwork", "finetune"))
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    folder: Path | None = None
+    try:
+        check_flags(options)
+        if options.resume is None:
+            recipe = recipes.resolve(options.recipe, options.overrides)
+        else:
+            recipe, options = _resumed(options)
+        check_backbone_name(recipe.backbone.name)
+        if options.print_recipe:
+            sys.stdout.write(to_yaml(recipe))
+            return 0
+        from finetune.loop import finetune
+        from groundwork.run_folder import prepare_run
+
+        run = prepare_run(
+            recipe,
+            f"finetune-{recipe.backbone.name}",
+            options.out,
+            resumed=options.resume is not None,
+            parts_without_gradient=recipe.freeze.backbone > 0,
+        )
+        folder = run.folder
+        stop_with_the_launcher()
+        write_status(folder, "running", None, "")
+        product = finetune(recipe, run, init=options.init, resume=options.resume)
+        write_status(folder, "done", 0, f"The detector is in {product}.")
+        logger.info(NEXT.format(file=product, data=recipe.data.val or recipe.data.train))
+        return 0
+    except GroundworkError as error:
+        state = "stopped" if isinstance(error, StoppedError) else "failed"
+        write_status(folder, state, error.exit_code, str(error))
+        if is_main_process():
+            sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except BaseException as error:
+        write_status(folder, "failed", 1, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _resumed(options: argparse.Namespace) -> tuple[recipes.Recipe, argparse.Namespace]:
+    """Find the run to go on with, and lay the overrides over its recipe."""
+    options.resume, folder = find_run(options.resume, "finetune")
+    old = recipes.build(read_yaml(folder / "recipe.yaml"))
+    changes = merge(old.model_dump(mode="json"), parse_overrides(options.overrides), recipes.WHOLE)
+    new = recipes.build(changes)
+    for line in recipes.refuse_changes(old, new):
+        logger.info("Changed on resume: %s", line)
+    options.out = options.out or folder
+    return new, options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

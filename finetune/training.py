@@ -1,0 +1,146 @@
+"""A detector with its loss, as the loop trains it; and how a pretrained part is handed over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finetune.assign import Targets
+from finetune.augment.letterbox import letterbox_geometry
+from finetune.augment.warp import GREY
+from finetune.detector import Detector
+from finetune.losses import DetectionLoss, Loss
+from finetune.recipe import LossKeys, Optim
+from groundwork import colour
+from groundwork.data.decode import Picture
+from groundwork.data.loader import Arrays, Loader
+from groundwork.data.order import Order
+from groundwork.data.shards import Samples
+from groundwork.precise_batchnorm import measure_statistics
+
+# Pictures that BatchNorm is measured on.
+MEASURED = 256
+_AT_ONCE = 16
+
+
+class Training(nn.Module):
+    """Batch -> Loss; the only entry that distributed training sees."""
+
+    def __init__(self, detector: Detector, loss: LossKeys) -> None:
+        super().__init__()
+        self.detector = detector
+        self.loss = DetectionLoss(loss)
+        self._frozen = (False, False, False)
+
+    def forward(self, batch: dict[str, Tensor]) -> Loss:
+        """Colour and normalise image, colour, boxes, classes; run the network; compare."""
+        image = self.coloured(batch)
+        detector = self.detector
+        backbone, neck, _ = self._frozen
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not backbone):
+            pyramid = detector.backbone(image)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not neck):
+            features = detector.neck(pyramid)
+        raw = detector.head(features)
+        targets = Targets(batch["boxes_sample"], batch["boxes"], batch["classes"])
+        with torch.autocast(image.device.type, enabled=False):
+            return self.loss(detector, raw, (image.shape[2], image.shape[3]), targets)
+
+    def coloured(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the pictures as the backbone wants them: N 3 H W."""
+        backbone = self.detector.backbone
+        return colour.apply(batch["image"], batch["colour"], backbone.mean, backbone.std)
+
+    def seen(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what training sees, for a person: picture (uint8 N 3 H W on the CPU) and boxes."""
+        backbone = self.detector.backbone
+        image = self.coloured(batch).float().cpu()
+        mean = torch.tensor(backbone.mean).view(1, 3, 1, 1)
+        std = torch.tensor(backbone.std).view(1, 3, 1, 1)
+        picture = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        rest = {key: batch[key].cpu() for key in ("boxes", "boxes_sample", "classes")}
+        return {"picture": picture, **rest}
+
+    def freeze(self, *, backbone: bool, neck: bool, batchnorm: bool) -> None:
+        """Freeze parts: no gradient, so no update, and BatchNorm's statistics as they are.
+
+        A neck is frozen with its backbone only: a gradient has to pass it otherwise. `batchnorm`
+        keeps the backbone's statistics while its weights train.
+        """
+        wanted = (backbone, neck and backbone, batchnorm)
+        if not any(wanted) and not any(self._frozen):
+            return
+        self._frozen = wanted
+        detector = self.detector
+        detector.train()
+        if backbone:
+            detector.backbone.eval()
+        elif batchnorm:
+            for module in detector.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        if wanted[1]:
+            detector.neck.eval()
+
+
+def scale_learning_rates(detector: Detector, optim: Optim) -> None:
+    """Tell the optimiser, through `Detector.lr_scales`, how fast each layer of the backbone learns.
+
+    The last layer learns at optim.backbone_lr times the rate of neck and head, and every layer
+    before it at optim.layer_decay times the rate of the next (arXiv 2106.08254, section 3.2).
+    """
+    if optim.backbone_lr == 1 and optim.layer_decay == 1:
+        return
+    depths = detector.backbone.depths()
+    last = max(depths.values())
+    detector.scales = {
+        f"backbone.{name}": optim.backbone_lr * optim.layer_decay ** (last - depth)
+        for name, depth in depths.items()
+    }
+
+
+@torch.no_grad()
+def measure_batchnorm(detector: Detector, samples: Samples, order: Order, image_size: int) -> None:
+    """Give the backbone's BatchNorm the statistics of the labeled pictures, as they will be shown.
+
+    What a backbone was pretrained on (views, masked pictures, another size) has other statistics.
+    Every rank measures the same pictures and gets the same numbers.
+    """
+    device = next(detector.parameters()).device
+    count = min(MEASURED, len(samples))
+    loader = Loader(samples, order, _Whole(image_size), seed=0, batch_size=min(_AT_ONCE, count))
+    backbone = detector.backbone
+    training = backbone.training
+    backbone.eval()
+
+    def run() -> None:
+        batches = iter(loader)
+        for _ in range(max(1, count // min(_AT_ONCE, count))):
+            image = next(batches).views["image"].to(device)
+            backbone(colour.normalise(image, backbone.mean, backbone.std))
+
+    try:
+        measure_statistics(backbone, run)
+    finally:
+        loader.close()
+        backbone.train(training)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A whole picture in a grey square, as evaluation shows it."""
+
+    image_size: int
+
+    def __call__(self, picture: Picture, generator: np.random.Generator) -> Arrays:
+        size = (self.image_size, self.image_size)
+        geometry = letterbox_geometry(picture.width, picture.height, size)
+        whole = (0.0, 0.0, float(picture.width), float(picture.height))
+        [pixels] = picture.cut([whole], geometry.shown(picture.width, picture.height))
+        frame = np.full((*size, 3), GREY, np.uint8)
+        bottom, right = geometry.top + pixels.shape[0], geometry.left + pixels.shape[1]
+        frame[geometry.top : bottom, geometry.left : right] = pixels
+        return {"image": frame}

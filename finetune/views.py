@@ -1,0 +1,91 @@
+"""A labeled sample -> what training sees: a picture with its boxes, augmented, of one size a batch.
+
+Everything is a function of the sample's position in the stream: its generator, the size of its
+batch (multi-scale), and the other pictures that mosaic and mixing ask for, which are drawn from the
+places behind it. So any number of workers and ranks makes the same batches, and a resumed run goes
+on with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.augment.contract import Compose, Item
+from groundwork.data.decode import Picture
+from groundwork.data.labels import LabeledSamples
+from groundwork.data.loader import Arrays, Place, PlaceViews
+from groundwork.data.order import sample_generator
+from groundwork.data.shards import Sample
+
+# Other pictures of a mosaic come from so many places ahead: near enough to lie in shards that are
+# here already, far enough to differ.
+REACH = 512
+_FOR_SIZES = 1 << 40  # positions that no stream reaches: the generators of batches
+
+
+@dataclass(frozen=True)
+class DetectionViews(PlaceViews):
+    """Augmented pictures for a detector.
+
+    `sizes` are the sides that batches draw from; a batch is `batch_size` samples from `origin` on.
+    """
+
+    labeled: LabeledSamples
+    augment: Compose
+    sizes: Sequence[int]
+    seed: int
+    batch_size: int
+    origin: int
+
+    ragged = frozenset(("boxes", "classes"))
+
+    def at(self, place: Place) -> Arrays:
+        """Return image (uint8 H W 3), colour, boxes (N 4, pixels of the image), classes (N)."""
+        source = _Source(self, place, self.size_of(place.position))
+        item = self.augment(source.load(place.sample, place.picture), source)
+        return {
+            "image": item.pixels,
+            "colour": item.colour,
+            "boxes": item.boxes,
+            "classes": item.classes,
+        }
+
+    def size_of(self, position: int) -> tuple[int, int]:
+        """Return height and width of the pictures of the batch that a position is in."""
+        if len(self.sizes) == 1:
+            return self.sizes[0], self.sizes[0]
+        batch = (position - self.origin) // self.batch_size
+        generator = sample_generator(self.seed, _FOR_SIZES + self.origin + batch)
+        side = int(self.sizes[int(generator.integers(len(self.sizes)))])
+        return side, side
+
+
+class _Source:
+    """What the transforms of one sample may ask for."""
+
+    def __init__(self, views: DetectionViews, place: Place, size: tuple[int, int]) -> None:
+        self.views = views
+        self.place = place
+        self.generator = place.generator
+        self.size = size
+        self.reach = min(REACH, len(views.labeled) - 1)
+
+    def other(self) -> Item:
+        """Read another picture from near by in the stream; the same one where there is but one."""
+        distance = int(self.generator.integers(1, self.reach + 1)) if self.reach else 0
+        return self.load(*self.place.neighbour(distance))
+
+    def load(self, sample: Sample, picture: Picture) -> Item:
+        """Decode a picture with its boxes, the longer side as long as training's longer side."""
+        scale = max(self.size) / max(picture.width, picture.height)
+        width = max(1, round(picture.width * scale))
+        height = max(1, round(picture.height * scale))
+        whole = (0.0, 0.0, float(picture.width), float(picture.height))
+        [pixels] = picture.cut([whole], (height, width))
+        found = self.views.labeled.annotations(sample, picture)
+        kept = ~found.crowd
+        by = np.array([width / picture.width, height / picture.height] * 2, np.float32)
+        return Item(pixels, found.boxes[kept] * by, found.classes[kept])

@@ -1,0 +1,162 @@
+"""Which labeled shards a person means, their splits, and their classes.
+
+What: `find_shards` tells whether shards are meant, and where those of each split are: splits are
+folders of shards called train, val and test, and the drawn scenes have them too.
+`open_shard_labels` opens them (groundwork.data.label_shards).
+
+Every class's name is in index.json of shards of ours. In shards of others the members are read
+through once, when they are opened, and their names put together; a number that no box has is called
+class_0 and so on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from groundwork.data.label_shards import RemoteLabels, ShardLabels, read_document, unlabeled
+from groundwork.data.label_table import choose
+from groundwork.data.remote import is_remote, open_remote
+from groundwork.data.scenes import CLASSES, open_scenes
+from groundwork.data.shard_index import INDEX_NAME, is_set_index
+from groundwork.data.shards import ShardSamples, open_shards
+from groundwork.errors import DataError
+
+SCENES = "scenes"
+_SPLITS = ("train", "val", "test")
+# Of the drawn scenes, in sixteenths: train has the first 14, val one, test one.
+_SCENE_PARTS = {"train": (0, 14), "val": (14, 15), "test": (15, 16)}
+_MOST_CLASSES = 10_000
+
+
+def find_shards(data: str) -> Mapping[str | None, str] | None:
+    """Return the shards that a person names, by split (None: not split); None: no shards."""
+    if data == SCENES:
+        return dict.fromkeys(_SCENE_PARTS, data)
+    if is_remote(data):
+        return {None: data}
+    path = Path(data)
+    if path.is_dir():
+        if _has_shards(path):
+            return {None: data}
+        found = {split: str(path / split) for split in _SPLITS if _has_shards(path / split)}
+        return found or None  # type: ignore[return-value]
+    pattern = not path.exists() and any(mark in data for mark in "*?[{")
+    return {None: data} if data.endswith(".tar") or pattern else None
+
+
+def _has_shards(folder: Path) -> bool:
+    return folder.is_dir() and (
+        is_set_index(folder / INDEX_NAME) or next(folder.glob("*.tar"), None) is not None
+    )
+
+
+def open_shard_labels(
+    data: str,
+    found: Mapping[str | None, str],
+    split: str | None,
+    *,
+    cache: Path,
+    cache_bytes: int,
+    names_in: Path | None,
+) -> tuple[ShardLabels, tuple[str, ...]]:
+    """Open what `find_shards` found; also return the classes.
+
+    Raises DataError for shards without labels, and for names that do not agree.
+    """
+    name = data if split is None or None in found else f"{data} ({split})"
+    if data == SCENES:
+        scenes = open_scenes(cache)
+        first, end = _SCENE_PARTS[split] if split is not None else (0, 16)
+        numbers = np.arange(len(scenes) * first // 16, len(scenes) * end // 16)
+        return _some(name, scenes, CLASSES, numbers, names_in), CLASSES
+    opened = {key: _open(shards, cache, cache_bytes) for key, shards in found.items()}
+    known: dict[int, str] = {}
+    digests = []
+    for part in opened.values():
+        digests.append(_learn_names(part, known))
+    names = tuple(
+        known.get(number, f"class_{number}") for number in range(max(known, default=0) + 1)
+    )
+    if None in opened or split is not None:
+        shards = opened[None if None in opened else split]
+    else:
+        shards = open_shards(list(found.values()), cache)
+    return _some(name, shards, names, None, names_in, "".join(digests)), names
+
+
+def _open(shards: str, cache: Path, cache_bytes: int) -> ShardSamples | RemoteLabels:
+    if is_remote(shards):
+        return RemoteLabels.of(open_remote([shards], cache=cache, cache_bytes=cache_bytes))
+    return open_shards(shards, cache)
+
+
+def _some(
+    name: str,
+    shards: ShardSamples | RemoteLabels,
+    names: tuple[str, ...],
+    numbers: npt.NDArray[np.int64] | None,
+    names_in: Path | None,
+    digest: str = "",
+) -> ShardLabels:
+    """Keep the samples of these numbers, counted through all shards, and of them those named."""
+    if numbers is None and names_in is None:
+        return ShardLabels(name, shards, names, None, digest)
+    ends = np.cumsum(shards.shard_sizes)
+    if numbers is None:
+        numbers = np.arange(len(shards))
+    if names_in is not None:
+        paths = [path for shard in range(len(ends)) for path in shards.samples(shard).paths]
+        numbers = numbers[choose(names_in, [paths[number] for number in numbers.tolist()])]
+    owners = np.searchsorted(ends, numbers, side="right")
+    places = numbers - (ends - shards.shard_sizes)[owners]
+    chosen = [places[owners == shard] for shard in range(len(ends))]
+    return ShardLabels(name, shards, names, chosen, digest)
+
+
+def _learn_names(shards: ShardSamples | RemoteLabels, known: dict[int, str]) -> str:
+    """Add the classes of these shards to those known; return a hash of labels that were read.
+
+    Raises DataError for shards without labels, and for a number that has two names.
+    """
+    if isinstance(shards, ShardSamples):
+        kept = [part.index.classes for part in shards.sets]
+    else:
+        kept = [shards.classes()]
+    for classes in kept:
+        for number, name in enumerate(classes):
+            _agree(known, number, name, shards.name)
+    whole = not all(kept)
+    digest = hashlib.sha256()
+    if not whole and not isinstance(shards, ShardSamples):
+        return ""  # what is wrong with a remote shard shows when it is fetched
+    for shard, size in enumerate(shards.shard_sizes.tolist()):
+        samples = shards.samples(shard)
+        # Of shards of ours, which were checked when they were packed, the first of each is read.
+        for index in range(size if whole else min(size, 1)):
+            content = shards.read_json(shard, index)
+            if content is None:
+                raise unlabeled(f"{shards.name} ({samples.paths[index]})", samples.keys[index])
+            digest.update(content)
+            document = read_document(content, f"{shards.name} ({samples.keys[index]}.json)")
+            names = document.get("names") or [None] * len(document["classes"])
+            for number, name in zip(document["classes"], names, strict=True):
+                if not 0 <= number < (_MOST_CLASSES if whole else len(known)):
+                    raise DataError(
+                        f"{shards.name}: {samples.keys[index]}.json has a box of the class "
+                        f"{number}, which there is not: write the shard again."
+                    )
+                _agree(known, number, name or known.get(number, f"class_{number}"), shards.name)
+    return digest.hexdigest()
+
+
+def _agree(known: dict[int, str], number: int, name: str, where: str) -> None:
+    if known.setdefault(number, name) != name:
+        raise DataError(
+            f"The class {number} is {known[number]!r} and, in {where}, {name!r}: pack all splits "
+            "with the same labels."
+        )

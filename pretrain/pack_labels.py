@@ -1,0 +1,80 @@
+"""Boxes into the shards: what `--labels` adds to packing.
+
+What: `with_labels` gives every picture what the labels say of it; `labeled_member` makes the
+`.json` member that is packed beside it (groundwork.data.label_shards), cleaned by the policy of
+groundwork.data.label_policy; `summary` tells what was mended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from groundwork.data.annotations import Annotations
+from groundwork.data.decode import Picture
+from groundwork.data.label_lookup import LabelLookup
+from groundwork.data.label_policy import Defects, Labels, settle
+from groundwork.data.label_shards import to_json
+from groundwork.errors import DataError
+from pretrain.pack_plan import Source
+
+DEFECTS_NAME = "label-defects.jsonl"
+UNNAMED = "the labels do not name it"
+
+
+def with_labels(pictures: Sequence[Source], lookup: LabelLookup) -> list[Source]:
+    """Give each picture its labels; none to those that the labels do not name.
+
+    Raises DataError where they name none of the pictures.
+    """
+    found = [lookup.labels(picture.file) for picture in pictures]
+    if not any(labels is not None for labels in found):
+        raise DataError(
+            f"The labels name none of the {len(pictures)} pictures, the first being "
+            f"{pictures[0].file}: name the labels of these pictures."
+        )
+    if lookup.unnamed_is_background:
+        found = [_nothing() if labels is None else labels for labels in found]
+    return [
+        dataclasses.replace(picture, labels=labels)
+        for picture, labels in zip(pictures, found, strict=True)
+    ]
+
+
+def _nothing() -> Labels:
+    none = np.zeros(0, np.int64)
+    return Labels("", np.zeros((0, 4)), none, np.zeros(0, np.bool_), none, "line")
+
+
+def labeled_member(
+    labels: Labels | None,
+    picture: Picture,
+    size: tuple[int, int],
+    names: Sequence[str],
+    defects: Defects,
+) -> bytes:
+    """Make the member for a picture that is packed with `size` (height, width).
+
+    Raises DataError for a picture that the labels do not name.
+    """
+    if labels is None:
+        raise DataError(UNNAMED)
+    found = settle(labels, picture, defects)
+    height, width = size
+    scale = np.array([width / picture.width, height / picture.height] * 2, np.float64)
+    scaled = (found.boxes * scale).clip(0, np.array([width, height] * 2, np.float64))
+    return to_json(Annotations.of(scaled, found.classes, found.crowd), names)
+
+
+def summary(mended: Sequence[Sequence[str]], lookup: LabelLookup, where: str) -> Iterator[str]:
+    """Tell of the labels: the classes, and what was mended by reason."""
+    shown = ", ".join(lookup.names[:20]) + (", ..." if len(lookup.names) > 20 else "")
+    yield f"  boxes of {len(lookup.names):,} classes: {shown}"
+    yield from (f"    {note}" for note in lookup.notes)
+    counts = Counter(reason for _, reason, _ in mended) + lookup.defects.counts()
+    if counts:
+        yield f"  defects of the labels, mended ({where}):"
+        yield from (f"    {count:,} x {reason}" for reason, count in counts.most_common())

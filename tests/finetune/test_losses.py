@@ -1,0 +1,195 @@
+"""The parts of the detection loss: hand-worked values, and an independent computation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from finetune.assign import Assignment, Targets
+from finetune.detector import build_detector
+from finetune.head import BINS, anchors_of
+from finetune.losses import (
+    BOX_LOSSES,
+    DetectionLoss,
+    class_targets,
+    classification_loss,
+    distribution_loss,
+    overlaps,
+    penalty,
+    sides_in_strides,
+)
+from finetune.recipe import ClassificationKeys, LossKeys, build
+
+
+def one(*values: float) -> Tensor:
+    return torch.tensor([values], dtype=torch.float32)
+
+
+def test_box_losses_of_two_boxes_by_hand() -> None:
+    first, second = one(0, 0, 2, 2), one(1, 1, 3, 3)
+    iou = 1 / 7  # 1 shared of 4 + 4 - 1
+    assert float(overlaps(first, second)) == pytest.approx(iou)
+    assert float(BOX_LOSSES["iou"](first, second)) == pytest.approx(1 - iou)
+    # 9 around both, of which 7 are covered.
+    assert float(BOX_LOSSES["giou"](first, second)) == pytest.approx(1 - iou + 2 / 9, abs=1e-5)
+    # Centres sqrt(2) apart, a diagonal of sqrt(18) around both; equal shapes.
+    assert float(BOX_LOSSES["diou"](first, second)) == pytest.approx(1 - iou + 2 / 18, abs=1e-5)
+    assert float(BOX_LOSSES["ciou"](first, second)) == pytest.approx(1 - iou + 2 / 18, abs=1e-5)
+
+
+def test_ciou_punishes_another_shape() -> None:
+    first, second = one(0, 0, 4, 2), one(1, 0, 3, 2)
+    iou = 4 / 8
+    shape = 4 / math.pi**2 * (math.atan(1) - math.atan(2)) ** 2
+    expected = 1 - iou + shape**2 / (1 - iou + shape)
+    assert float(BOX_LOSSES["ciou"](first, second)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(BOX_LOSSES))
+def test_box_losses_and_their_gradients_are_finite_where_a_prediction_is_far_off(kind: str) -> None:
+    predicted = torch.tensor([[0.0, 0.0, 1e-3, 1e-3], [5.0, 5.0, 5.0, 5.0]], requires_grad=True)
+    true = torch.tensor([[100.0, 100.0, 110.0, 120.0], [4.0, 4.0, 6.0, 6.0]])
+    BOX_LOSSES[kind](predicted, true).sum().backward()
+    assert predicted.grad is not None and torch.isfinite(predicted.grad).all()
+
+
+def test_distribution_loss_by_hand() -> None:
+    logits = torch.zeros(1, 4, BINS)
+    logits[0, 0, 3] = 2.0  # the first side's distribution prefers bin 3
+    sides = torch.tensor([[3.25, 0.0, 14.5, 7.0]])
+    total = math.log(15 + math.e**2)
+    first = -(0.75 * (2.0 - total) + 0.25 * (0.0 - total))
+    expected = (first + 3 * math.log(BINS)) / 4
+    assert float(distribution_loss(logits.flatten(1), sides)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_sides_are_in_strides_and_stay_within_the_bins() -> None:
+    anchors = anchors_of(64, 64, torch.zeros(1))
+    point = torch.tensor([0, 83])  # stride 8 at (4, 4), stride 32 at (48, 48)
+    boxes = torch.tensor([[0.0, 2.0, 500.0, 20.0], [16.0, 32.0, 64.0, 80.0]])
+    sides = sides_in_strides(boxes, point, anchors)
+    torch.testing.assert_close(sides[0], torch.tensor([0.5, 0.25, BINS - 1.01, 2.0]))
+    torch.testing.assert_close(sides[1], torch.tensor([1.0, 0.5, 0.5, 1.0]))
+
+
+def test_focal_losses_by_hand() -> None:
+    logits, wanted = torch.tensor([0.0, 0.0]), torch.tensor([0.75, 0.0])
+    entropy = math.log(2)
+
+    def values(kind: str, **keys: float) -> list[float]:
+        config = ClassificationKeys(kind=kind, **keys)  # type: ignore[arg-type]
+        return classification_loss(logits, wanted, config).tolist()
+
+    assert values("bce") == pytest.approx([entropy, entropy])
+    # |0.75 - 0.5|^2 and |0 - 0.5|^2 times cross-entropy.
+    assert values("quality_focal") == pytest.approx([entropy / 16, entropy / 4])
+    # Positives by their target, negatives by alpha * score^gamma.
+    assert values("varifocal") == pytest.approx([0.75 * entropy, 0.75 * 0.25 * entropy])
+    # p_t = 0.5 for both: alpha_t * 0.25 * cross-entropy; alpha_t mixes by the soft target.
+    alpha = 0.25 * 0.75 + 0.75 * 0.25
+    expected = [alpha * 0.25 * entropy, 0.75 * 0.25 * entropy]
+    assert values("focal", alpha=0.25) == pytest.approx(expected)
+
+
+def test_label_smoothing_moves_a_share_of_the_score_to_all_classes() -> None:
+    found = Assignment(torch.tensor([0]), torch.tensor([5]), torch.tensor([0]), torch.tensor([0.8]))
+    targets = Targets(torch.tensor([0]), one(0, 0, 8, 8), torch.tensor([1]))
+    wanted = class_targets(torch.zeros(1, 10, 4), found, targets, smoothing=0.1)
+    assert wanted[0, 5].tolist() == pytest.approx([0.02, 0.74, 0.02, 0.02])
+    assert float(wanted.sum()) == pytest.approx(0.8)
+
+
+def test_penalty_by_hand_leaves_norms_and_biases_to_l1() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    with torch.no_grad():
+        model[0].weight.fill_(3.0)
+        model[0].bias.fill_(100.0)
+        model[1].weight.copy_(torch.tensor([-2.0, 0.5]))
+    assert float(penalty(model, l2=0.1, l1_scales=0.0).detach()) == pytest.approx(0.1 / 2 * 18)
+    assert float(penalty(model, l2=0.0, l1_scales=0.01).detach()) == pytest.approx(0.01 * 2.5)
+
+
+@pytest.mark.parametrize("objectness", [False, True])
+def test_the_whole_is_the_weighted_sum_of_its_parts(objectness: bool) -> None:
+    torch.manual_seed(0)
+    detector = build_detector("yolo12n", 3, objectness=objectness)
+    image = torch.rand(2, 3, 64, 64)
+    targets = Targets(
+        torch.tensor([0, 0, 1]),
+        torch.tensor([[4.0, 4.0, 30.0, 40.0], [20.0, 8.0, 60.0, 30.0], [0.0, 0.0, 63.0, 63.0]]),
+        torch.tensor([0, 2, 1]),
+    )
+    keys = build({"loss": {"penalty": {"l2": 1e-4}}}).loss
+    loss = DetectionLoss(keys)
+    raw = detector(image)
+    result = loss(detector, raw, (64, 64), targets)
+    names = {"classification", "localisation", "distribution", "penalty"}
+    assert set(result.parts) == names | ({"objectness"} if objectness else set())
+    assert float(result.total.detach()) == pytest.approx(float(sum(result.parts.values())), rel=1e-5)
+    doubled = keys.model_copy(
+        update={"localisation": keys.localisation.model_copy(update={"weight": 15.0})}
+    )
+    twice = DetectionLoss(doubled)(detector, raw, (64, 64), targets)
+    ratio = float(twice.parts["localisation"]) / float(result.parts["localisation"])
+    assert ratio == pytest.approx(2.0, rel=1e-5)
+    result.total.backward()
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_a_batch_without_boxes_teaches_background_alone() -> None:
+    torch.manual_seed(0)
+    detector = build_detector("yolo12n", 2)
+    raw = detector(torch.rand(2, 3, 64, 64))
+    nothing = Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0).long())
+    result = DetectionLoss(LossKeys())(detector, raw, (64, 64), nothing)
+    expected = 0.5 * functional.binary_cross_entropy_with_logits(
+        raw.classes, torch.zeros_like(raw.classes), reduction="sum"
+    )
+    assert float(result.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert float(result.parts["localisation"]) == float(result.parts["distribution"]) == 0.0
+    result.total.backward()
+
+
+def test_one_positive_point_against_an_independent_computation() -> None:
+    """A single box with one candidate: every number can be computed in another way."""
+    torch.manual_seed(1)
+    detector = build_detector("yolo12n", 2)
+    raw = detector(torch.rand(1, 3, 64, 64))
+    box, label = (17.0, 17.0, 23.0, 23.0), 1  # holds the point (20, 20) of stride 8 alone
+    targets = Targets(torch.tensor([0]), torch.tensor([box]), torch.tensor([label]))
+    result = DetectionLoss(LossKeys())(detector, raw, (64, 64), targets)
+
+    point = 2 * 8 + 2
+    shares = raw.boxes[0, point].reshape(4, BINS).softmax(1)
+    left, top, right, bottom = ((shares * torch.arange(16.0)).sum(1) * 8).tolist()
+    x0, y0, x1, y1 = 20 - left, 20 - top, 20 + right, 20 + bottom
+    shared = max(0.0, min(x1, 23) - max(x0, 17)) * max(0.0, min(y1, 23) - max(y0, 17))
+    iou = shared / ((x1 - x0) * (y1 - y0) + 36 - shared)
+    diagonal = (max(x1, 23) - min(x0, 17)) ** 2 + (max(y1, 23) - min(y0, 17)) ** 2
+    apart = ((x0 + x1) / 2 - 20) ** 2 + ((y0 + y1) / 2 - 20) ** 2
+    shape = 4 / math.pi**2 * (math.atan((x1 - x0) / (y1 - y0)) - math.atan(1)) ** 2
+    ciou = iou - apart / diagonal - shape**2 / (1 - iou + shape)
+    score = max(ciou, 0.0)  # the best point's target is the box's best overlap
+    scale = 1 / max(score, 1.0)
+
+    assert float(result.parts["localisation"]) == pytest.approx(
+        7.5 * scale * score * (1 - ciou), rel=1e-3
+    )
+    logs = raw.boxes[0, point].reshape(4, BINS).log_softmax(1)
+    side = 3 / 8  # every side lies 3 px from the point
+    distribution = -(logs[:, 0] * (1 - side) + logs[:, 1] * side).mean()
+    assert float(result.parts["distribution"]) == pytest.approx(
+        1.5 * scale * score * float(distribution.detach()), rel=1e-3
+    )
+    wanted = torch.zeros_like(raw.classes)
+    wanted[0, point, label] = score
+    entropy = functional.binary_cross_entropy_with_logits(raw.classes, wanted, reduction="sum")
+    assert float(result.parts["classification"]) == pytest.approx(
+        0.5 * scale * float(entropy.detach()), rel=1e-3
+    )

@@ -1,0 +1,193 @@
+"""Claims about packing pictures with their boxes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from groundwork.data.labels import LabeledSamples, open_labeled
+from groundwork.data.shards import open_shards
+from pretrain.pack import main
+
+MakeJpeg = Callable[..., bytes]
+
+
+def pack(*arguments: object) -> int:
+    return main(["--workers", "1", *map(str, arguments)])
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def open_(data: Path, split: str | None = None) -> LabeledSamples:
+    return open_labeled(str(data), split, cache=data.parent / "cache", cache_bytes=1 << 20)
+
+
+def all_boxes(samples: LabeledSamples) -> dict[str, Any]:
+    places = [(s, i) for s, size in enumerate(samples.shard_sizes.tolist()) for i in range(size)]
+    found = {}
+    for place in places:
+        sample, _, annotations = samples.look(*place)
+        name = sample.key.rpartition("/")[2]
+        boxes = annotations.boxes.astype(float).round(3).tolist()
+        found[name] = boxes, annotations.classes.tolist()
+    return found
+
+
+@pytest.fixture
+def root(tmp_path: Path, make_jpeg: MakeJpeg) -> Path:
+    """A YOLO data set with boxes, background, a box to clip, and a copy."""
+    root = tmp_path / "root"
+    for number, name in enumerate(("a", "b.c", "none")):
+        write(root / "images" / "train" / f"{name}.jpg", make_jpeg(number))
+    write(root / "images" / "val" / "v.jpg", make_jpeg(9))
+    write(root / "labels" / "train" / "a.txt", "1 0.5 0.5 0.5 0.5\n0 0.25 0.25 0.25 0.25\n")
+    write(root / "labels" / "train" / "b.c.txt", "0 1 1 0.5 0.5\n1 0.5 0.5 0.1 0.1\n" * 2)
+    write(root / "labels" / "val" / "v.txt", "0 0.5 0.5 1 1\n")
+    write(root / "classes.txt", "car\nboat\n")
+    return root
+
+
+def test_packed_labels_are_those_of_the_data_set(root: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        folder = tmp_path / "shards" / split
+        assert pack("--labels", root, root / "images" / split, folder) == 0
+    for split in ("train", "val"):
+        packed, plain = open_(tmp_path / "shards", split), open_(root, split)
+        assert packed.names == plain.names == ("car", "boat")
+        assert all_boxes(packed) == all_boxes(plain)
+        assert not len(packed.defects)  # mended when they were packed
+    content = open_shards(tmp_path / "shards" / "train", tmp_path).read_json(0, 0)
+    assert content is not None
+    assert json.loads(content) == {
+        "boxes": [[16, 12, 48, 36], [8, 6, 24, 18]],
+        "classes": [1, 0],
+        "names": ["boat", "car"],
+    }
+
+
+def test_the_whole_data_set_is_named_as_simply(root: Path, tmp_path: Path) -> None:
+    assert pack("--labels", root, root / "images", tmp_path / "shards") == 0
+    assert sorted(all_boxes(open_(tmp_path / "shards"))) == ["a", "b.c", "none", "v"]
+
+
+def test_defects_are_told_and_noted_also_of_shards_made_earlier(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("--labels", root, root / "images" / "train", tmp_path / "shards")
+    for _ in range(2):
+        assert pack(*command) == 0
+        told = capsys.readouterr().out
+        assert "2 x box written twice" in told and "1 x box partly outside" in told
+        assert "boxes of 2 classes: car, boat" in told
+        lines = (tmp_path / "shards" / "label-defects.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [row["path"] for row in rows] == ["b.c.jpg"] * 3
+        assert rows[0]["where"].startswith(str(root / "labels" / "train" / "b.c.txt, line "))
+
+
+def test_other_labels_are_another_packing(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("--labels", root, root / "images" / "train", tmp_path / "shards")
+    assert pack(*command) == 0
+    write(root / "labels" / "train" / "a.txt", "1 0.5 0.5 0.5 0.4\n")
+    assert pack(*command) == 2
+    assert "holds a packing of other pictures" in capsys.readouterr().err
+
+
+def test_boxes_are_scaled_with_their_picture_and_upright(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (64, 48), "gray").save(file, "JPEG", exif=exif)  # upright: 48 x 64
+    write(tmp_path / "set" / "images" / "a.jpg", file.getvalue())
+    write(tmp_path / "set" / "labels" / "a.txt", "0 0.5 0.25 1 0.5\n")
+    for side, expected in ((24, [0, 0, 24, 16]), (1000, [0, 0, 48, 32])):
+        folder = tmp_path / f"shards{side}"
+        arguments = ("--labels", tmp_path / "set", "--resize", side)
+        assert pack(*arguments, tmp_path / "set" / "images", folder) == 0
+        samples = open_(folder)
+        picture = samples.look(0, 0)[1]
+        assert (picture.width, picture.height) == ((24, 32) if side == 24 else (48, 64))
+        assert all_boxes(samples) == {"a": ([expected], [0])}
+
+
+def coco(*names: str) -> str:
+    return json.dumps(
+        {
+            "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+            "annotations": [
+                {"id": i, "image_id": i, "category_id": 1, "bbox": [i, 1, 5, 5]}
+                for i in range(len(names))
+            ],
+            "categories": [{"id": 1, "name": "plane"}],
+        }
+    )
+
+
+def test_a_json_that_came_alone_finds_pictures_by_name_and_leaves_others_out(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "elsewhere" / "boxes.json", coco("train/a.jpg", "b.c.jpg"))
+    assert pack("--labels", path, root / "images", tmp_path / "shards") == 0
+    told = capsys.readouterr().out
+    assert "2 pictures left out" in told and "the labels do not name it" in told
+    assert all_boxes(open_(tmp_path / "shards")) == {
+        "a": ([[0, 1, 5, 6]], [0]),
+        "b.c": ([[1, 1, 6, 6]], [0]),
+    }
+
+
+def test_folders_of_label_files_are_labels(root: Path, tmp_path: Path) -> None:
+    expected = all_boxes(open_(root, "train"))
+    alone = tmp_path / "alone"
+    shutil.copytree(root / "labels" / "train", alone)
+    shutil.copy(root / "classes.txt", alone)
+    for number, labels in enumerate((root / "labels", root / "labels" / "train", alone)):
+        folder = tmp_path / f"shards{number}"
+        assert pack("--labels", labels, root / "images" / "train", folder) == 0
+        samples = open_(folder)
+        assert samples.names == ("car", "boat") and all_boxes(samples) == expected
+    xml = "<annotation><object><name>x</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>3</xmax>"
+    write(tmp_path / "xml" / "a.xml", xml + "<ymax>4</ymax></bndbox></object></annotation>")
+    arguments = ("--labels", tmp_path / "xml", "--max-bad-fraction", 1)
+    assert pack(*arguments, root / "images" / "train", tmp_path / "voc") == 0
+    assert all_boxes(open_(tmp_path / "voc")) == {"a": ([[1, 2, 3, 4]], [0])}
+
+
+def test_what_cannot_be_meant_is_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], make_jpeg: MakeJpeg
+) -> None:
+    images = root / "images" / "train"
+    write(tmp_path / "others" / "z.jpg", make_jpeg(3))
+    path = write(tmp_path / "elsewhere" / "boxes.json", coco("z.jpg"))
+    assert pack("--labels", path, images, tmp_path / "one") == 3
+    assert "name none of the 3 pictures" in capsys.readouterr().err
+    write(tmp_path / "elsewhere" / "boxes.json", coco("x/a.jpg", "y/a.jpg"))
+    assert pack("--labels", path, images, tmp_path / "two") == 3
+    assert "could be those in" in capsys.readouterr().err
+    write(root / "labels" / "train" / "a.txt", "2 0.5 0.5 0.5 0.5\n")
+    assert pack("--labels", root, images, tmp_path / "three") == 3
+    assert "line 1: there is no class 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        pack("--labels", root, "--class-folders", images, tmp_path / "four")
+    assert caught.value.code == 2
+
+
+def test_without_labels_nothing_of_a_packing_changes(root: Path, tmp_path: Path) -> None:
+    assert pack(root / "images", tmp_path / "shards") == 0
+    shards = open_shards(tmp_path / "shards", tmp_path)
+    assert shards.samples(0).json_offsets is None
+    assert b"json" not in next((tmp_path / "shards").glob("*.samples.json")).read_bytes()
+    assert not (tmp_path / "shards" / "label-defects.jsonl").exists()
