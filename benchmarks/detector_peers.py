@@ -202,14 +202,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if (seed, by) in done or by not in options.only:
                 continue
             out = options.work / f"{by}-{seed}"
-            found = run_ours(options, seed, out) if by == "ours" else run_theirs(
-                options, yaml, seed, out
+            found = (
+                run_ours(options, seed, out)
+                if by == "ours"
+                else run_theirs(options, yaml, seed, out)
             )
             steps = -(-options.epochs * pictures["train"] // options.batch_size)
             seen = (
-                steps * options.batch_size
-                if by == "ours"
-                else options.epochs * pictures["train"]
+                steps * options.batch_size if by == "ours" else options.epochs * pictures["train"]
             )
             results.append(
                 {

@@ -1,4 +1,4 @@
-"""The command of the second stage: `accelerate launch finetune/run.py --init pretrained.safetensors`.
+"""The command of the second stage: `accelerate launch finetune/run.py --init FILE`.
 
 The only file of this package that exits with a run's state. Flags say which, keys say how:
 everything but the flags is key=value, such as `data.train=ROOT budget.epochs=100 optim.lr=0.001`.

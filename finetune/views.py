@@ -8,8 +8,9 @@ on with them.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from groundwork.data.shards import Sample
 # Other pictures of a mosaic come from so many places ahead: near enough to lie in shards that are
 # here already, far enough to differ.
 REACH = 512
+# Decoded pictures that each worker keeps: of a small labeled set all of them, which spares most of
+# a mosaic's cost. No transform writes into what it is given.
+KEPT_BYTES = 256 << 20
 _FOR_SIZES = 1 << 40  # positions that no stream reaches: the generators of batches
 
 
@@ -39,6 +43,7 @@ class DetectionViews(PlaceViews):
     seed: int
     batch_size: int
     origin: int
+    kept: Kept = field(default_factory=lambda: Kept(KEPT_BYTES))
 
     ragged = frozenset(("boxes", "classes"))
 
@@ -63,6 +68,30 @@ class DetectionViews(PlaceViews):
         return side, side
 
 
+class Kept:
+    """The items that were decoded last, up to a number of bytes of pixels."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        self._bytes = 0
+        self._items: OrderedDict[tuple[object, ...], Item] = OrderedDict()
+
+    def get(self, key: tuple[object, ...]) -> Item | None:
+        """Return an item that is kept, and keep it longer."""
+        item = self._items.get(key)
+        if item is not None:
+            self._items.move_to_end(key)
+        return item
+
+    def put(self, key: tuple[object, ...], item: Item) -> Item:
+        """Keep an item; those not asked for longest go."""
+        self._items[key] = item
+        self._bytes += item.pixels.nbytes
+        while self._bytes > self._most:
+            self._bytes -= self._items.popitem(last=False)[1].pixels.nbytes
+        return item
+
+
 class _Source:
     """What the transforms of one sample may ask for."""
 
@@ -80,12 +109,17 @@ class _Source:
 
     def load(self, sample: Sample, picture: Picture) -> Item:
         """Decode a picture with its boxes, the longer side as long as training's longer side."""
+        key = (sample.source, sample.key, sample.offset, self.size)
+        kept = self.views.kept.get(key)
+        if kept is not None:
+            return kept
         scale = max(self.size) / max(picture.width, picture.height)
         width = max(1, round(picture.width * scale))
         height = max(1, round(picture.height * scale))
         whole = (0.0, 0.0, float(picture.width), float(picture.height))
         [pixels] = picture.cut([whole], (height, width))
         found = self.views.labeled.annotations(sample, picture)
-        kept = ~found.crowd
+        wanted = ~found.crowd
         by = np.array([width / picture.width, height / picture.height] * 2, np.float32)
-        return Item(pixels, found.boxes[kept] * by, found.classes[kept])
+        item = Item(pixels, found.boxes[wanted] * by, found.classes[wanted])
+        return self.views.kept.put(key, item)

@@ -86,7 +86,7 @@ class Picture:
     def __init__(self, data: bytes, image: ImageFile.ImageFile, orientation: int) -> None:
         self._data = data
         self._fresh: ImageFile.ImageFile | None = image  # as the header left it, for one decode
-        self._orientation = orientation
+        self.orientation = orientation
         self._decoded: Image.Image | None = None
         self._scale = 0  # the scale of _decoded: 1, 2, 4, 8
         self._drafts = isinstance(image, JpegImagePlugin.JpegImageFile)
@@ -107,7 +107,7 @@ class Picture:
         """
         height, width = (size, size) if isinstance(size, int) else size
         stored = [self._to_stored(self._checked(box)) for box in boxes]
-        if self._orientation >= _EXCHANGED:
+        if self.orientation >= _EXCHANGED:
             height, width = width, height
         scale = _draft_scale(stored, width, height) if self._drafts else 1
         scaled = [_divided(box, scale) for box in stored]
@@ -151,14 +151,14 @@ class Picture:
             6: (top, far_left, bottom, far_right),
             7: (far_top, far_left, far_bottom, far_right),
             8: (far_top, left, far_bottom, right),
-        }[self._orientation]
+        }[self.orientation]
 
     def _upright(self, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        if self._orientation >= _EXCHANGED:
+        if self.orientation >= _EXCHANGED:
             stored = stored.swapaxes(0, 1)
-        if self._orientation in _COLUMNS_REVERSED:
+        if self.orientation in _COLUMNS_REVERSED:
             stored = stored[:, ::-1]
-        if self._orientation in _ROWS_REVERSED:
+        if self.orientation in _ROWS_REVERSED:
             stored = stored[::-1]
         return np.ascontiguousarray(stored)
 

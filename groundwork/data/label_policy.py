@@ -187,7 +187,7 @@ def _upright(labels: Labels, picture: Picture, defects: Defects) -> Floats:
         return labels.boxes * np.array([width, height, width, height], np.float64)
     if labels.size is None or labels.size == (width, height):
         return labels.boxes
-    turned = labels.size == (height, width) and picture._orientation >= 5
+    turned = labels.size == (height, width) and picture.orientation >= 5
     if not turned:
         said, real = "{} x {}".format(*labels.size), f"{width} x {height}"
         defects.add(OTHER_SIZE, labels.file, f"{labels.picture} has {real}, not {said}")
@@ -200,6 +200,6 @@ def _upright(labels: Labels, picture: Picture, defects: Defects) -> Floats:
             6: (width - bottom, left, width - top, right),
             7: (width - bottom, height - right, width - top, height - left),
             8: (top, height - right, bottom, height - left),
-        }[picture._orientation],
+        }[picture.orientation],
         axis=1,
     )

@@ -129,7 +129,9 @@ def test_the_whole_is_the_weighted_sum_of_its_parts(objectness: bool) -> None:
     result = loss(detector, raw, (64, 64), targets)
     names = {"classification", "localisation", "distribution", "penalty"}
     assert set(result.parts) == names | ({"objectness"} if objectness else set())
-    assert float(result.total.detach()) == pytest.approx(float(sum(result.parts.values())), rel=1e-5)
+    assert float(result.total.detach()) == pytest.approx(
+        float(sum(result.parts.values())), rel=1e-5
+    )
     doubled = keys.model_copy(
         update={"localisation": keys.localisation.model_copy(update={"weight": 15.0})}
     )

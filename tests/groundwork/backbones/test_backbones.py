@@ -67,3 +67,11 @@ def test_yolo12_does_without_timm() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_depths_of_yolo12_are_its_layers() -> None:
+    backbone = build_backbone("yolo12n")
+    depths = backbone.depths()
+    assert depths.keys() == {name for name, _ in backbone.named_parameters()}
+    assert set(depths.values()) == set(range(9))
+    assert depths["layers.0.conv.weight"] == 0 and depths["layers.8.cv2.conv.weight"] == 8

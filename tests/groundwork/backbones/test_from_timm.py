@@ -115,6 +115,16 @@ def test_it_works_copied_in_channels_last_and_under_autocast(model: str) -> None
     assert all(output.isfinite().all() for output in outputs)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_depths_name_every_parameter_and_grow_away_from_the_picture(model: str) -> None:
+    backbone = build_backbone(f"timm/{model}")
+    depths = backbone.depths()
+    assert depths.keys() == {name for name, _ in backbone.named_parameters()}
+    assert min(depths.values()) == 0 and max(depths.values()) >= 2
+    first = next(name for name, _ in backbone.named_parameters())
+    assert depths[first] == 0
+
+
 def test_layers_behind_the_last_level_are_gone() -> None:
     names = _build("test_efficientnet").state_dict().keys()
     assert not [name for name in names if "conv_head" in name or "classifier" in name]

@@ -1,0 +1,256 @@
+"""The second stage's command as people type it: what it makes, how it stops, how it goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from finetune.weights import detector_from_file
+from groundwork.backbones import build_backbone
+from groundwork.backbones.product import save_product
+from tests.pretrain.commands import ROOT, environment, free_port, losses, metrics, status
+
+LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+SCRIPT = str(ROOT / "finetune" / "run.py")
+TINY = [
+    "image_size=64", "batch_size=4", "log.every_steps=1", "data.workers=0", "threads=1",
+    "eval.times=1", "eval.batch_size=4",
+]  # fmt: skip
+
+
+@pytest.fixture
+def labeled(tmp_path: Path) -> Path:
+    """A COCO root: 10 train, 4 val and 3 test pictures with bright squares of two classes."""
+    root = tmp_path / "labeled"
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 4), ("test", 3)):
+        (root / "images" / split).mkdir(parents=True)
+        document: dict[str, Any] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}],
+        }
+        for number in range(count):
+            pixels = generator.integers(0, 80, (64, 80, 3)).astype(np.uint8)
+            name = f"{number:02d}.png"
+            document["images"].append({"id": number, "file_name": name, "width": 80, "height": 64})
+            for label in (1, 2):
+                side = int(generator.integers(12, 24))
+                left = int(generator.integers(0, 80 - side))
+                top = int(generator.integers(0, 64 - side))
+                pixels[top : top + side, left : left + side, 0 if label == 1 else 2] = 255
+                document["annotations"].append(
+                    {
+                        "id": len(document["annotations"]) + 1,
+                        "image_id": number,
+                        "category_id": label,
+                        "bbox": [left, top, side, side],
+                        "area": side * side,
+                        "iscrowd": 0,
+                    }
+                )
+            Image.fromarray(pixels).save(root / "images" / split / name)
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(document))
+    return root
+
+
+def launch(ranks: int, *arguments: str) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, SCRIPT, *arguments]
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+        "--master-port", str(free_port()), SCRIPT, *arguments,
+    ]  # fmt: skip
+
+
+def run(ranks: int, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        launch(ranks, *arguments),
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    left, right = load_file(one), load_file(other)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.slow
+def test_the_literal_command_trains_scores_and_keeps_a_detector(
+    labeled: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    init = tmp_path / "pretrained.safetensors"
+    save_product(init, {"backbone": build_backbone("yolo12n")}, {"task": "none"})
+    done = subprocess.run(
+        [*LAUNCHER, SCRIPT, "--init", str(init), "--out", "out", f"data.train={labeled}",
+         "budget.steps=3", *TINY],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert status(out)["state"] == "done"
+    assert sorted(losses(out)) == [1, 2, 3]
+    parts = {"train/classification", "train/localisation", "train/distribution"}
+    assert parts <= metrics(out)[0].keys()
+    results = json.loads((out / "results.json").read_text())
+    assert results["split"] == "test" and {"ap", "ap50", "ap75", "per_class", "val"} <= set(results)
+    assert set(results["per_class"]) == {"red", "blue"}
+    assert (out / "pictures" / "step-0.png").is_file()
+    detector, about = detector_from_file(out / "detector.safetensors")
+    assert about.names == ("red", "blue") and about.image_size == 64
+    assert detector.head.num_classes == 2
+
+
+@pytest.mark.slow
+def test_a_run_stopped_twice_in_an_epoch_and_in_the_next_is_bit_exact(
+    labeled: Path, tmp_path: Path
+) -> None:
+    # 10 pictures, batches of 4: step 4 lies in epoch two; closing and a phase change on the way.
+    keys = [
+        f"data.train={labeled}", "budget.steps=10", "checkpoint.every_steps=1",
+        "checkpoint.keep=20", "log.samples=true", "augment.close=0.2", "augment.mixup.prob=0.5",
+        "image_sizes=[64,96]", "phases=[{until: 0.35, batch_size: 2}]",
+        "regularize.dropblock=0.1", *TINY,
+    ]  # fmt: skip
+    whole = tmp_path / "whole"
+    done = run(1, tmp_path, "--out", str(whole), *keys)
+    assert done.returncode == 0, done.stderr
+    before = whole
+    for stop in (1, 2, 6, 9):
+        out = tmp_path / f"from-{stop}"
+        resumed = run(
+            1, tmp_path, "--resume", str(before / "checkpoints" / f"step-{stop}"), "--out", str(out)
+        )
+        assert resumed.returncode == 0, resumed.stderr
+        expected = {step: loss.hex() for step, loss in losses(whole).items() if step > stop}
+        assert {step: loss.hex() for step, loss in losses(out).items()} == expected
+        for name in ("detector", "optimizer", "ema"):
+            file = Path("checkpoints/step-10") / f"{name}.safetensors"
+            same_tensors(whole / file, out / file)
+        before = out
+
+
+@pytest.mark.dist
+def test_two_ranks_see_the_batches_of_one_and_score_alike(labeled: Path, tmp_path: Path) -> None:
+    keys = [f"data.train={labeled}", "budget.steps=3", "log.samples=true", *TINY]
+    seen: list[dict[int, list[str]]] = []
+    for ranks in (1, 2):
+        out = tmp_path / f"ranks-{ranks}"
+        more = ["data.workers=1"] if ranks == 2 else []
+        done = run(ranks, tmp_path, "--out", str(out), *keys, *more)
+        assert done.returncode == 0, done.stderr
+        batches: dict[int, list[str]] = {}
+        for path in sorted(out.glob("samples-*.jsonl")):
+            for line in path.read_text().splitlines():
+                one = json.loads(line)
+                batches.setdefault(one["step"], []).extend(one["keys"])
+        seen.append(batches)
+        assert json.loads((out / "results.json").read_text())["ap"] is not None
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_customers_command_saves_and_the_run_goes_on(
+    labeled: Path, tmp_path: Path
+) -> None:
+    keys = [f"data.train={labeled}", "budget.steps=40", *TINY, "data.workers=1"]
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [*LAUNCHER, SCRIPT, "--out", str(out), *keys],
+        cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while (
+        not (out / "metrics.jsonl").exists()
+        or '"step": 3,' not in (out / "metrics.jsonl").read_text()
+    ):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    while status(out)["state"] == "running" and time.monotonic() < end:
+        time.sleep(0.1)
+    assert status(out)["state"] == "stopped" and status(out)["exit_code"] == 75
+    done = run(1, tmp_path, "--resume", str(out))
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(out)) == list(range(1, 41))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["batchnorm=freeze", "freeze.backbone=0.5"],
+        ["optim.backbone_lr=0.1", "optim.layer_decay=0.8", "batchnorm=file"],
+        ["detector.objectness=true", "loss.classification.kind=varifocal", "ema.enabled=false"],
+    ],
+)
+def test_choices_of_the_recipe_train(keys: list[str], labeled: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    init = tmp_path / "pretrained.safetensors"
+    backbone = build_backbone("yolo12n")
+    save_product(init, {"backbone": backbone}, {"task": "none"})
+    out = tmp_path / "out"
+    more = [f"data.train={labeled}", "budget.steps=4", *TINY, *keys]
+    done = run(1, tmp_path, "--init", str(init), "--out", str(out), *more)
+    assert done.returncode == 0, done.stderr
+    after = load_file(out / "checkpoints" / "step-4" / "detector.safetensors")
+    before = backbone.state_dict()
+    moved = [k for k, v in before.items() if not torch.equal(v, after[f"backbone.{k}"])]
+    norms = [k for k in moved if "running_" in k]
+    assert any(k.endswith("conv.weight") for k in moved)
+    assert bool(norms) == ("batchnorm=freeze" not in keys)
+
+
+def test_a_mistyped_key_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    done = run(1, tmp_path, "augment.mosaik.prob=1")
+    assert done.returncode == 2
+    assert "augment.mosaik" in done.stderr and "augment.mosaic" in done.stderr
+
+
+def test_a_detector_is_not_mistaken_for_a_pretraining_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("task:\n  name: byol\n")
+    done = run(1, tmp_path, "--resume", str(folder))
+    assert done.returncode == 2 and "pretrain/run.py" in done.stderr
+
+
+@pytest.mark.slow
+def test_eight_pictures_are_learnt_by_heart(labeled: Path, tmp_path: Path) -> None:
+    names = tmp_path / "eight.txt"
+    names.write_text("".join(f"{i:02d}.png\n" for i in range(8)))
+    val = labeled / "annotations" / "train.json"
+    document = json.loads(val.read_text())
+    document["images"] = document["images"][:8]
+    document["annotations"] = [a for a in document["annotations"] if a["image_id"] < 8]
+    own = labeled / "annotations" / "val.json"
+    own.write_text(json.dumps(document))
+    for number in range(8):
+        target = labeled / "images" / "val" / f"{number:02d}.png"
+        target.write_bytes((labeled / "images" / "train" / target.name).read_bytes())
+    out = tmp_path / "out"
+    keys = [
+        f"data.train={labeled}", f"data.train_list={names}", "budget.steps=250", "batch_size=8",
+        "augment.mosaic.prob=0", "augment.close=1", "optim.lr=0.002", "eval.times=1",
+        "ema.decay=0.99", "image_size=96", "threads=2",
+    ]  # fmt: skip
+    done = run(1, tmp_path, "--out", str(out), *TINY, *keys)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "results.json").read_text())["val"]["ap50"] > 0.95
