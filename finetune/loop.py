@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -26,8 +27,9 @@ from torch import nn
 
 from finetune.augment import build as build_augment
 from finetune.detector import Detector, build_detector
-from finetune.evaluate import Results, evaluate
+from finetune.evaluate import evaluate
 from finetune.losses import Loss
+from finetune.metrics import Results
 from finetune.plan import Plan, Stretch
 from finetune.recipe import Recipe
 from finetune.regularize import regularize
@@ -64,7 +66,7 @@ from groundwork.tracking import Tracking, Window
 
 logger = logging.getLogger(__name__)
 
-PICTURES = 8  # samples on the sheet of what training sees
+BEST = "best.safetensors"  # of the run folder: the weights with the best AP so far
 
 
 @dataclass
@@ -180,6 +182,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         position = Position(**saved.documents["state"])
         _restore(saved, detector, optimizer, ema, accelerator)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
+        _bring_best(saved, run, position)
     plan = Plan(recipe, len(sets.train), position.seconds)
     clock = plan.clock
 
@@ -279,7 +282,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         if ap > position.best:
             position.best, position.best_step, position.worse = ap, position.step, 0
             if accelerator.is_main_process:
-                write(run.folder / "best.safetensors", {"val_ap": ap})
+                write(run.folder / BEST, {"val_ap": ap})
         elif clock.progress(position.step) >= recipe.eval.patience_from:
             position.worse += 1
         if found is None:
@@ -434,18 +437,18 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
 
     # What is kept, and what it is worth.
     product = run.folder / "detector.safetensors"
-    best = run.folder / "best.safetensors"
+    best = run.folder / BEST
     accelerator.wait_for_everyone()
     use_best = recipe.eval.select == "best" and sets.val is not None and best.is_file()
     if accelerator.is_main_process:
         if use_best:
-            best.replace(product)
+            _copy(best, product)  # and not a move: a finished run may be resumed
         else:
             write(product, {})
         quarantine.tell(position.replaced)
     accelerator.wait_for_everyone()
     chosen, _ = detector_from_file(product)
-    chosen = chosen.to(device, memory_format=torch.channels_last)
+    chosen = chosen.to(device).to(memory_format=torch.channels_last)
     scores = {
         name: score(labeled, chosen)
         for name, labeled in (("val", sets.val), ("test", sets.test))
@@ -508,6 +511,29 @@ def _restore(
         ema.load(saved.tensors["ema"])
     if accelerator.scaler is not None and "scaler" in saved.documents:
         accelerator.scaler.load_state_dict(saved.documents["scaler"])
+
+
+def _bring_best(saved: Checkpoint, run: Run, position: Position) -> None:
+    """Take the best weights along where a run goes on in another folder; else look for new ones."""
+    here = run.folder / BEST
+    if position.best < 0 or here.is_file():
+        return
+    there = saved.path.parent.parent / BEST
+    if not there.is_file():
+        position.best = -1.0
+    elif run.accelerator.is_main_process:
+        _copy(there, here)
+    run.accelerator.wait_for_everyone()
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file whole or not at all. Raises CheckpointError."""
+    unfinished = target.with_name(f".tmp-{target.name}")
+    try:
+        shutil.copyfile(source, unfinished)
+        unfinished.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"{source} could not be copied to {target}: {error}.") from error
 
 
 def _roll_back(

@@ -124,6 +124,17 @@ def convert(backbone: TimmBackbone, tensors: dict[str, Tensor]) -> dict[str, Ten
         return None  # the file is not of the kind that the converter knows
 
 
+def whole_state(name: str) -> dict[str, Tensor]:
+    """Return the tensors of the whole model without classifier, freshly initialised (seed 0).
+
+    They are what timm itself asks of a file, layers that are pruned here included.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state: dict[str, Tensor] = _create(name).state_dict()
+    return state
+
+
 def _create(name: str) -> Any:
     """Build the model with random weights, without classifier, for pictures of any size."""
     known = name.removeprefix(PREFIX)

@@ -1,0 +1,220 @@
+"""What boxes are worth: COCO's average precision and recall, precision over recall, confusion.
+
+Source: the COCO evaluation (Lin et al., arXiv 1405.0312), computed by faster-coco-eval, whose
+figures equal pycocotools' (a test compares all twelve). AP is the mean over IoU 0.50 to 0.95 and
+over the classes that have boxes, with at most 100 boxes a picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from faster_coco_eval import COCO, COCOeval_faster
+
+from groundwork.data.annotations import Annotations
+
+Floats = npt.NDArray[np.float64]
+FIGURES = (
+    "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+    "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
+)  # fmt: skip
+# Of the confusion matrix: boxes scored lower are not counted, pairs overlapping less do not match.
+CONFUSION_SCORE, CONFUSION_IOU = 0.25, 0.5
+
+
+class Found(NamedTuple):
+    """The boxes that a detector found in one picture, in any order, as plain arrays.
+
+    `boxes` K 4 (left, top, right, bottom in the picture's own pixels), `scores` K, `classes` K.
+    """
+
+    boxes: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    classes: npt.NDArray[np.int64]
+
+
+class Truth(NamedTuple):
+    """What is labeled in one picture, and the picture's size in pixels."""
+
+    annotations: Annotations
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """COCO's figures, 0 to 1; None where nothing could be measured (no box of that kind).
+
+    `per_class` has ap, ap50 and the number of boxes of each class; `recall` and `precision` (IoU
+    0.5: classes x 101) are what the curves are drawn from; `confusion` counts (classes + 1) x
+    (classes + 1), true classes down, found ones across, the last of both being background.
+    """
+
+    figures: Mapping[str, float | None]
+    per_class: Mapping[str, Mapping[str, float | None]]
+    pictures: int
+    boxes: int
+    recall: Floats = field(repr=False)
+    precision: Floats = field(repr=False)
+    confusion: npt.NDArray[np.int64] = field(repr=False)
+
+    @property
+    def ap(self) -> float:
+        """The mean of AP over classes and IoU thresholds; 0 where nothing is labeled."""
+        return self.figures["ap"] or 0.0
+
+    @property
+    def ap50(self) -> float:
+        """AP at IoU 0.5."""
+        return self.figures["ap50"] or 0.0
+
+    @property
+    def ap75(self) -> float:
+        """AP at IoU 0.75."""
+        return self.figures["ap75"] or 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what results.json holds."""
+        return {
+            **self.figures,
+            "per_class": {name: dict(values) for name, values in self.per_class.items()},
+            "pictures": self.pictures,
+            "boxes": self.boxes,
+            "confusion": self.confusion.tolist(),
+        }
+
+
+def score(found: Sequence[Found], truth: Sequence[Truth], names: Sequence[str]) -> Results:
+    """Compare what was found with what is labeled, picture by picture."""
+    if len(found) != len(truth):
+        raise ValueError(f"{len(found)} pictures were looked at, and {len(truth)} are labeled.")
+    annotations, counts = _labeled(truth, names)
+    dataset = {
+        "images": [
+            {"id": number, "width": one.width, "height": one.height}
+            for number, one in enumerate(truth)
+        ],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for number, name in enumerate(names)],
+    }
+    truth_index = COCO(dataset)
+    rows = to_rows(found)
+    # An empty list cannot be loaded; a box that scores nothing anywhere changes no figure.
+    found_index = truth_index.loadRes(rows) if rows else COCO({**dataset, "annotations": []})
+    evaluation = COCOeval_faster(truth_index, found_index, "bbox", print_function=_silent)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    figures = {
+        name: _figure(value) for name, value in zip(FIGURES, evaluation.stats[:12], strict=True)
+    }
+    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]  # IoU, recall, class
+    per_class: dict[str, dict[str, float | None]] = {
+        name: {
+            "ap": _figure(precision[:, :, number].mean()),
+            "ap50": _figure(precision[0, :, number].mean()),
+            "boxes": counts[number],
+        }
+        for number, name in enumerate(names)
+    }
+    return Results(
+        figures,
+        per_class,
+        pictures=len(truth),
+        boxes=len(annotations),
+        recall=np.linspace(0, 1, precision.shape[1]),
+        precision=precision[0].T.astype(np.float64),
+        confusion=confusion(found, truth, len(names)),
+    )
+
+
+def to_rows(found: Sequence[Found], ids: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+    """Write boxes in COCO's results form; `ids` are the pictures', else their places."""
+    rows = []
+    for number, (boxes, scores, classes) in enumerate(found):
+        sides = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1)
+        for box, value, label in zip(
+            sides.tolist(), scores.tolist(), classes.tolist(), strict=True
+        ):
+            picture = number if ids is None else ids[number]
+            rows.append({"image_id": picture, "category_id": label, "bbox": box, "score": value})
+    return rows
+
+
+def confusion(
+    found: Sequence[Found], truth: Sequence[Truth], classes: int
+) -> npt.NDArray[np.int64]:
+    """Count which class was found for which, boxes matched best overlap first, each once.
+
+    Crowds are left out. Background is the last row (found, and nothing there) and the last column
+    (there, and not found).
+    """
+    matrix = np.zeros((classes + 1, classes + 1), np.int64)
+    for one, (labeled, _, _) in zip(found, truth, strict=True):
+        kept = one.scores >= CONFUSION_SCORE
+        boxes, labels = one.boxes[kept], one.classes[kept]
+        real = ~labeled.crowd
+        true_boxes, true_labels = labeled.boxes[real], labeled.classes[real]
+        overlap = overlaps(true_boxes, boxes)
+        pairs = np.argwhere(overlap >= CONFUSION_IOU)
+        order = np.argsort(-overlap[tuple(pairs.T)], kind="stable")
+        free_true, free_found = set(range(len(true_boxes))), set(range(len(boxes)))
+        for row, column in pairs[order].tolist():
+            if row in free_true and column in free_found:
+                matrix[true_labels[row], labels[column]] += 1
+                free_true.discard(row)
+                free_found.discard(column)
+        for row in free_true:
+            matrix[true_labels[row], classes] += 1
+        for column in free_found:
+            matrix[classes, labels[column]] += 1
+    return matrix
+
+
+def overlaps(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> Floats:
+    """Return the IoU of every box (N 4) with every other (M 4): N M."""
+    a, b = first.astype(np.float64)[:, None], second.astype(np.float64)[None]
+    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
+    shared = np.clip(high - low, 0, None).prod(axis=2)
+    areas = (a[..., 2:] - a[..., :2]).prod(axis=2) + (b[..., 2:] - b[..., :2]).prod(axis=2)
+    iou: Floats = shared / np.maximum(areas - shared, 1e-9)
+    return iou
+
+
+def _labeled(
+    truth: Sequence[Truth], names: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return COCO's annotations, and the number of boxes of each class, crowds left out."""
+    rows: list[dict[str, Any]] = []
+    counts = [0] * len(names)
+    for number, (labeled, _, _) in enumerate(truth):
+        for box, label, crowd in zip(
+            labeled.boxes.tolist(), labeled.classes.tolist(), labeled.crowd.tolist(), strict=True
+        ):
+            width, height = box[2] - box[0], box[3] - box[1]
+            counts[label] += not crowd
+            rows.append(
+                {
+                    "id": len(rows) + 1,
+                    "image_id": number,
+                    "category_id": label,
+                    "bbox": [box[0], box[1], width, height],
+                    "area": width * height,
+                    "iscrowd": int(crowd),
+                }
+            )
+    return rows, counts
+
+
+def _figure(value: float) -> float | None:
+    """COCO says -1 where there was nothing to measure."""
+    return float(value) if math.isfinite(value) and value >= 0 else None
+
+
+def _silent(*_: object) -> None:
+    """Say nothing where faster-coco-eval would print."""
