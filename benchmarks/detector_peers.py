@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.evaluate import evaluate
+from finetune.evaluate import detect_all, measure
+from finetune.metrics import to_rows
 from finetune.weights import detector_from_file
 from groundwork.data.decode import open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled
@@ -166,18 +167,22 @@ def run_ours(options: argparse.Namespace, seed: int, out: Path) -> dict[str, Any
     steps = np.diff([0, *(line["step"] for line in lines)])
     speeds = np.array([line["speed/images_per_second"] for line in lines])
     seconds = float((steps * options.batch_size / speeds).sum())
-    detector, _ = detector_from_file(out / "detector.safetensors")
+    detector, about = detector_from_file(out / "detector.safetensors")
     detector = detector.to(memory_format=torch.channels_last)
     test = open_labeled(options.data, "test", cache=options.work, cache_bytes=10**9)
+    ids = [
+        Path(test.read(shard, index).source).stem
+        for shard, size in enumerate(test.shard_sizes)
+        for index in range(int(size))
+    ]
     for _ in range(2):
         began = time.perf_counter()
-        found = evaluate(detector, test, image_size=options.image_size, batch_size=16, workers=1)
+        seen = detect_all(detector, test, image_size=options.image_size, batch_size=16)
+        assert seen is not None
+        measure(seen, about.names)
         val_seconds = time.perf_counter() - began
-    assert found is not None
-    rows = [
-        {**row, "image_id": Path(test.read(*divmod(row["image_id"], 1)).source).stem}
-        for row in found.rows()
-    ]
+    assert seen is not None
+    rows = to_rows(seen.found, ids)
     return {"train_seconds": seconds, "val_seconds": val_seconds, "rows": rows}
 
 

@@ -1,16 +1,89 @@
-"""Thin drawing until the whole is here."""
+"""Boxes drawn on pictures: each class in a colour of its own, its name where there is room.
+
+What: `draw_boxes` for a picture, `draw_box` for one box of a sheet that is being laid out. Why in
+one place: labels, training's pictures and predictions then look alike, so that whoever compares
+them sees what differs in the boxes.
+"""
 
 from __future__ import annotations
 
+import colorsys
+from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image, ImageDraw
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+TEXT = 13  # pixels: height of the smallest text
+_LINE = 2  # pixels: the thinnest outline
+# A picture's longer side over its outlines' width and its text's height, so that what is looked at
+# as a whole can still be seen; small objects are common in large pictures, hence no more than that.
+_SIDE_OVER_LINE, _SIDE_OVER_TEXT = 800, 100
+_BOX_OVER_LINE = 12  # an outline leaves most of a small box to be seen
+
+Colour = tuple[int, int, int]
 
 
 def draw_boxes(
-    image: Image.Image, boxes: Any, classes: Any, names: Any, scores: Any = None
+    image: Image.Image,
+    boxes: npt.NDArray[Any],
+    classes: npt.NDArray[Any],
+    names: Sequence[str],
+    scores: npt.NDArray[Any] | None = None,
 ) -> Image.Image:
-    draw = ImageDraw.Draw(image)
-    for box, c in zip(boxes.tolist(), classes.tolist(), strict=True):
-        draw.rectangle(box, outline=["red", "lime", "cyan", "yellow", "magenta"][c % 5])
-    return image
+    """Return a copy of an RGB picture with its boxes drawn, the best of them last.
+
+    `boxes` is N 4 (left, top, right, bottom in pixels), `classes` N, `scores` N in 0..1.
+    """
+    drawn = image.copy()
+    pen = ImageDraw.Draw(drawn)
+    order = np.arange(len(boxes)) if scores is None else np.argsort(scores, kind="stable")
+    for place in order.tolist():
+        number = int(classes[place])
+        text = names[number] if scores is None else f"{names[number]} {scores[place]:.2f}"
+        draw_box(pen, boxes[place].tolist(), text, colour_of(number))
+    return drawn
+
+
+def draw_box(pen: ImageDraw.ImageDraw, box: Sequence[float], text: str, colour: Colour) -> None:
+    """Draw a box (left, top, right, bottom in pixels), and what it is where there is room."""
+    left, top, right, bottom = box
+    longer = max(pen.im.size)
+    line = min(longer // _SIDE_OVER_LINE, int(min(right - left, bottom - top) / _BOX_OVER_LINE))
+    far = (max(left, right - 1), max(top, bottom - 1))  # Pillow draws the far edge too
+    pen.rectangle((left, top, *far), outline=colour, width=max(_LINE, line))
+    height = max(TEXT, longer // _SIDE_OVER_TEXT)
+    font = ImageFont.load_default(height)
+    if pen.textlength(text, font) <= max(right - left, longer / 8):
+        draw_tag(pen, (left, max(0.0, top - height)), text, colour, font)
+
+
+def draw_tag(
+    pen: ImageDraw.ImageDraw,
+    place: tuple[float, float],
+    text: str,
+    colour: Colour,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont | None = None,
+    margin: float = 0,
+) -> float:
+    """Write on a ground of a class's colour, from `place` (left, top); return the text's length."""
+    font = font or ImageFont.load_default(TEXT)
+    height = font.size if isinstance(font, ImageFont.FreeTypeFont) else TEXT
+    left, top = place
+    length = pen.textlength(text, font)
+    pen.rectangle((left - margin, top, left + length + margin, top + height), fill=colour)
+    pen.text((left, top - 1), text, ink_on(colour), font)
+    return length
+
+
+def colour_of(number: int) -> Colour:
+    """Return a class's colour: hues a golden angle apart, so that neighbours differ."""
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1.0, 1.0, 1.0 - number % 2 * 0.15)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def ink_on(colour: Colour) -> str:
+    """Return what can be read on a colour (luma of ITU-R BT.601)."""
+    red, green, blue = colour
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else "white"

@@ -114,23 +114,18 @@ def _export(options: argparse.Namespace) -> str:
 
 
 def _onnx(options: argparse.Namespace, out: Path) -> str:
-    from finetune.export_onnx import check_onnx, onnx_model, save_onnx
+    from finetune.export_onnx import check_onnx, onnx_model, save_onnx, with_suppression
 
     detector, about = detector_from_file(options.weights)
     noted = _noted(detector, about, options.image_size)
-    settings = {"score": options.score, "iou": options.iou, "most": options.most}
-
-    def made(path: Path, nms: bool) -> None:
-        model = onnx_model(detector, noted, nms=nms, **settings, opset=options.opset)
-        save_onnx(model, path)
-
-    _write(out, lambda path: made(path, False))
-    difference = check_onnx(out, detector)
+    model = onnx_model(detector, noted, opset=options.opset)
+    difference = check_onnx(model, detector)
+    outputs = "boxes: N A 4 (left, top, right, bottom, pixels); scores: N A C"
     if options.nms:
-        _write(out, lambda path: made(path, True))
+        limits = {"score": options.score, "iou": options.iou, "most": options.most}
+        model = with_suppression(model, noted, **limits)
         outputs = "detections: K 7: picture, left, top, right, bottom (pixels), score, class"
-    else:
-        outputs = "boxes: N A 4 (left, top, right, bottom, pixels); scores: N A C"
+    _write(out, lambda path: save_onnx(model, path))
     return (
         f"Wrote {out}; onnxruntime differs from torch by {difference:.1e} (scores, and boxes over "
         f"the side).\n  {_INPUT}\n  {outputs}\n"

@@ -14,13 +14,13 @@ another they would be traced for more than one picture.
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as tracing
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -77,6 +77,7 @@ def trace(detector: Detector) -> ExportedProgram:
         3: MULTIPLE * Dim("columns", min=least),
     }
     example = torch.rand(_EXAMPLE)
+    tracing: Any = importlib.import_module("torch.fx.experimental._config")  # not typed
     try:
         with tracing.patch(backed_size_oblivious=True):
             return torch.export.export(module, (example,), dynamic_shapes={"images": free})

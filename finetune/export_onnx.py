@@ -37,7 +37,7 @@ _SUPPRESSION = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
 suppression (float[batch, anchors, 4] raw_boxes, float[batch, anchors, classes] raw_scores)
     => (float[found, 7] detections)
-<int64[1] most = {{{most}}}, float[1] iou = {{{iou}}}, float[1] score = {{{score}}},
+<int64[1] most = {{{most}}}, float[1] iou = {{{iou:.8f}}}, float[1] score = {{{score:.8f}}},
  int64 zero = {{0}}, int64 one = {{1}}, int64[1] zeros = {{0}}, int64[1] ones = {{1}},
  double two = {{2.0}}>
 {{
@@ -80,17 +80,8 @@ suppression (float[batch, anchors, 4] raw_boxes, float[batch, anchors, classes] 
 """
 
 
-def onnx_model(
-    detector: Detector,
-    about: Mapping[str, Any],
-    *,
-    nms: bool = False,
-    score: float = 0.001,
-    iou: float = 0.7,
-    most: int = 300,
-    opset: int = OPSET,
-) -> Any:
-    """Return the ModelProto; `suppress` says what `score`, `iou` and `most` mean.
+def onnx_model(detector: Detector, about: Mapping[str, Any], *, opset: int = OPSET) -> Any:
+    """Return a ModelProto without suppression; `about` becomes its metadata.
 
     Raises UsageError where onnx or onnxscript is not installed, or the backbone cannot be traced.
     """
@@ -109,19 +100,25 @@ def onnx_model(
             external_data=False,
         )
     assert exported is not None
-    model = exported.model_proto
+    model: Any = exported.model_proto
     _name_sizes(model)
-    if nms:
-        text = _SUPPRESSION.format(
-            ir=model.ir_version, opset=opset, most=most, iou=iou, score=score
-        )
-        joins = [("boxes", "raw_boxes"), ("scores", "raw_scores")]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = onnx.compose.merge_models(model, onnx.parser.parse_model(text), io_map=joins)
-    onnx.helper.set_model_props(model, {key: _text(value) for key, value in about.items()})
+    _note(model, about)
     onnx.checker.check_model(model)
     return model
+
+
+def with_suppression(
+    model: Any, about: Mapping[str, Any], *, score: float = 0.001, iou: float = 0.7, most: int = 300
+) -> Any:
+    """Put non-maximum suppression behind a model; `suppress` says what the numbers mean."""
+    onnx = _import("onnx")
+    opset = next(one.version for one in model.opset_import if not one.domain)
+    text = _SUPPRESSION.format(ir=model.ir_version, opset=opset, most=most, iou=iou, score=score)
+    joins = [("boxes", "raw_boxes"), ("scores", "raw_scores")]
+    joined = onnx.compose.merge_models(model, onnx.parser.parse_model(text), io_map=joins)
+    _note(joined, {**about, "score": score, "iou": iou, "most": most})
+    onnx.checker.check_model(joined)
+    return joined
 
 
 def save_onnx(model: Any, path: Path) -> None:
@@ -129,14 +126,16 @@ def save_onnx(model: Any, path: Path) -> None:
     _import("onnx").save(model, path)
 
 
-def check_onnx(path: Path, detector: Detector) -> float:
-    """Run an exported model without suppression on two batches; return the largest difference.
+def check_onnx(model: Any, detector: Detector) -> float:
+    """Run a model without suppression on two batches; return the largest difference from torch.
 
     It is that of scores, and of boxes over the picture's side. Raises GroundworkError where it is
     more than ALLOWED, UsageError where onnxruntime is not installed.
     """
     runtime = _import("onnxruntime")
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     module = predictor(detector)
     worst = 0.0
     for shape in ((1, 3, 2 * SMALLEST, 3 * SMALLEST), (2, 3, SMALLEST, SMALLEST)):
@@ -152,8 +151,8 @@ def check_onnx(path: Path, detector: Detector) -> float:
         )
     if not worst <= ALLOWED:
         raise GroundworkError(
-            f"{path} differs from torch by {worst:.1e}, and {ALLOWED:.0e} is allowed: do not use "
-            "it; try another version of torch or onnxscript."
+            f"The ONNX model differs from torch by {worst:.1e}, and {ALLOWED:.0e} is allowed: it "
+            "was not written; try another version of torch or onnxscript."
         )
     return worst
 
@@ -188,6 +187,11 @@ def _name_sizes(model: Any) -> None:
     for value in (*model.graph.input, *model.graph.output):
         for place, name in wanted[value.name].items():
             value.type.tensor_type.shape.dim[place].dim_param = name
+
+
+def _note(model: Any, about: Mapping[str, Any]) -> None:
+    values = {key: _text(value) for key, value in about.items()}
+    _import("onnx").helper.set_model_props(model, values)
 
 
 def _text(value: object) -> str:

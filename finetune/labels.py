@@ -12,7 +12,6 @@ decoded. Small, medium and large are COCO's (areas below 32 x 32 pixels, up to 9
 from __future__ import annotations
 
 import argparse
-import colorsys
 import copy
 import math
 import sys
@@ -28,6 +27,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from finetune.draw import TEXT, colour_of, draw_box, draw_tag
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
@@ -39,7 +39,7 @@ _THREADS = 4
 _COUNTING = threading.Lock()
 _EXAMPLES = 3  # of each kind of defect
 _SMALL, _LARGE = 32.0, 96.0  # sides of a square in pixels; COCO's evaluation
-_TILE, _TEXT = 480, 13  # pixels: side of a tile, height of its text
+_TILE = 480  # pixels: side of a tile
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -286,33 +286,23 @@ def _draw(picture: Picture, annotations: Annotations, names: Sequence[str]) -> I
     size = max(1, round(picture.height * scale)), max(1, round(picture.width * scale))
     whole = (0.0, 0.0, float(picture.width), float(picture.height))
     image = Image.fromarray(picture.cut([whole], size)[0])
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(_TEXT)
+    pen = ImageDraw.Draw(image)
     for box, number, crowd in zip(
         (annotations.boxes * scale).tolist(),
         annotations.classes.tolist(),
         annotations.crowd.tolist(),
         strict=True,
     ):
-        left, top, right, bottom = box
-        colour, name = _colour(number), names[number] + (" (crowd)" if crowd else "")
-        draw.rectangle(
-            (left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=2
-        )
-        length = draw.textlength(name, font)
-        if length <= max(right - left, _TILE / 8):
-            above = max(0.0, top - _TEXT)
-            draw.rectangle((left, above, left + length, above + _TEXT), fill=colour)
-            draw.text((left, above - 1), name, _ink(colour), font)
+        draw_box(pen, box, names[number] + (" (crowd)" if crowd else ""), colour_of(number))
     return image
 
 
 def _titled(tile: Image.Image, title: str, boxes: int) -> Image.Image:
-    titled = Image.new("RGB", (_TILE, tile.height + 2 * _TEXT), "white")
-    titled.paste(tile, ((_TILE - tile.width) // 2, 2 * _TEXT))
+    titled = Image.new("RGB", (_TILE, tile.height + 2 * TEXT), "white")
+    titled.paste(tile, ((_TILE - tile.width) // 2, 2 * TEXT))
     text = _shown(title)
     shown = f"{text if len(text) <= 40 else text[:18] + '...' + text[-19:]}, {boxes} boxes"
-    ImageDraw.Draw(titled).text((4, 3), shown, "black", ImageFont.load_default(_TEXT))
+    ImageDraw.Draw(titled).text((4, 3), shown, "black", ImageFont.load_default(TEXT))
     return titled
 
 
@@ -321,33 +311,18 @@ def _write_sheet(path: Path, tiles: Sequence[Image.Image], names: Sequence[str])
     across = max(1, math.ceil(math.sqrt(len(tiles))))
     rows = [tiles[first : first + across] for first in range(0, len(tiles), across)]
     heights = [max(tile.height for tile in row) for row in rows]
-    sheet = Image.new("RGB", (across * _TILE, sum(heights) + 2 * _TEXT), "white")
+    sheet = Image.new("RGB", (across * _TILE, sum(heights) + 2 * TEXT), "white")
     for number, row in enumerate(rows):
         for column, tile in enumerate(row):
             sheet.paste(tile, (column * _TILE, sum(heights[:number])))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
-    left, top = 4.0, sum(heights) + _TEXT // 2
+    pen = ImageDraw.Draw(sheet)
+    left, top = 4.0, sum(heights) + TEXT // 2
     for number, name in enumerate(names):
-        length = draw.textlength(name, font)
-        draw.rectangle((left - 3, top, left + length + 3, top + _TEXT), fill=_colour(number))
-        draw.text((left, top - 1), name, _ink(_colour(number)), font)
-        left += length + 2 * _TEXT
+        left += draw_tag(pen, (left, top), name, colour_of(number), margin=3) + 2 * TEXT
     try:
         sheet.save(path, "PNG")
     except OSError as error:
         raise DataError(f"The sheet {path} cannot be written: {error.strerror}.") from error
-
-
-def _colour(number: int) -> tuple[int, int, int]:
-    """Return a class's colour: hues a golden angle apart, so that neighbours differ."""
-    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1.0, 1.0, 1.0 - number % 2 * 0.15)
-    return round(red * 255), round(green * 255), round(blue * 255)
-
-
-def _ink(colour: tuple[int, int, int]) -> str:
-    """Return what can be read on a colour (luma of ITU-R BT.601)."""
-    red, green, blue = colour
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else "white"
 
 
 if __name__ == "__main__":

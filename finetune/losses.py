@@ -136,7 +136,8 @@ def class_targets(
 def classification_loss(logits: Tensor, wanted: Tensor, config: ClassificationKeys) -> Tensor:
     """Return the loss of every point and class, of the shape of `logits`."""
     if config.kind == "focal":
-        return sigmoid_focal_loss(logits, wanted, alpha=config.alpha, gamma=config.gamma)
+        focal: Tensor = sigmoid_focal_loss(logits, wanted, config.alpha, config.gamma)
+        return focal
     entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     if config.kind == "bce":
         return entropy
@@ -158,7 +159,7 @@ def overlaps(first: Tensor, second: Tensor) -> Tensor:
 
 def _with_area(boxes: Tensor) -> Tensor:
     """Give boxes sides of a thousandth of a pixel at least: an angle without height is NaN."""
-    low, high = boxes.split(2, 1)
+    low, high = boxes[:, :2], boxes[:, 2:]
     return torch.cat((low, torch.maximum(high, low + 1e-3)), 1)
 
 

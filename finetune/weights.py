@@ -181,12 +181,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     except CheckpointError as error:
         if "ultralytics" not in str(error.__cause__):
             raise
-        plain = path.with_suffix(".safetensors")
+        plain = f"{path.stem}_tensors.pt"
         raise CheckpointError(
             f"{path} is a pickled model, which can run code and is not read: save its tensors "
-            f"where it was made, by `from safetensors.torch import save_file; "
-            f"save_file(YOLO('{path.name}').model.state_dict(), '{plain.name}')`, and start from "
-            f"{plain.name}."
+            f"where it was made, by `torch.save(YOLO('{path.name}').model.state_dict(), "
+            f"'{plain}')`, and start from {plain}."
         ) from error
 
 
@@ -231,7 +230,7 @@ def _not_taken(
 ) -> str | None:
     """Say why a part is left as initialised; None: it is to be taken, "": there is no such part."""
     if not names:
-        return f"The detector has no {part} and the file has." if keys else ""
+        return f"The file's {len(keys)} tensors of the {part} are not wanted." if keys else ""
     if not keys:
         return f"The {part} is not in the file and left as initialised."
     if part == _CLASSES:

@@ -53,7 +53,7 @@ def test_ciou_punishes_another_shape() -> None:
 def test_box_losses_and_their_gradients_are_finite_where_a_prediction_is_far_off(kind: str) -> None:
     predicted = torch.tensor([[0.0, 0.0, 1e-3, 1e-3], [5.0, 5.0, 5.0, 5.0]], requires_grad=True)
     true = torch.tensor([[100.0, 100.0, 110.0, 120.0], [4.0, 4.0, 6.0, 6.0]])
-    BOX_LOSSES[kind](predicted, true).sum().backward()
+    torch.autograd.backward(BOX_LOSSES[kind](predicted, true).sum())
     assert predicted.grad is not None and torch.isfinite(predicted.grad).all()
 
 
@@ -104,11 +104,13 @@ def test_label_smoothing_moves_a_share_of_the_score_to_all_classes() -> None:
 
 
 def test_penalty_by_hand_leaves_norms_and_biases_to_l1() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    convolution, norm = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)
+    model = nn.Sequential(convolution, norm)
     with torch.no_grad():
-        model[0].weight.fill_(3.0)
-        model[0].bias.fill_(100.0)
-        model[1].weight.copy_(torch.tensor([-2.0, 0.5]))
+        convolution.weight.fill_(3.0)
+        norm.weight.copy_(torch.tensor([-2.0, 0.5]))
+        assert convolution.bias is not None
+        convolution.bias.fill_(100.0)
     assert float(penalty(model, l2=0.1, l1_scales=0.0).detach()) == pytest.approx(0.1 / 2 * 18)
     assert float(penalty(model, l2=0.0, l1_scales=0.01).detach()) == pytest.approx(0.01 * 2.5)
 
@@ -138,7 +140,7 @@ def test_the_whole_is_the_weighted_sum_of_its_parts(objectness: bool) -> None:
     twice = DetectionLoss(doubled)(detector, raw, (64, 64), targets)
     ratio = float(twice.parts["localisation"]) / float(result.parts["localisation"])
     assert ratio == pytest.approx(2.0, rel=1e-5)
-    result.total.backward()
+    torch.autograd.backward(result.total)
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -155,7 +157,7 @@ def test_a_batch_without_boxes_teaches_background_alone() -> None:
     )
     assert float(result.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert float(result.parts["localisation"]) == float(result.parts["distribution"]) == 0.0
-    result.total.backward()
+    torch.autograd.backward(result.total)
 
 
 def test_one_positive_point_against_an_independent_computation() -> None:

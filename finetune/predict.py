@@ -1,0 +1,311 @@
+"""What a detector finds in pictures: `python -m finetune.predict WEIGHTS PICTURES --out DIR`.
+
+What: DIR/predictions.json (images, annotations and categories in COCO's form), DIR/detections.json
+(COCO's results form, a list), and DIR/pictures, where the boxes are drawn with names and scores.
+`--tile` cuts large pictures into overlapping tiles (finetune/tiles.py).
+
+Pictures are looked at one after the other, so that memory does not grow with their number, and in
+the same frame as in evaluation: the longer side is image_size, and each side of the frame the
+smallest multiple of 32 that holds the picture. One that cannot be read is told of and left out.
+
+Coordinates are pixels of the upright picture (its EXIF orientation applied). An image's id is its
+number, from 1, among the pictures that could be read; a category's id is its class, from 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from finetune.augment.letterbox import Geometry, framed, letterbox_geometry
+from finetune.augment.warp import resized
+from finetune.detector import Detections, Detector, suppress
+from finetune.predictions import Drawings, Writer
+from finetune.tiles import find_in_tiles, needs_tiles
+from finetune.weights import About, detector_from_file
+from groundwork import colour
+from groundwork.data.decode import Picture, open_picture
+from groundwork.data.samples import open_samples
+from groundwork.data.shards import Sample, Samples, ShardSamples
+from groundwork.data.tar_format import picture_suffix
+from groundwork.errors import CheckpointError, DataError, GroundworkError
+from groundwork.settings import Data
+
+_STRIDE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """A detector in eval mode, and how it looks at pictures.
+
+    `image_size` is the longer side of what it sees, in pixels; `score`, `iou` and `most` are those
+    of finetune.detector.suppress; `tile` (pixels; None: no tiles) and `overlap` (a share of it)
+    those of finetune.tiles.tiles_of.
+    """
+
+    detector: Detector
+    image_size: int
+    score: float = 0.25
+    iou: float = 0.7
+    most: int = 300
+    tile: int | None = None
+    overlap: float = 0.2
+
+    def find(self, picture: Picture) -> Detections:
+        """Find the boxes of a picture, in its upright pixels. Raises DataError where it is damaged.
+
+        They are float64, on the CPU, clipped to the picture, best first.
+        """
+        width, height = picture.width, picture.height
+        if self.tile is not None and needs_tiles(width, height, self.tile):
+            return find_in_tiles(
+                picture.pixels(), self.find_in_pixels, image_size=self.image_size, tile=self.tile,
+                overlap=self.overlap, iou=self.iou, most=self.most,
+            )  # fmt: skip
+        geometry, size = frame_of(width, height, self.image_size)
+        # A JPEG is decoded no larger than needed.
+        whole = (0.0, 0.0, float(width), float(height))
+        [shown] = picture.cut([whole], geometry.shown(width, height))
+        return self._look(shown, geometry, size, width, height)
+
+    def find_in_pixels(self, pixels: npt.NDArray[np.uint8], longer: int) -> Detections:
+        """Find the boxes of pixels (H W 3) whose longer side the detector sees as `longer`."""
+        height, width = pixels.shape[:2]
+        geometry, size = frame_of(width, height, longer)
+        return self._look(pixels, geometry, size, width, height)
+
+    def _look(
+        self,
+        pixels: npt.NDArray[np.uint8],
+        geometry: Geometry,
+        size: tuple[int, int],
+        width: int,
+        height: int,
+    ) -> Detections:
+        """Look at a width x height picture, of which `pixels` may be scaled already."""
+        inner = geometry.shown(width, height)
+        placed = framed(resized(pixels, inner), Geometry(1.0, geometry.left, geometry.top), size)
+        backbone = self.detector.backbone
+        device = next(self.detector.parameters()).device
+        with torch.inference_mode():
+            image = torch.from_numpy(placed)[None].to(device)
+            image = colour.normalise(image, backbone.mean, backbone.std)
+            boxes, scores = self.detector.predict(image.to(memory_format=torch.channels_last))
+            found = suppress(boxes[0], scores[0], score=self.score, iou=self.iou, most=self.most)
+        upright = geometry.undo(found.boxes.cpu().double().numpy())
+        clipped = torch.from_numpy(np.clip(upright, 0.0, np.array([width, height] * 2)))
+        kept = (clipped[:, 2:] > clipped[:, :2]).all(1)  # some lie in the grey around the picture
+        return Detections(clipped[kept], found.scores.cpu()[kept], found.classes.cpu()[kept])
+
+
+def frame_of(width: int, height: int, longer: int) -> tuple[Geometry, tuple[int, int]]:
+    """Return where a picture lies whose longer side becomes `longer`, and in which frame.
+
+    The frame's (height, width) are the smallest multiples of 32; the picture is centred in it.
+    """
+    geometry = letterbox_geometry(width, height, (longer, longer))
+    shown = geometry.shown(width, height)
+    size = -(-shown[0] // _STRIDE) * _STRIDE, -(-shown[1] // _STRIDE) * _STRIDE
+    left, top = (size[1] - shown[1]) // 2, (size[0] - shown[0]) // 2
+    return Geometry(geometry.scale, left, top), size
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0 done, 2 usage, 3 data, 4 weights."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except GroundworkError as error:
+        sys.stderr.write(f"{_shown(str(error))}\n")
+        return error.exit_code
+    return 0
+
+
+def predict(
+    predictor: Predictor,
+    samples: Samples,
+    folder: Path,
+    names: Sequence[str],
+    *,
+    pictures: bool = True,
+) -> str:
+    """Write what is found in all pictures into a folder, drawn too if `pictures`; sum it up.
+
+    Pictures that cannot be read are named on standard error. Raises DataError where none could be,
+    OSError where the folder cannot be written.
+    """
+    unreadable = 0
+    drawings = Drawings(folder / "pictures", names)
+    bar = tqdm(_places(samples), total=len(samples), unit=" pictures", disable=None)
+    with Writer(folder, names) as writer, bar:
+        for shard, index in bar:
+            try:
+                sample = samples.read(shard, index)
+                if drawings.made(sample.source):
+                    continue
+                name = _file_name(samples, sample, shard, index)
+                picture, found = _found(predictor, sample, name)
+            except DataError as error:
+                unreadable += 1
+                bar.write(_shown(f"Left out: {error}"), file=sys.stderr)
+                continue
+            number = writer.add(name, picture.width, picture.height, found)
+            if pictures:
+                drawings.draw(number, name, picture, found)
+        if not writer.pictures:
+            raise DataError(
+                f"None of the {unreadable:,} pictures of {samples.name} could be read: see the "
+                "reasons above, and name others."
+            )
+        writer.finish()
+    left_out = f"; {unreadable:,} pictures could not be read" if unreadable else ""
+    return f"{writer.boxes:,} boxes in {writer.pictures:,} pictures{left_out}"
+
+
+def _run(options: argparse.Namespace) -> None:
+    detector, about = _detector(options.weights)
+    data = Data()
+    samples = open_samples(
+        options.pictures, cache=data.cache_folder(), cache_bytes=int(data.cache_gb * 1e9)
+    )
+    predictor = Predictor(
+        detector,
+        options.image_size or about.image_size,
+        options.score,
+        options.iou,
+        options.most,
+        options.tile,
+        options.overlap,
+    )
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        told = predict(
+            predictor, samples, options.out, about.names, pictures=not options.no_pictures
+        )
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or options.out} cannot be written ({error.strerror}): choose another "
+            "folder with --out."
+        ) from error
+    finally:
+        samples.close()
+    sys.stdout.write(_shown(f"{told}: {options.out}\n"))
+
+
+def _detector(weights: Path) -> tuple[Detector, About]:
+    """Read a detector onto the device that there is. Raises CheckpointError."""
+    detector, about = detector_from_file(weights)
+    if len(about.names) != detector.head.num_classes:
+        raise CheckpointError(
+            f"{weights} names {len(about.names)} classes and has {detector.head.num_classes}: "
+            "write it again with one name a class."
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return detector.to(device).to(memory_format=torch.channels_last), about
+
+
+def _places(samples: Samples) -> Iterator[tuple[int, int]]:
+    """Yield (shard, index) of every sample, in order, telling which shard comes next."""
+    for shard, size in enumerate(samples.shard_sizes.tolist()):
+        samples.prefetch(range(shard, min(shard + 2, len(samples.shard_sizes))))
+        yield from ((shard, index) for index in range(size))
+
+
+def _file_name(samples: Samples, sample: Sample, shard: int, index: int) -> str:
+    """Return a picture's path as the data knows it: below its folder, or before it was packed."""
+    if isinstance(samples, ShardSamples):
+        return samples.samples(shard).paths[index]
+    suffix = Path(sample.source).suffix
+    return sample.key + suffix if picture_suffix(sample.source) else sample.key
+
+
+def _found(predictor: Predictor, sample: Sample, name: str) -> tuple[Picture, Detections]:
+    try:
+        picture = open_picture(sample.image)
+        return picture, predictor.find(picture)
+    except DataError as error:
+        raise DataError(f"{name} of {sample.source}: {error}.") from error
+
+
+def _shown(text: str) -> str:
+    """Make names that are no UTF-8 printable."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune.predict",
+        description="Find objects in pictures; write their boxes in COCO's form, and draw them.",
+    )
+    add = parser.add_argument
+    add("weights", metavar="WEIGHTS", type=Path, help="a detector.safetensors")
+    add("pictures", metavar="PICTURES", help="a picture, a folder, a list (.txt) or tar shards")
+    add("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
+    add("--score", type=_share, default=0.25, help="boxes scored lower are left out (%(default)s)")
+    add("--iou", type=_share, default=0.7, help="boxes of a class may overlap so far (%(default)s)")
+    add("--most", type=_count, default=300, metavar="N", help="boxes of a picture (%(default)s)")
+    add(
+        "--image-size",
+        type=_size,
+        metavar="N",
+        help="the longer side of what the detector sees, in pixels (default: that of training)",
+    )
+    add(
+        "--tile",
+        type=_size,
+        metavar="N",
+        help="cut pictures longer than 1.5 tiles into tiles of N x N pixels (default: never)",
+    )
+    add(
+        "--overlap",
+        type=_overlap,
+        default=0.2,
+        help="the share of a tile's side that neighbours share (%(default)s); objects up to that "
+        "size are seen whole",
+    )
+    add("--no-pictures", action="store_true", help="write the json files alone")
+    return parser
+
+
+def _share(text: str) -> float:
+    return _between(text, 0.0, 1.0)
+
+
+def _overlap(text: str) -> float:
+    return _between(text, 0.05, 0.75)
+
+
+def _between(text: str, low: float, high: float) -> float:
+    value = float(text)
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _size(text: str) -> int:
+    value = int(text)
+    if value < _STRIDE or value % _STRIDE:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of {_STRIDE}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Evaluation: every picture once, boxes in its own pixels, any number of processes alike."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune.detector import build_detector
+from finetune.evaluate import detect_all, evaluate, main
+from finetune.weights import parts_of, save_detector
+from groundwork.data.labels import LabeledSamples, open_labeled
+from groundwork.errors import DataError
+from tests.pretrain.commands import ROOT, environment, free_port
+
+
+def write_set(root: Path, sizes: list[tuple[int, int]]) -> Path:
+    """A YOLO set, each picture with one bright square of class 0."""
+    (root / "images").mkdir(parents=True)
+    (root / "labels").mkdir()
+    (root / "classes.txt").write_text("square\n")
+    for number, (width, height) in enumerate(sizes):
+        pixels = np.full((height, width, 3), 40, np.uint8)
+        pixels[8:32, 16:40] = 250
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+        x, y, w, h = 28 / width, 20 / height, 24 / width, 24 / height
+        (root / "labels" / f"{number}.txt").write_text(f"0 {x} {y} {w} {h}\n")
+    return root
+
+
+def opened(root: Path) -> LabeledSamples:
+    return open_labeled(str(root), None, cache=root / "cache", cache_bytes=1 << 30)
+
+
+SIZES = [(96, 64), (64, 96), (80, 80), (200, 50), (33, 47), (96, 64), (70, 71)]
+
+
+def random_detector() -> Any:
+    torch.manual_seed(0)
+    return build_detector("yolo12n", 1)
+
+
+class Oracle(torch.nn.Module):
+    """Finds the bright square by its pixels, exactly as large as it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = build_detector("yolo12n", 1).backbone  # for its mean and std
+
+    def predict(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        boxes = []
+        for picture in image:
+            rows, columns = (picture[0] > 0.7).nonzero(as_tuple=True)
+            edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            boxes.append(torch.stack([edge.float() for edge in edges])[None])
+        return torch.stack(boxes), torch.full((len(image), 1, 1), 0.9)
+
+
+def test_boxes_come_back_in_the_pictures_own_pixels(tmp_path: Path) -> None:
+    labeled = opened(write_set(tmp_path / "set", SIZES))
+    oracle: Any = Oracle()
+    seen = detect_all(oracle, labeled, image_size=192, batch_size=3)
+    assert seen is not None and seen.numbers == list(range(7))
+    for found, truth in zip(seen.found, seen.truth, strict=True):
+        # Whole pixels of the shown picture are at most two of its own.
+        scale = 192 / max(truth.width, truth.height)
+        assert np.abs(found.boxes - truth.annotations.boxes).max() <= 1.5 / min(scale, 1) + 1e-3
+    results = evaluate(oracle, labeled, image_size=192)
+    assert results is not None and results.ap50 == pytest.approx(1.0)
+
+
+def test_the_batch_size_and_the_number_of_threads_change_nothing(tmp_path: Path) -> None:
+    labeled = opened(write_set(tmp_path / "set", [(96, 64)] * 5))
+    detector = random_detector().train()
+    runs = [
+        detect_all(detector, labeled, image_size=64, batch_size=size, workers=workers, score=0.0)
+        for size, workers in ((1, 1), (4, 3))
+    ]
+    assert runs[0] is not None and runs[1] is not None
+    for one, other in zip(runs[0].found, runs[1].found, strict=True):
+        np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-2)
+    assert detector.training and detector.backbone.training  # left as they were
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", SIZES[:3])
+    labeled = opened(root)
+    (root / "images" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"1\.png|images/1"):
+        evaluate(random_detector(), labeled, image_size=64)
+
+
+RANK = """
+import json, sys, torch, torch.distributed as dist
+from pathlib import Path
+from finetune.evaluate import evaluate
+from finetune.weights import detector_from_file
+from groundwork.data.labels import open_labeled
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+detector, _ = detector_from_file(Path(sys.argv[1]))
+labeled = open_labeled(sys.argv[2], None, cache=Path(sys.argv[2]) / "cache", cache_bytes=1 << 30)
+found = evaluate(detector, labeled, image_size=64, batch_size=1, score=0.0, rank=dist.get_rank(),
+                 world=dist.get_world_size(), group=dist.group.WORLD)
+assert (found is None) == (dist.get_rank() != 0)
+if found is not None:
+    Path(sys.argv[3]).write_text(json.dumps(found.to_json()))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.dist
+def test_seven_pictures_on_two_ranks_score_as_on_one_exactly(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", SIZES)
+    weights = tmp_path / "detector.safetensors"
+    detector = random_detector()
+    save_detector(weights, parts_of(detector), names=["square"], image_size=64, metadata={})
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    told = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.json"
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+            "--master-port", str(free_port()), str(script), str(weights), str(root), str(out),
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads(out.read_text()))
+    assert told[0] == told[1]
+    assert told[0]["pictures"] == 7 and told[0]["boxes"] == 7
+
+
+def test_the_command_writes_figures_boxes_and_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_set(tmp_path / "set", SIZES[:4])
+    weights = tmp_path / "detector.safetensors"
+    save_detector(
+        weights, parts_of(random_detector()), names=["square"], image_size=64, metadata={}
+    )
+    assert main([str(weights), f"data.val={root}", "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "results.json", "detections.json", "precision-recall.png", "confusion.png",
+    }  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["pictures"] == 4 and set(results["per_class"]) == {"square"}
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert all(row["image_id"].split("/")[-1] in {"0", "1", "2", "3"} for row in rows)
+    assert "square" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["data.vall=x"], 2, "data.val"),
+        ([], 2, "one of data.val=ROOT and data.test=ROOT"),
+        (["data.val=nowhere"], 3, "nowhere"),
+    ],
+)
+def test_mistakes_of_the_command_are_told_in_a_sentence(
+    arguments: list[str],
+    code: int,
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    weights = tmp_path / "detector.safetensors"
+    save_detector(
+        weights, parts_of(random_detector()), names=["square"], image_size=64, metadata={}
+    )
+    assert main([str(weights), *arguments]) == code
+    assert sentence in capsys.readouterr().err
+
+
+def test_classes_that_differ_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_set(tmp_path / "set", SIZES[:2])
+    weights = tmp_path / "detector.safetensors"
+    save_detector(
+        weights, parts_of(random_detector()), names=["circle"], image_size=64, metadata={}
+    )
+    assert main([str(weights), f"data.val={root}"]) == 3
+    told = capsys.readouterr().err
+    assert "square" in told and "circle" in told
