@@ -55,8 +55,10 @@ def draw_box(pen: ImageDraw.ImageDraw, box: Sequence[float], text: str, colour: 
     pen.rectangle((left, top, *far), outline=colour, width=max(_LINE, line))
     height = max(TEXT, longer // _SIDE_OVER_TEXT)
     font = ImageFont.load_default(height)
-    if pen.textlength(text, font) <= max(right - left, longer / 8):
-        draw_tag(pen, (left, max(0.0, top - height)), text, colour, font)
+    length = pen.textlength(text, font)
+    if length <= max(right - left, longer / 8):
+        start = max(0.0, min(left, pen.im.size[0] - length))  # not cut off at the right
+        draw_tag(pen, (start, max(0.0, top - height)), text, colour, font)
 
 
 def draw_tag(

@@ -125,9 +125,9 @@ class DetectorFinder:
         images = torch.from_numpy(frames).to(self.device)
         images = colour.normalise(images, backbone.mean, backbone.std)
         boxes, scores = self.detector.predict(images.contiguous(memory_format=torch.channels_last))
-        return [_plain(self._suppressed(*one)) for one in zip(boxes, scores, strict=True)]
+        return [_plain(self.suppressed(*one)) for one in zip(boxes, scores, strict=True)]
 
-    def _suppressed(self, boxes: Tensor, scores: Tensor) -> Detections:
+    def suppressed(self, boxes: Tensor, scores: Tensor) -> Detections:
         """As finetune.detector.suppress, in less time where there are many candidates.
 
         Suppression goes from the best box down, so the best `most` of all candidates are those of

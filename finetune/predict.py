@@ -70,27 +70,21 @@ class Predictor:
                 picture.pixels(), self.find_in_pixels, image_size=self.image_size, tile=self.tile,
                 overlap=self.overlap, iou=self.iou, most=self.most,
             )  # fmt: skip
-        geometry, size = frame_of(width, height, self.image_size)
-        # A JPEG is decoded no larger than needed.
+        # Cut to the size that is seen: a JPEG is decoded no larger than needed.
+        geometry, _ = frame_of(width, height, self.image_size)
         whole = (0.0, 0.0, float(width), float(height))
         [shown] = picture.cut([whole], geometry.shown(width, height))
-        return self._look(shown, geometry, size, width, height)
+        return self._look(shown, width, height, self.image_size)
 
     def find_in_pixels(self, pixels: npt.NDArray[np.uint8], longer: int) -> Detections:
         """Find the boxes of pixels (H W 3) whose longer side the detector sees as `longer`."""
-        height, width = pixels.shape[:2]
-        geometry, size = frame_of(width, height, longer)
-        return self._look(pixels, geometry, size, width, height)
+        return self._look(pixels, pixels.shape[1], pixels.shape[0], longer)
 
     def _look(
-        self,
-        pixels: npt.NDArray[np.uint8],
-        geometry: Geometry,
-        size: tuple[int, int],
-        width: int,
-        height: int,
+        self, pixels: npt.NDArray[np.uint8], width: int, height: int, longer: int
     ) -> Detections:
-        """Look at a width x height picture, of which `pixels` may be scaled already."""
+        """Look at a width x height picture; `pixels` may have the size already that is seen."""
+        geometry, size = frame_of(width, height, longer)
         inner = geometry.shown(width, height)
         placed = framed(resized(pixels, inner), Geometry(1.0, geometry.left, geometry.top), size)
         backbone = self.detector.backbone
@@ -179,14 +173,9 @@ def _run(options: argparse.Namespace) -> None:
     samples = open_samples(
         options.pictures, cache=data.cache_folder(), cache_bytes=int(data.cache_gb * 1e9)
     )
+    size = options.image_size or about.image_size
     predictor = Predictor(
-        detector,
-        options.image_size or about.image_size,
-        options.score,
-        options.iou,
-        options.most,
-        options.tile,
-        options.overlap,
+        detector, size, options.score, options.iou, options.most, options.tile, options.overlap
     )
     try:
         options.out.mkdir(parents=True, exist_ok=True)

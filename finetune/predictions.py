@@ -38,11 +38,12 @@ class Writer:
         self.pictures = 0
         self.boxes = 0
         self._stack = ExitStack()
-        self._images, self._annotations, self._results = (self._spool() for _ in range(3))
-
-    def _spool(self) -> IO[str]:
-        file = tempfile.TemporaryFile("w+", encoding="ascii", dir=self.folder)
-        return self._stack.enter_context(file)
+        self._images, self._annotations, self._results = (
+            self._stack.enter_context(
+                tempfile.TemporaryFile("w+", encoding="ascii", dir=folder)  # noqa: SIM115 (it is)
+            )
+            for _ in range(3)
+        )
 
     def __enter__(self) -> Writer:
         return self

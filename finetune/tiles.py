@@ -171,7 +171,7 @@ def _put_together(pieces: Detections, areas: Tensor) -> Detections:
         agrees &= pieces.classes == pieces.classes[number]
         agrees[number] = True
         group[torch.isin(group, group[agrees])] = number
-    joined = [_chosen(pieces, group == number) for number in group.unique().tolist()]
+    joined = [_chosen(pieces, group == number) for number in sorted(set(group.tolist()))]
     boxes = [torch.cat((one.boxes[:, :2].amin(0), one.boxes[:, 2:].amax(0))) for one in joined]
     return Detections(
         torch.stack(boxes) if boxes else pieces.boxes,

@@ -87,7 +87,7 @@ _LAST: dict[str, Any] = {
     "resnet18": lambda m: nn.Sequential(*list(m.children())[:-2]),
     "resnext50_32x4d": lambda m: nn.Sequential(*list(m.children())[:-2]),
     "wide_resnet50_2": lambda m: nn.Sequential(*list(m.children())[:-2]),
-    "densenet121": lambda m: m.features[:-1],  # all but the last norm
+    "densenet121": lambda m: nn.Sequential(m.features, nn.ReLU()),  # as its forward does
     "vgg11_bn": lambda m: m.features,
 }
 

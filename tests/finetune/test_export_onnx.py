@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,17 @@ def _lively(name: str, **options: Any) -> Detector:
     """Build a detector whose scores and boxes differ from point to point."""
     torch.manual_seed(3)
     detector = build_detector(name, 2, **options).eval()
+    norms = [one for one in detector.modules() if isinstance(one, torch.nn.BatchNorm2d)]
     with torch.no_grad():
+        for norm in norms:
+            norm.momentum = 1.0
         detector.train()(torch.rand(4, 3, 96, 96))  # BatchNorm statistics
         for boxes, classes in zip(detector.head.boxes, detector.head.classes, strict=True):
-            for branch, spread in ((boxes, 0.5), (classes, 2.0)):
+            for branch in (boxes, classes):
                 assert isinstance(branch, torch.nn.Sequential)
                 last = branch[-1]
                 assert isinstance(last, torch.nn.Conv2d) and last.bias is not None
-                last.weight.normal_(0, spread)
+                last.weight.normal_(0, 2 * last.in_channels**-0.5)
                 last.bias.fill_(-1.0)
     return detector.eval()
 
@@ -141,13 +144,16 @@ def test_onnx_gives_what_torch_gives_on_real_pictures(
     assert check_onnx(model, detector) < 1e-4
 
     module = predictor(detector)
-    limits = {"score": 0.2, "iou": 0.5, "most": 40}
+    with torch.no_grad():  # a fifth of all scores are above the least one
+        least = module(pictures(*SIZES[0]))[1].flatten().quantile(0.8).item()
+    limits: dict[str, Any] = {"score": round(least, 3), "iou": 0.5, "most": 40}
     whole = with_suppression(model, ABOUT, **limits)
     for size in SIZES:
         images = pictures(*size)
         with torch.no_grad():
             boxes, scores = module(images)
         found_boxes, found_scores = _run(model, images)
+        print(name, size, (found_boxes-boxes).abs().max(), (found_scores-scores).abs().max())
         torch.testing.assert_close(found_boxes, boxes, atol=1e-2, rtol=0)  # pixels
         torch.testing.assert_close(found_scores, scores, atol=1e-4, rtol=0)
         # Of what onnxruntime itself found, so that rounding decides nothing.
@@ -199,15 +205,6 @@ def test_a_model_that_differs_from_torch_is_refused() -> None:
 
 
 def test_a_missing_extra_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = builtins.__import__
-
-    def without(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "onnxscript":
-            raise ImportError(name)
-        return original(name, *arguments, **options)
-
-    monkeypatch.setattr("importlib.import_module", without)
-    with pytest.raises(
-        UsageError, match=r"needs onnxscript, .* pip install 'groundwork\[export\]'"
-    ):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UsageError, match=r"needs onnxscript, .*pip install 'groundwork\[export\]'"):
         require_onnx()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from finetune.head import BINS, Anchors, DetectionHead, anchors_of
 from groundwork.backbones.yolo12 import SCALES
@@ -41,11 +42,18 @@ def test_logits_stand_level_after_level_and_row_by_row() -> None:
 def test_biases_start_at_five_cells_of_a_class_in_a_picture_of_640() -> None:
     head = DetectionHead((8, 8, 8), 4, objectness=True)
     assert head.objectness is not None
+
+    def bias(branch: nn.Module) -> Tensor:
+        assert isinstance(branch, nn.Sequential)
+        last = branch[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        return last.bias.detach()
+
     for level, stride in enumerate((8, 16, 32)):
         expected = torch.full((4,), math.log(5 / 4 / (640 / stride) ** 2))
-        torch.testing.assert_close(head.classes[level][-1].bias.detach(), expected)
-        assert (head.boxes[level][-1].bias == 2.0).all()
-        objectness = head.objectness[level][-1].bias.item()
+        torch.testing.assert_close(bias(head.classes[level]), expected)
+        assert (bias(head.boxes[level]) == 2.0).all()
+        objectness = bias(head.objectness[level]).item()
         assert objectness == pytest.approx(math.log(5 / (640 / stride) ** 2))
 
 

@@ -70,7 +70,7 @@ def scattered(seed: int, width: int, height: int) -> npt.NDArray[np.int64]:
         sides = np.exp(generator.uniform(np.log(3), np.log(200), 2)).astype(int)
         if (sides >= (width, height)).any():
             continue
-        left, top = generator.integers(0, (width, height) - sides).tolist()
+        left, top = generator.integers(0, np.array((width, height)) - sides).tolist()
         box = (left, top, left + int(sides[0]), top + int(sides[1]))
         if all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in boxes):
             boxes.append(box)
@@ -78,7 +78,7 @@ def scattered(seed: int, width: int, height: int) -> npt.NDArray[np.int64]:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(5))
 def test_every_box_is_found_once(seed: int, whole: bool) -> None:
     width, height = 500 + 13 * seed, 330 + 7 * seed
     boxes = scattered(seed, width, height)
@@ -119,7 +119,7 @@ def test_the_detector_sees_each_tile_once_and_the_whole() -> None:
     find_in_tiles(
         pixels, finder(True, seen), image_size=96, tile=128, overlap=0.25, iou=0.7, most=9
     )
-    assert seen == [(128, 128)] * 15 + [(330, 500)]
+    assert seen == [(128, 128)] * 20 + [(330, 500)]
 
 
 def merged(first: Detections, second: Detections, whole: Detections, most: int = 300) -> Detections:
