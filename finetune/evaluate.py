@@ -27,7 +27,7 @@ from groundwork.checkpoint import write_atomically
 from groundwork.command import log_to_standard_output
 from groundwork.config import Section, parse_overrides, validate
 from groundwork.data.decode import MAX_PIXELS
-from groundwork.data.labels import LabeledSamples, has_split, open_labeled, splits_of
+from groundwork.data.labels import LabeledSamples, open_labeled
 from groundwork.errors import DataError, GroundworkError, UsageError
 from groundwork.settings import Count, Data, Fraction
 
@@ -148,11 +148,9 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
 
 
 def _open(source: str, split: str, sets: Sets) -> LabeledSamples:
-    # Data without splits is opened whole, and with a split's strictness.
-    chosen = split if has_split(source, split) or not splits_of(source) else None
     data = Data(cache=sets.cache)
     return open_labeled(
-        source, chosen, cache=data.cache_folder(), cache_bytes=int(data.cache_gb * 1e9),
+        source, split, cache=data.cache_folder(), cache_bytes=int(data.cache_gb * 1e9),
         max_pixels=sets.max_pixels,
     )  # fmt: skip
 

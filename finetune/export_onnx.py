@@ -18,12 +18,13 @@ import importlib
 import io
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finetune.detector import Detector
 from finetune.export_graph import SMALLEST, predictor, trace
@@ -129,32 +130,36 @@ def save_onnx(model: Any, path: Path) -> None:
 def check_onnx(model: Any, detector: Detector) -> float:
     """Run a model without suppression on two batches; return the largest difference from torch.
 
-    It is that of scores, and of boxes over the picture's side. Raises GroundworkError where it is
-    more than ALLOWED, UsageError where onnxruntime is not installed.
+    It is that of scores, and of boxes over the picture's side, from what torch finds in float64.
+    Raises GroundworkError where it is more than ALLOWED and more than a few times what torch itself
+    is off in float32, UsageError where onnxruntime is not installed.
     """
     runtime = _import("onnxruntime")
     session = runtime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
     module = predictor(detector)
-    worst = 0.0
+    exact = predictor(detector).double()
+    worst = rounding = 0.0
     for shape in ((1, 3, 2 * SMALLEST, 3 * SMALLEST), (2, 3, SMALLEST, SMALLEST)):
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            boxes, scores = module(images)
+            wanted = exact(images.double())
+            plain = module(images)
         found = [torch.from_numpy(one) for one in session.run(None, {"images": images.numpy()})]
-        side = max(shape[2:])
-        worst = max(
-            worst,
-            (found[0] - boxes).abs().max().item() / side,
-            (found[1] - scores).abs().max().item(),
-        )
-    if not worst <= ALLOWED:
+        worst = max(worst, _difference(found, wanted, max(shape)))
+        rounding = max(rounding, _difference(plain, wanted, max(shape)))
+    if not worst <= max(ALLOWED, 4 * rounding):
         raise GroundworkError(
             f"The ONNX model differs from torch by {worst:.1e}, and {ALLOWED:.0e} is allowed: it "
             "was not written; try another version of torch or onnxscript."
         )
     return worst
+
+
+def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor], side: int) -> float:
+    boxes, scores = ((a - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
+    return max(boxes / side, scores)
 
 
 def require_onnx() -> None:

@@ -41,7 +41,7 @@ from groundwork import checkpoint as checkpoints
 from groundwork.checkpoint import Checkpoint, write_atomically
 from groundwork.clock import StopRequest, agree, host_group, told_by_main
 from groundwork.console import Display, minutes
-from groundwork.data.labels import LabeledSamples, has_split, open_labeled, splits_of
+from groundwork.data.labels import LabeledSamples, has_split, open_labeled
 from groundwork.data.loader import Loader
 from groundwork.data.order import Order
 from groundwork.ema import Ema
@@ -118,9 +118,7 @@ def open_sets(recipe: Recipe) -> Sets:
         if given is None and not has_split(data.train, split):
             return None
         source = given or data.train
-        # Data without splits is opened whole, and with a split's strictness.
-        chosen = split if has_split(source, split) or not splits_of(source) else None
-        found = open_labeled(source, chosen, cache=cache, cache_bytes=cache_bytes)
+        found = open_labeled(source, split, cache=cache, cache_bytes=cache_bytes)
         if found.names != train.names:
             raise DataError(
                 f"The classes of {source} ({', '.join(found.names)}) are not those of {data.train} "

@@ -26,10 +26,13 @@ def lively_detector() -> Detector:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
-    detector.train()
+            module.momentum = None  # the average of all that it sees
     with torch.no_grad():
-        for _ in range(40):
+        for _ in range(3):
             detector(torch.rand(4, 3, 64, 64))
+        for branch in detector.head.classes.children():
+            branch[-1].bias += 3.0  # type: ignore[index]
+        detector.head.bins.mul_(0.2)  # small boxes: a large one would be clipped to its picture
     return detector
 
 
@@ -87,14 +90,17 @@ def test_the_fused_copy_computes_the_same_and_leaves_the_detector_alone() -> Non
 
 
 @pytest.mark.parametrize("most", [5, 300, 100_000])
-@pytest.mark.parametrize("levels", [20, 100_000])  # few levels: many boxes of equal score
-def test_suppressing_the_best_alone_gives_the_same(most: int, levels: int) -> None:
+@pytest.mark.parametrize("levels", [20, None])  # few levels: many boxes of equal score
+def test_suppressing_the_best_alone_gives_the_same(most: int, levels: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
-    corner = torch.rand(6000, 2, generator=generator) * 400
+    corner = torch.rand(3000, 2, generator=generator) * 400
     boxes = torch.cat((corner, corner + 40), 1)
-    scores = (torch.rand(6000, 2, generator=generator) * levels).round() / levels
+    scores = torch.randperm(6000, generator=generator).view(3000, 2) / 6000
+    if levels is not None:
+        scores = (scores * levels).round() / levels
     finder = DetectorFinder(build_detector("yolo12n", 2), score=0.01, iou=0.5, most=most)
     quick = finder.suppressed(boxes, scores)
     slow = suppress(boxes, scores, score=0.01, iou=0.5, most=most)
-    for one, other in zip(quick, slow, strict=True):
-        assert torch.equal(one, other)
+    assert torch.equal(quick.scores, slow.scores)
+    if levels is None:  # of equal scores any may be the first
+        assert torch.equal(quick.boxes, slow.boxes) and torch.equal(quick.classes, slow.classes)
