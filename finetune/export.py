@@ -119,7 +119,7 @@ def _onnx(options: argparse.Namespace, out: Path) -> str:
     detector, about = detector_from_file(options.weights)
     noted = _noted(detector, about, options.image_size)
     model = onnx_model(detector, noted, opset=options.opset)
-    difference = check_onnx(model, detector)
+    off, rounding = check_onnx(model, detector)
     outputs = "boxes: N A 4 (left, top, right, bottom, pixels); scores: N A C"
     if options.nms:
         limits = {"score": options.score, "iou": options.iou, "most": options.most}
@@ -127,8 +127,8 @@ def _onnx(options: argparse.Namespace, out: Path) -> str:
         outputs = "detections: K 7: picture, left, top, right, bottom (pixels), score, class"
     _write(out, lambda path: save_onnx(model, path))
     return (
-        f"Wrote {out}; onnxruntime differs from torch by {difference:.1e} (scores, and boxes over "
-        f"the side).\n  {_INPUT}\n  {outputs}\n"
+        f"Wrote {out}; onnxruntime is off by {off:.1e} (scores, and boxes over the side), where "
+        f"torch's own rounding is {rounding:.1e}.\n  {_INPUT}\n  {outputs}\n"
     )
 
 

@@ -127,12 +127,13 @@ def save_onnx(model: Any, path: Path) -> None:
     _import("onnx").save(model, path)
 
 
-def check_onnx(model: Any, detector: Detector) -> float:
-    """Run a model without suppression on two batches; return the largest difference from torch.
+def check_onnx(model: Any, detector: Detector) -> tuple[float, float]:
+    """Run a model without suppression on two batches; return how far it is off, and how far torch.
 
-    It is that of scores, and of boxes over the picture's side, from what torch finds in float64.
-    Raises GroundworkError where it is more than ALLOWED and more than a few times what torch itself
-    is off in float32, UsageError where onnxruntime is not installed.
+    Off is the largest difference of scores, and of boxes over the picture's side, from what torch
+    finds in float64; torch's own is that of float32, which is rounding alone. Raises
+    GroundworkError where the model is off by more than ALLOWED and by more than a few times torch's
+    own, UsageError where onnxruntime is not installed.
     """
     runtime = _import("onnxruntime")
     session = runtime.InferenceSession(
@@ -154,7 +155,7 @@ def check_onnx(model: Any, detector: Detector) -> float:
             f"The ONNX model differs from torch by {worst:.1e}, and {ALLOWED:.0e} is allowed: it "
             "was not written; try another version of torch or onnxscript."
         )
-    return worst
+    return worst, rounding
 
 
 def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor], side: int) -> float:

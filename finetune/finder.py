@@ -82,6 +82,11 @@ def show(picture: Picture, region: Box, frame: Frame) -> npt.NDArray[np.uint8]:
     Raises DataError for pixels that cannot be decoded.
     """
     [inner] = picture.cut([region], (frame.shown_height, frame.shown_width))
+    return placed(inner, frame)
+
+
+def placed(inner: npt.NDArray[np.uint8], frame: Frame) -> npt.NDArray[np.uint8]:
+    """Lay pixels that have the size they are shown at into their frame: uint8 H W 3."""
     if inner.shape[:2] == (frame.frame_height, frame.frame_width):
         return inner
     pixels = np.full((frame.frame_height, frame.frame_width, 3), GREY, np.uint8)

@@ -25,13 +25,21 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from finetune.augment.letterbox import Geometry, framed, letterbox_geometry
 from finetune.augment.warp import resized
-from finetune.detector import Detections, Detector, suppress
+from finetune.detector import Detections, Detector
+from finetune.finder import (
+    STRIDE,
+    DetectorFinder,
+    Finder,
+    Frame,
+    frame_of,
+    placed,
+    show,
+    whole_of,
+)
 from finetune.predictions import Drawings, Writer
 from finetune.tiles import find_in_tiles, needs_tiles
 from finetune.weights import About, detector_from_file
-from groundwork import colour
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.samples import open_samples
 from groundwork.data.shards import Sample, Samples, ShardSamples
@@ -39,21 +47,18 @@ from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import CheckpointError, DataError, GroundworkError
 from groundwork.settings import Data
 
-_STRIDE = 32
-
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """A detector in eval mode, and how it looks at pictures.
+    """A finder, and how it looks at pictures.
 
-    `image_size` is the longer side of what it sees, in pixels; `score`, `iou` and `most` are those
-    of finetune.detector.suppress; `tile` (pixels; None: no tiles) and `overlap` (a share of it)
-    those of finetune.tiles.tiles_of.
+    `image_size` is the longer side of what it sees, in pixels; `iou` and `most` are those of
+    finetune.detector.suppress; `tile` (pixels; None: no tiles) and `overlap` (a share of it) those
+    of finetune.tiles.tiles_of.
     """
 
-    detector: Detector
+    finder: Finder
     image_size: int
-    score: float = 0.25
     iou: float = 0.7
     most: int = 300
     tile: int | None = None
@@ -62,7 +67,7 @@ class Predictor:
     def find(self, picture: Picture) -> Detections:
         """Find the boxes of a picture, in its upright pixels. Raises DataError where it is damaged.
 
-        They are float64, on the CPU, clipped to the picture, best first.
+        They are on the CPU, clipped to the picture, best first.
         """
         width, height = picture.width, picture.height
         if self.tile is not None and needs_tiles(width, height, self.tile):
@@ -71,45 +76,21 @@ class Predictor:
                 overlap=self.overlap, iou=self.iou, most=self.most,
             )  # fmt: skip
         # Cut to the size that is seen: a JPEG is decoded no larger than needed.
-        geometry, _ = frame_of(width, height, self.image_size)
-        whole = (0.0, 0.0, float(width), float(height))
-        [shown] = picture.cut([whole], geometry.shown(width, height))
-        return self._look(shown, width, height, self.image_size)
+        frame = frame_of(width, height, self.image_size)
+        return self._look(show(picture, whole_of(picture), frame), frame)
 
     def find_in_pixels(self, pixels: npt.NDArray[np.uint8], longer: int) -> Detections:
         """Find the boxes of pixels (H W 3) whose longer side the detector sees as `longer`."""
-        return self._look(pixels, pixels.shape[1], pixels.shape[0], longer)
+        frame = frame_of(pixels.shape[1], pixels.shape[0], longer)
+        inner = resized(pixels, (frame.shown_height, frame.shown_width))
+        return self._look(placed(inner, frame), frame)
 
-    def _look(
-        self, pixels: npt.NDArray[np.uint8], width: int, height: int, longer: int
-    ) -> Detections:
-        """Look at a width x height picture; `pixels` may have the size already that is seen."""
-        geometry, size = frame_of(width, height, longer)
-        inner = geometry.shown(width, height)
-        placed = framed(resized(pixels, inner), Geometry(1.0, geometry.left, geometry.top), size)
-        backbone = self.detector.backbone
-        device = next(self.detector.parameters()).device
-        with torch.inference_mode():
-            image = torch.from_numpy(placed)[None].to(device)
-            image = colour.normalise(image, backbone.mean, backbone.std)
-            boxes, scores = self.detector.predict(image.to(memory_format=torch.channels_last))
-            found = suppress(boxes[0], scores[0], score=self.score, iou=self.iou, most=self.most)
-        upright = geometry.undo(found.boxes.cpu().double().numpy())
-        clipped = torch.from_numpy(np.clip(upright, 0.0, np.array([width, height] * 2)))
-        kept = (clipped[:, 2:] > clipped[:, :2]).all(1)  # some lie in the grey around the picture
-        return Detections(clipped[kept], found.scores.cpu()[kept], found.classes.cpu()[kept])
-
-
-def frame_of(width: int, height: int, longer: int) -> tuple[Geometry, tuple[int, int]]:
-    """Return where a picture lies whose longer side becomes `longer`, and in which frame.
-
-    The frame's (height, width) are the smallest multiples of 32; the picture is centred in it.
-    """
-    geometry = letterbox_geometry(width, height, (longer, longer))
-    shown = geometry.shown(width, height)
-    size = -(-shown[0] // _STRIDE) * _STRIDE, -(-shown[1] // _STRIDE) * _STRIDE
-    left, top = (size[1] - shown[1]) // 2, (size[0] - shown[0]) // 2
-    return Geometry(geometry.scale, left, top), size
+    def _look(self, framed: npt.NDArray[np.uint8], frame: Frame) -> Detections:
+        [found] = self.finder(framed[None])
+        boxes = torch.from_numpy(frame.undo(found.boxes))
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)  # some lie in the grey around the picture
+        scores, classes = torch.from_numpy(found.scores), torch.from_numpy(found.classes)
+        return Detections(boxes[kept], scores[kept], classes[kept])
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -174,9 +155,8 @@ def _run(options: argparse.Namespace) -> None:
         options.pictures, cache=data.cache_folder(), cache_bytes=int(data.cache_gb * 1e9)
     )
     size = options.image_size or about.image_size
-    predictor = Predictor(
-        detector, size, options.score, options.iou, options.most, options.tile, options.overlap
-    )
+    finder = DetectorFinder(detector, score=options.score, iou=options.iou, most=options.most)
+    predictor = Predictor(finder, size, options.iou, options.most, options.tile, options.overlap)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         told = predict(
@@ -291,8 +271,8 @@ def _count(text: str) -> int:
 
 def _size(text: str) -> int:
     value = int(text)
-    if value < _STRIDE or value % _STRIDE:
-        raise argparse.ArgumentTypeError(f"{text} is not a multiple of {_STRIDE}")
+    if value < STRIDE or value % STRIDE:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of {STRIDE}")
     return value
 
 

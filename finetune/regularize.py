@@ -1,15 +1,15 @@
 """Noise inside the network while it trains: DropBlock, spatial dropout, stochastic depth.
 
-DropBlock (arXiv 1810.12890) zeroes squares of cells, in every channel others, torchvision's; spatial
-dropout (arXiv 1411.4280) zeroes channels; both on P3, P4 and P5, before the head. Stochastic depth
-(arXiv 1603.09382) drops residual branches of the backbone for single pictures, the more often the
-deeper they lie (linear rule, section 3). In eval mode nothing is changed.
+DropBlock (arXiv 1810.12890) zeroes squares of cells, in every channel others, torchvision's;
+spatial dropout (arXiv 1411.4280) zeroes channels; both on P3, P4 and P5, before the head.
+Stochastic depth (arXiv 1603.09382) drops residual branches of the backbone for single pictures, the
+more often the deeper they lie (linear rule, section 3). In eval mode nothing is changed.
 
 Random numbers come from torch's generator of the device, which the loop seeds at every step.
 
 Differs from the papers:
-- A block is odd, and at most half of a map's shorter side: on P5 of a 320 px picture a block of 7 cells
-  would be half of the map.
+- A block is odd, and at most half of a map's shorter side: on P5 of a 320 px picture a block of 7
+  cells would be most of the map.
 - DropBlock's probability is constant; the paper raises it over training.
 """
 

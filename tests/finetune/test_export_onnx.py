@@ -33,9 +33,10 @@ def _lively(name: str, images: Tensor, **options: Any) -> Detector:
 
     def measure(norm: torch.nn.Module, inputs: tuple[Tensor]) -> None:
         # Divided by the root of the mean square: to subtract the mean of features that hardly
-        # differ would leave their rounding errors alone.
+        # differ would leave their rounding errors alone. A bias keeps them in one range.
         square = inputs[0].square().mean((0, 2, 3))
-        norm.load_state_dict({"running_var": square}, strict=False)
+        statistics = {"running_var": square, "bias": torch.full_like(square, 0.5)}
+        norm.load_state_dict(statistics, strict=False)
 
     norms = [one for one in detector.modules() if isinstance(one, torch.nn.BatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
@@ -143,15 +144,15 @@ def _same_as_suppress(
 def test_onnx_gives_what_torch_gives_on_real_pictures(
     name: str, options: dict[str, Any], pictures: Callable[[int, int, int], Tensor]
 ) -> None:
-    detector = _lively(name, pictures(*SIZES[1]), **options)
+    detector = _lively(name, pictures(*SIZES[2]), **options)
     model = onnx_model(detector, ABOUT)
     noted = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(noted["names"]) == ABOUT["names"]
     assert noted["stride"] == "32"
     sizes = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     assert sizes == ["batch", 3, "height", "width"]
-    difference = check_onnx(model, detector)
-    print(name, difference)
+    found, rounding = check_onnx(model, detector)
+    assert found < max(1e-4, 3 * rounding)
 
     module = predictor(detector)
     with torch.no_grad():  # a fifth of all scores are above the least one
@@ -163,8 +164,14 @@ def test_onnx_gives_what_torch_gives_on_real_pictures(
         with torch.no_grad():
             boxes, scores = module(images)
         found_boxes, found_scores = _run(model, images)
-        print(name, size, (found_boxes - boxes).abs().max(), (found_scores - scores).abs().max())
-        torch.testing.assert_close(found_boxes, boxes, atol=1e-2, rtol=0)  # pixels
+        print(
+            name,
+            size,
+            (found_boxes - boxes).abs().max(),
+            (found_scores - scores).abs().max(),
+            len(_run(whole, images)[0]),
+        )
+        torch.testing.assert_close(found_boxes, boxes, atol=0.02, rtol=0)  # pixels
         torch.testing.assert_close(found_scores, scores, atol=1e-4, rtol=0)
         # Of what onnxruntime itself found, so that rounding decides nothing.
         [rows] = _run(whole, images)
@@ -177,7 +184,7 @@ def test_onnx_gives_what_torch_gives_on_real_pictures(
 def test_torch_export_gives_what_torch_gives_on_real_pictures(
     tmp_path: Path, name: str, pictures: Callable[[int, int, int], Tensor]
 ) -> None:
-    detector = _lively(name, pictures(*SIZES[1]))
+    detector = _lively(name, pictures(*SIZES[2]))
     save_torch_export(detector, tmp_path / "detector.pt2", ABOUT)
     files = {ABOUT_FILE: ""}
     loaded = torch.export.load(tmp_path / "detector.pt2", extra_files=files).module()

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.detector import Detector, build_detector
-from finetune.predict import Predictor, frame_of, main
+from finetune.finder import frame_of
+from finetune.metrics import Found
+from finetune.predict import Predictor, main
 from finetune.weights import parts_of, save_detector
 from groundwork.data.decode import open_picture
 from pretrain.pack import main as pack
@@ -166,28 +168,21 @@ def test_tiles_from_the_command(
 # ---- coordinates -------------------------------------------------------------------------------
 
 
-class Fixed(nn.Module):
+class Fixed:
     """Stands in for a detector: says that there is an object where it is told to."""
 
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-
     def __init__(self, *boxes: list[float]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.given = torch.tensor(boxes)
-        self.seen: list[Tensor] = []
+        self.given = np.array(boxes, np.float32)
+        self.seen: list[np.ndarray[Any, Any]] = []
 
-    @property
-    def backbone(self) -> Fixed:
-        return self
-
-    def predict(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        self.seen.append(image)
-        return self.given[None], torch.full((1, len(self.given), 1), 0.9)
+    def __call__(self, frames: np.ndarray[Any, Any]) -> list[Found]:
+        self.seen.append(frames)
+        count = len(self.given)
+        return [Found(self.given, np.full(count, 0.9, np.float32), np.zeros(count, np.int64))]
 
 
 def predictor(fixed: Fixed, image_size: int, **others: Any) -> Predictor:
-    return Predictor(fixed, image_size, **others)  # type: ignore[arg-type]
+    return Predictor(fixed, image_size, **others)
 
 
 @pytest.mark.parametrize(
@@ -195,19 +190,21 @@ def predictor(fixed: Fixed, image_size: int, **others: Any) -> Predictor:
     [(640, 480, 640), (4000, 3000, 640), (333, 517, 640), (1920, 1080, 1024), (100, 9000, 640)],
 )
 def test_boxes_come_back_exactly(width: int, height: int, size: int) -> None:
-    geometry, frame = frame_of(width, height, size)
-    assert max(frame) == size and all(side % 32 == 0 for side in frame)
-    assert min(frame) - min(geometry.shown(width, height)) < 32
+    frame = frame_of(width, height, size)
+    sides = (frame.frame_height, frame.frame_width)
+    assert max(sides) == size and all(side % 32 == 0 for side in sides)
+    assert min(sides) - min(frame.shown_height, frame.shown_width) < 32
     wanted = np.array([[0.2 * width, 0.3 * height, 0.7 * width, 0.9 * height]])
-    framed = wanted * geometry.scale + [geometry.left, geometry.top, geometry.left, geometry.top]
+    scale = np.array([frame.shown_width / width, frame.shown_height / height] * 2)
+    framed = wanted * scale + [frame.left, frame.top, frame.left, frame.top]
     fixed = Fixed(framed[0].tolist())
     file = io.BytesIO()
     Image.new("RGB", (width, height)).save(file, "PNG")
     found = predictor(fixed, size).find(open_picture(file.getvalue()))
     # What is left is float32's: 24 bits of the frame's coordinates.
-    tolerance = max(1e-3, 2e-7 * size / geometry.scale)
+    tolerance = max(1e-3, 2e-7 * size / scale.min())
     np.testing.assert_allclose(found.boxes.numpy(), wanted, atol=tolerance, rtol=0)
-    assert fixed.seen[0].shape[2:] == frame
+    assert fixed.seen[0].shape[1:3] == sides
 
 
 def test_boxes_are_clipped_and_those_in_the_grey_left_out() -> None:
@@ -231,8 +228,8 @@ def test_a_turned_picture_is_seen_upright() -> None:
     assert (picture.width, picture.height) == (64, 128)
     assert found.boxes.tolist() == [[0, 0, 64, 32]]
     seen = fixed.seen[0]
-    assert seen.shape == (1, 3, 128, 64)
-    assert (seen[:, :, :32] == 1).all() and (seen[:, :, 32:] == 0).all()
+    assert seen.shape == (1, 128, 64, 3)
+    assert (seen[:, :32] == 255).all() and (seen[:, 32:] == 0).all()
 
 
 # ---- what goes wrong ---------------------------------------------------------------------------
