@@ -164,7 +164,7 @@ def test_onnx_gives_what_torch_gives_on_real_pictures(
         with torch.no_grad():
             boxes, scores = module(images)
         found_boxes, found_scores = _run(model, images)
-        torch.testing.assert_close(found_boxes, boxes, atol=0.02, rtol=0)  # pixels
+        torch.testing.assert_close(found_boxes, boxes, atol=0.01, rtol=0)  # pixels
         torch.testing.assert_close(found_scores, scores, atol=1e-4, rtol=0)
         # Of what onnxruntime itself found, so that rounding decides nothing.
         [rows] = _run(whole, images)
