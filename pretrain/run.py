@@ -38,6 +38,7 @@ What next:
   pack your own pictures    python -m pretrain.pack PICTURES SHARDS
   pretrain on them          accelerate launch pretrain/run.py --task {task} data.train=SHARDS \
 budget.epochs=100
+  train a detector          accelerate launch finetune/run.py --init {file} data.train=ROOT
   use the backbone          groundwork.backbones.product.backbone_from_file("{file}")"""
 
 
