@@ -37,8 +37,9 @@ _LAYER = re.compile(
 def to_ultralytics(detector: Detector) -> dict[str, Tensor]:
     """Return a detector's tensors under their public names, contiguous copies on the CPU.
 
-    The order is the public one. Raises UsageError where the backbone is not YOLOv12's, the neck of
-    another letter, or the head has an objectness branch: there is no public model to take them.
+    Their order is not the public one. Raises UsageError where the backbone is not YOLOv12's, the
+    neck of another letter, or the head has an objectness branch: there is no public model to take
+    them.
     """
     name = detector.backbone.name
     letter = detector.neck.letter
