@@ -190,6 +190,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"batch_size={size} is not divisible by accumulate={self.accumulate}"
                 )
+        if self.freeze.neck > self.freeze.backbone:
+            raise ValueError(
+                f"freeze.neck={self.freeze.neck} is longer than freeze.backbone="
+                f"{self.freeze.backbone}: a neck is frozen only with its backbone"
+            )
         ends = [phase.until for phase in self.phases]
         if ends != sorted(set(ends)):
             raise ValueError("phases: each `until` must be larger than the one before it")

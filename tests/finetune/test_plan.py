@@ -36,6 +36,12 @@ def test_phases_change_batch_and_sizes_and_the_budget_counts_samples() -> None:
     assert found.clock.steps == 167
 
 
+def test_a_neck_is_not_frozen_without_its_backbone() -> None:
+    with pytest.raises(UsageError, match=r"freeze\.neck"):
+        plan(freeze={"neck": 0.2})
+    plan(freeze={"neck": 0.2, "backbone": 0.2})
+
+
 def test_phases_must_follow_each_other() -> None:
     with pytest.raises(UsageError, match="until"):
         plan(phases=[{"until": 0.5}, {"until": 0.4}])
