@@ -6,8 +6,10 @@ centre of the cell) is the expectation over 16 bins, in strides (distribution fo
 distribution, arXiv 2006.04388, section 3.2). `objectness` adds a third branch with one logit a
 cell, as YOLO had it before; scores are then its product with the class's.
 
-Biases start so that a class is found in five of the cells of a 640 px picture, and distances
-start even over the bins (bias 2.0).
+Biases start so that a class is found in five of the cells of a 640 px picture, and so that a side
+is `_START_STRIDES` away: boxes of 32, 64 and 128 px at the three levels, of which small boxes share
+enough to be learned from. (Bins that start even, as the YOLO family has them, make boxes of 120 px
+at P3; a box of 14 px then overlaps its best cell by a hundredth, and learns last.)
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from groundwork.necks.yolo12 import Features
 
 BINS = 16
 _START_SIZE = 640  # pixels: the side of picture that the biases are made for
+_START_STRIDES = 2.0  # mean of the bins that box biases make
 
 
 class Raw(NamedTuple):
@@ -114,9 +117,14 @@ class DetectionHead(nn.Module):
 
     def _start(self) -> None:
         """Set the last layers' biases."""
+        # Shares that fall by the same factor from bin to bin: of infinitely many bins, factor
+        # / (1 - factor) is the mean; of 16, it is a little less.
+        factor = _START_STRIDES / (1 + _START_STRIDES)
+        falling = (math.log(factor) * torch.arange(BINS)).repeat(4)
         for level, stride in enumerate(STRIDES):
             cells = (_START_SIZE / stride) ** 2
-            nn.init.constant_(_bias(self.boxes[level]), 2.0)
+            with torch.no_grad():
+                _bias(self.boxes[level]).copy_(falling)
             nn.init.constant_(_bias(self.classes[level]), math.log(5 / self.num_classes / cells))
             if self.objectness is not None:
                 nn.init.constant_(_bias(self.objectness[level]), math.log(5 / cells))

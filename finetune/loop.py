@@ -126,7 +126,9 @@ def open_sets(recipe: Recipe) -> Sets:
             )
         return found
 
-    return Sets(train, other(data.val, "val"), other(data.test, "test"))
+    return Sets(
+        train, other(data.val, "val"), other(data.test, "test") if recipe.eval.test else None
+    )
 
 
 def finetune(  # noqa: C901 (one loop, read from top to bottom)

@@ -96,14 +96,15 @@ class DetectionLoss:
             * classification_loss(raw.classes, wanted, config.classification).sum()
         )
         predicted, true = boxes[found.image, found.point], targets.boxes[found.target]
+        share = found.score * scale
+        if config.boxes == "equal":
+            share = box_shares(found, len(targets.boxes))
         box_loss = BOX_LOSSES[config.localisation.kind](predicted, true)
-        parts["localisation"] = scale * config.localisation.weight * (box_loss * found.score).sum()
+        parts["localisation"] = config.localisation.weight * (box_loss * share).sum()
         bins = raw.boxes[found.image, found.point]
         sides = sides_in_strides(true, found.point, anchors)
         parts["distribution"] = (
-            scale
-            * config.distribution.weight
-            * (distribution_loss(bins, sides) * found.score).sum()
+            config.distribution.weight * (distribution_loss(bins, sides) * share).sum()
         )
         if raw.objectness is not None:
             there = torch.zeros_like(raw.objectness)
@@ -119,6 +120,16 @@ class DetectionLoss:
             parts["penalty"] = penalty(detector, config.penalty.l2, config.penalty.l1_scales)
         total = torch.stack(list(parts.values())).sum()
         return Loss(total, {name: value.detach() for name, value in parts.items()})
+
+
+def box_shares(found: Assignment, boxes: int) -> Tensor:
+    """Return each positive point's share of the box losses, P: the same for every box, 1 in all.
+
+    Within a box, points share by their scores.
+    """
+    of_box = found.score.new_zeros(boxes).index_add_(0, found.target, found.score)
+    seen = (of_box > 0).sum().clamp(min=1)
+    return found.score / of_box[found.target].clamp(min=1e-9) / seen
 
 
 def class_targets(

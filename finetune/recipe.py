@@ -119,6 +119,8 @@ class LossKeys(Section):
     objectness: PartKeys = PartKeys(weight=1.0)
     penalty: PenaltyKeys = PenaltyKeys()
     assign: AssignKeys = AssignKeys()
+    # What a box weighs in localisation and distribution: its points' scores, or all the same.
+    boxes: Literal["score", "equal"] = "score"
 
 
 class Regularize(Section):
@@ -147,6 +149,7 @@ class EvalKeys(Section):
     iou: Fraction = 0.7  # of non-maximum suppression
     most: Count = 300  # boxes of one picture
     select: Literal["best", "last"] = "best"  # which weights become detector.safetensors
+    test: bool = True  # the test split is scored at the end, where there is one
     patience: Count | None = None  # scorings without a better AP after which training stops
     patience_from: Fraction = 0.5  # share of the budget before which patience does not count
 

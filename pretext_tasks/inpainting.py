@@ -53,13 +53,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groundwork import colour
-from groundwork.backbones.contract import IMAGENET_MEAN, Backbone, Level, Pyramid
+from groundwork.backbones.contract import IMAGENET_MEAN, STRIDES, Backbone, Level, Pyramid
 from groundwork.colour import Colour
 from groundwork.config import Section
 from groundwork.data.decode import Picture
 from groundwork.errors import UsageError
+from groundwork.necks.yolo12 import Features, YOLO12Neck
 from pretext_tasks.contract import PretextTask, StepOutput, Views, evaluating
 from pretext_tasks.crops import draw_crop, draw_flip
+from pretext_tasks.visible import check_backbone, visible_only
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -78,7 +80,11 @@ class InpaintingConfig(Section):
     eps: Positive = 1.5e-5  # added to a patch's variance: (1 / 255) squared
     loss: Literal["l2", "l1"] = "l2"  # MAE; SimMIM: l1
     scales: tuple[Literal[8, 16, 32], ...] = (8,)  # strides that predict; 8 must be one
-    filling: Literal["token", "mean"] = "token"
+    filling: Literal["token", "mean"] = "token"  # of holes, for a dense encoder
+    # dense: the backbone sees filled holes. sparse: SparK's, it sees visible cells alone.
+    encoder: Literal["dense", "sparse"] = "dense"
+    # A YOLOv12 neck of this width is trained too, and predicts: n, s, m, l or x.
+    neck: Literal["n", "s", "m", "l", "x"] | None = None
     width: int = Field(default=128, multiple_of=_GROUP, ge=_GROUP)  # of the decoder, channels
     crop_scale: tuple[Positive, Positive] = (0.5, 1.0)  # part of the picture's area
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width to height, log-uniform
@@ -90,6 +96,10 @@ class InpaintingConfig(Section):
     def _possible(self) -> InpaintingConfig:
         if self.patch is not None and self.block % self.patch:
             raise ValueError(f"patch={self.patch} does not divide block={self.block}")
+        if self.encoder == "sparse" and self.block % STRIDES[-1]:
+            raise ValueError(
+                f"encoder=sparse needs whole cells of 32 px in a block, not {self.block}"
+            )
         if 8 not in self.scales or len(set(self.scales)) != len(self.scales):
             raise ValueError("scales must hold 8, and 16 or 32 once each where they are wanted")
         if not self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -166,7 +176,7 @@ class Decoder(nn.Module):
             }
         )
 
-    def forward(self, pyramid: Pyramid) -> dict[int, Tensor]:
+    def forward(self, pyramid: Pyramid | Features) -> dict[int, Tensor]:
         """Return, by stride, N 3 H W, and H/2 W/2 and H/4 W/4 for strides 16 and 32."""
         c3, c4, c5 = (lateral(level) for lateral, level in zip(self.lateral, pyramid, strict=True))
         size = c3.shape[2:]
@@ -187,8 +197,20 @@ class Inpainting(PretextTask):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        self.decoder = Decoder(backbone.levels, config.width, set(config.scales))
-        if config.filling == "token":
+        levels = backbone.levels
+        self.neck = None if config.neck is None else YOLO12Neck(levels, config.neck)
+        if self.neck is not None:
+            p3, p4, p5 = map(Level, STRIDES, self.neck.channels)
+            levels = p3, p4, p5
+        self.decoder = Decoder(levels, config.width, set(config.scales))
+        if config.encoder == "sparse":
+            check_backbone(backbone)
+            # SparK's mask embeddings: what a decoder sees of a hidden cell, at each level.
+            self.tokens = nn.ParameterList(
+                nn.init.trunc_normal_(torch.empty(level.channels), std=0.02)
+                for level in backbone.levels
+            )
+        elif config.filling == "token":
             colours = zip(IMAGENET_MEAN, backbone.mean, backbone.std, strict=True)
             self.token = nn.Parameter(torch.tensor([(c - m) / s for c, m, s in colours]))
 
@@ -220,7 +242,7 @@ class Inpainting(PretextTask):
         once each patch has its own mean and deviation back.
         """
         hidden = spread(batch["hidden"], self.config.block)
-        predictions = self.decoder(self.backbone(self._filled(batch, hidden)))
+        predictions = self.decoder(self._features(self._filled(batch, hidden), batch["hidden"]))
         with torch.no_grad():
             target = self._target(batch, hidden)
         losses = [
@@ -238,8 +260,10 @@ class Inpainting(PretextTask):
         return StepOutput(torch.stack(losses).mean(), metrics)
 
     def product(self) -> dict[str, nn.Module]:
-        """Return the backbone."""
-        return {"backbone": self.backbone}
+        """Return the backbone, and the neck where there is one."""
+        if self.neck is None:
+            return {"backbone": self.backbone}
+        return {"backbone": self.backbone, "neck": self.neck}
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -251,7 +275,7 @@ class Inpainting(PretextTask):
         hidden = spread(batch["hidden"], self.config.block)
         filled = self._filled(batch, hidden)
         with evaluating(self):
-            prediction = self.decoder(self.backbone(filled))[_STRIDE].float()
+            prediction = self.decoder(self._features(filled, batch["hidden"]))[_STRIDE].float()
         target = self._target(batch, hidden)
         truth = target.value * target.deviation + target.mean
         restored = torch.where(hidden, prediction * target.deviation + target.mean, truth)
@@ -262,11 +286,33 @@ class Inpainting(PretextTask):
             "truth": _to_bytes(truth),
         }
 
+    def _features(self, seen: Tensor, hidden: Tensor) -> Pyramid | Features:
+        """Run backbone and neck on filled pictures; `hidden` is bool N S S, block by block."""
+        if self.config.encoder == "dense":
+            pyramid: Pyramid = self.backbone(seen)
+        else:
+            with visible_only(self.backbone, hidden):
+                pyramid = self.backbone(seen)
+            pyramid = Pyramid(
+                *(
+                    torch.where(spread(hidden, level.shape[2] // hidden.shape[1]), token, level)
+                    for level, token in zip(
+                        pyramid, (t.view(1, -1, 1, 1) for t in self.tokens), strict=True
+                    )
+                )
+            )
+        if self.neck is None:
+            return pyramid
+        features: Features = self.neck(pyramid)
+        return features
+
     def _filled(self, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Return what the network sees, float32 N 3 H W; computed without a hidden pixel."""
         # Hidden bytes are gone from here on.
         image = batch["image"].masked_fill(hidden.squeeze(1).unsqueeze(3), 0)
         seen = self._coloured(image, batch, hidden, *self._normalisation)
+        if self.config.encoder == "sparse":
+            return seen.masked_fill(hidden, 0)
         if self.config.filling == "token":
             return torch.where(hidden, self.token.view(1, 3, 1, 1), seen)
         visible = (~hidden).to(seen.dtype)

@@ -24,6 +24,7 @@ picks a fused kernel where there is one (the paper's code wants FlashAttention).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -156,7 +157,12 @@ class AreaAttention(nn.Module):
 
     The positions, in row-major order, are cut into equal runs: 4 make horizontal bands, 1 is the
     whole map. The depthwise 7x7 unit of the values, over the whole map, says where things are.
+
+    `visible`, where it is set, says for a map's height and width which positions may be looked at
+    (bool N H W): masked modelling hides the others from queries everywhere.
     """
+
+    visible: Callable[[int, int], Tensor] | None = None
 
     def __init__(self, channels: int, area: int) -> None:
         super().__init__()
@@ -182,13 +188,24 @@ class AreaAttention(nn.Module):
         tokens = self.qkv(x).permute(0, 2, 3, 1)  # N H W 3C
         tokens = tokens.reshape(batch * self.area, -1, self.heads, 3 * HEAD_WIDTH).transpose(1, 2)
         query, key, value = tokens.split(HEAD_WIDTH, -1)  # (N area) heads (H W / area) 32
-        mixed = functional.scaled_dot_product_attention(query, key, value)  # scale 32^-0.5
+        mask = self._mask(batch, height, width)
+        mixed = functional.scaled_dot_product_attention(  # scale 32^-0.5
+            query, key, value, attn_mask=mask
+        )
         mixed, value = (
             part.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
             for part in (mixed, value)
         )
         out: Tensor = self.proj(mixed + self.pe(value))
         return out
+
+    def _mask(self, batch: int, height: int, width: int) -> Tensor | None:
+        """Return which keys an area's queries may see, bool (N area) 1 1 (H W / area), or None."""
+        if self.visible is None:
+            return None
+        keys = self.visible(height, width).reshape(batch * self.area, 1, 1, -1)
+        # A softmax over nothing is NaN: an area without a visible position looks at all of it.
+        return keys | ~keys.any(-1, keepdim=True)
 
 
 class AttentionBlock(nn.Module):

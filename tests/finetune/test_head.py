@@ -39,7 +39,7 @@ def test_logits_stand_level_after_level_and_row_by_row() -> None:
     torch.testing.assert_close(raw.classes[:, 96 + 6 * 2 + 5], p4[:, :, 2, 5])
 
 
-def test_biases_start_at_five_cells_of_a_class_in_a_picture_of_640() -> None:
+def test_biases_start_at_five_cells_of_a_class_and_at_sides_two_strides_away() -> None:
     head = DetectionHead((8, 8, 8), 4, objectness=True)
     assert head.objectness is not None
 
@@ -52,7 +52,8 @@ def test_biases_start_at_five_cells_of_a_class_in_a_picture_of_640() -> None:
     for level, stride in enumerate((8, 16, 32)):
         expected = torch.full((4,), math.log(5 / 4 / (640 / stride) ** 2))
         torch.testing.assert_close(bias(head.classes[level]), expected)
-        assert (bias(head.boxes[level]) == 2.0).all()
+        distances = head.distances(bias(head.boxes[level]))
+        torch.testing.assert_close(distances, torch.full((4,), 1.98), atol=0.01, rtol=0)
         objectness = bias(head.objectness[level]).item()
         assert objectness == pytest.approx(math.log(5 / (640 / stride) ** 2))
 

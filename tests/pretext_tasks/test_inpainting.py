@@ -62,12 +62,18 @@ def _other_pixels_hidden(batch: dict[str, Tensor], block: int) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("filling", ["token", "mean"])
+@pytest.mark.parametrize(
+    "holes", [{"filling": "token"}, {"filling": "mean"}, {"encoder": "sparse"}, {"neck": "n"}]
+)
 @pytest.mark.parametrize("jitter", [None, EVERY_COLOUR])
 def test_not_one_bit_of_the_prediction_depends_on_a_hidden_pixel(
-    make_task: MakeTask, make_batch: MakeBatch, training: bool, filling: str, jitter: Colour | None
+    make_task: MakeTask,
+    make_batch: MakeBatch,
+    training: bool,
+    holes: dict[str, str],
+    jitter: Colour | None,
 ) -> None:
-    task = make_task(filling=filling, colour=jitter, scales=(8, 16, 32)).train(training)
+    task = make_task(**holes, colour=jitter, scales=(8, 16, 32)).train(training)
     batch = make_batch(Inpainting, task.config)
     other = _other_pixels_hidden(batch, 32)
     state = {name: value.clone() for name, value in task.state_dict().items()}
@@ -178,8 +184,8 @@ def test_deeper_levels_predict_the_pooled_target(
 def test_backward_reaches_every_parameter(
     make_task: MakeTask, make_batch: MakeBatch, scales: tuple[int, ...]
 ) -> None:
-    for filling in ("token", "mean"):
-        task = make_task(scales=scales, filling=filling, colour=EVERY_COLOUR, loss="l1")
+    for way in ({"filling": "token"}, {"filling": "mean"}, {"encoder": "sparse"}, {"neck": "n"}):
+        task = make_task(scales=scales, colour=EVERY_COLOUR, loss="l1", **way)
         task(make_batch(Inpainting, task.config)).loss.backward()
         assert all(parameter.grad is not None for parameter in task.parameters())
 
@@ -274,6 +280,7 @@ def test_a_size_that_blocks_do_not_fill_is_refused(
         ({"scales": [8, 64]}, r"task\.scales"),
         ({"ratio": 1.0}, r"task\.ratio"),
         ({"block": 20}, r"task\.block"),
+        ({"block": 16, "encoder": "sparse"}, "whole cells of 32 px in a block, not 16"),
         ({"loss": "l3"}, r"task\.loss"),
         ({"crop_scale": [0.5, 2.0]}, "crop_scale"),
     ],
@@ -281,3 +288,27 @@ def test_a_size_that_blocks_do_not_fill_is_refused(
 def test_an_impossible_recipe_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         validate(InpaintingConfig, values, prefix="task.")
+
+
+def test_a_neck_is_trained_and_kept(make_task: MakeTask, make_batch: MakeBatch) -> None:
+    task = make_task(neck="n")
+    assert set(task.product()) == {"backbone", "neck"}
+    assert set(make_task().product()) == {"backbone"}
+    task(make_batch(Inpainting, task.config)).loss.backward()
+    neck = task.product()["neck"]
+    assert all(parameter.grad is not None for parameter in neck.parameters())
+
+
+def test_a_decoder_sees_a_token_for_every_cell_that_a_sparse_encoder_left_empty(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    task = make_task(encoder="sparse")
+    found: list[Any] = []
+    task.decoder.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    batch = make_batch(Inpainting, task.config)
+    task(batch)
+    for level, token, cells in zip(found[0], task.tokens, (4, 2, 1), strict=True):
+        hidden = spread(batch["hidden"], cells).expand_as(level)
+        wanted = token.view(1, -1, 1, 1).expand_as(level)
+        assert torch.equal(level[hidden], wanted[hidden])
+        assert not torch.equal(level[~hidden], wanted[~hidden])

@@ -1,0 +1,288 @@
+"""Does pretraining pay? A detector trained on few labels, from nothing and from pretrained files.
+
+    python -m benchmarks.label_efficiency --data ROOT ... --work FOLDER --fractions 5 \
+        --inits scratch inpainting byol --seeds 3 --pretrain-minutes 10 --steps 500 1000 2000 4000
+
+For every data set and init: pretrain once on the unlabeled training pictures (`scratch` does not),
+all inits for the same wall-clock minutes; fine-tune on a fraction of the labels; score on the test
+split. Of several --steps each init gets the schedule length with the best AP on the validation
+split at the first seed, and later seeds run that length alone. The test split is scored for the
+chosen length only.
+
+An init is a recipe of recipes/pretrain, or an entry of --plan, a YAML file:
+
+    finetune: [optim.lr=0.001]            # keys of every fine-tuning
+    inits:
+      scratch: {finetune: [optim.lr=0.002]}
+      inpainting-neck:
+        recipe: inpainting                # what pretrains; of all sets, or by set as below
+        pretrain: [task.neck=n]
+        finetune: [optim.backbone_lr=0.3]
+      domain: {recipe: {medical-txl-pbc: medical, aerial-hrplanes: aerial}}
+      other-tool: {weights: {medical-txl-pbc: FILE, aerial-hrplanes: FILE}, minutes: 10}
+
+The labeled pictures of a fraction are those of --lists/<set>-<NN>pct-seed<S>.txt, or where there is
+no such file, drawn from the set's training pictures by the seed. Every figure is written to
+--results (a JSON list: docs/results.md) as soon as it is there; what is there is not run
+again, and a run that was cut off goes on where its last checkpoint is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.label_efficiency_results import draw, table
+from finetune.evaluate import evaluate
+from finetune.weights import detector_from_file
+from groundwork.checkpoint import write_atomically
+from groundwork.config import read_yaml
+from groundwork.data.labels import open_labeled
+from groundwork.errors import DataError, UsageError
+
+logger = logging.getLogger(__name__)
+
+RESULTS = Path("docs/results/label_efficiency.json")
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where a detector starts."""
+
+    name: str
+    recipe: str | None = None  # what pretrains
+    weights: Path | None = None  # made elsewhere
+    minutes: float = 0.0
+    pretrain: tuple[str, ...] = ()
+    finetune: tuple[str, ...] = ()
+
+
+@dataclass
+class Study:
+    """One data set's part of the study."""
+
+    options: argparse.Namespace
+    data: Path
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def work(self) -> Path:
+        """The folder of this set's runs."""
+        folder: Path = self.options.work / self.data.name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def weights(self, init: Init) -> Path | None:
+        """Pretrain, unless it is done, and return the file; None for random weights."""
+        if init.weights is not None:
+            return init.weights
+        if init.recipe is None:
+            return None
+        run = self.work / f"pretrain-{init.name}"
+        file = run / "pretrained.safetensors"
+        if not file.is_file():
+            keys = [
+                f"data.train={self.options.unlabeled or self.data / 'images' / 'train'}",
+                f"budget.minutes={init.minutes}",
+                "probe.labeled=null",
+                *init.pretrain,
+            ]
+            _go_on("pretrain.run", run, ["--recipe", init.recipe], keys)
+        return file
+
+    def names(self, fraction: float, seed: int) -> Path | None:
+        """Return the file that lists the labeled pictures of a fraction; None for all of them."""
+        if fraction >= 100:
+            return None
+        name = f"{self.data.name}-{fraction:02g}pct-seed{seed}.txt"
+        if self.options.lists is not None and (given := self.options.lists / name).is_file():
+            return Path(given)
+        made = self.work / name
+        if not made.is_file():
+            samples = open_labeled(self.data, "train", cache=self.work, cache_bytes=10**9)
+            stems = sorted(
+                Path(samples.read(shard, index).source).name
+                for shard, size in enumerate(samples.shard_sizes)
+                for index in range(int(size))
+            )
+            samples.close()
+            stems.sort(key=lambda stem: hashlib.sha256(f"{seed}/{stem}".encode()).digest())
+            count = max(1, math.floor(len(stems) * fraction / 100))
+            made.write_text("".join(f"{stem}\n" for stem in sorted(stems[:count])))
+        return made
+
+    def train(self, init: Init, fraction: float, seed: int, steps: int) -> Path:
+        """Fine-tune, unless it is done, and return the run folder."""
+        run = self.work / f"{init.name}-{fraction:g}pct-seed{seed}-{steps}"
+        if not (run / "results.json").is_file():
+            weights = self.weights(init)
+            names = self.names(fraction, seed)
+            keys = [
+                f"data.train={self.data}",
+                *([] if names is None else [f"data.train_list={names}"]),
+                f"image_size={self.options.image_size}",
+                f"batch_size={self.options.batch_size}",
+                f"budget.steps={steps}",
+                f"seed={seed}",
+                "eval.test=false",
+                *init.finetune,
+            ]
+            _go_on("finetune.run", run, [] if weights is None else ["--init", str(weights)], keys)
+        return run
+
+    def cell(self, init: Init, fraction: float, seed: int, lengths: Sequence[int]) -> int:
+        """Train at these lengths, score the best on test, note it; return the best length."""
+        found = {steps: _val_ap(self.train(init, fraction, seed, steps)) for steps in lengths}
+        best = max(found, key=lambda steps: (found[steps], -steps))
+        where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
+        if any(where.items() <= one.items() and one["steps"] == best for one in self.results):
+            return best
+        run = self.train(init, fraction, seed, best)
+        file = run / "detector.safetensors"
+        detector, about = detector_from_file(file)
+        test = open_labeled(self.data, "test", cache=self.work, cache_bytes=10**9)
+        scored = evaluate(
+            detector.to(memory_format=torch.channels_last), test,
+            image_size=about.image_size, workers=1,
+        )  # fmt: skip
+        test.close()
+        assert scored is not None
+        self.results[:] = [one for one in self.results if not where.items() <= one.items()]
+        self.results.append(
+            {
+                **where,
+                "steps": best,
+                "ap": scored.ap,
+                "ap50": scored.ap50,
+                "val_ap": found[best],
+                "val_ap_by_steps": {str(steps): ap for steps, ap in found.items()},
+                "val_curve": curve(run),
+                "pretrain_minutes": init.minutes,
+                "command": (run / "command.txt").read_text().strip(),
+                "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            }
+        )
+        return best
+
+
+def curve(run: Path) -> list[list[float]]:
+    """Return [step, minutes, AP on val] of a fine-tuning, minutes by its own speed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    batch = read_yaml(run / "recipe.yaml")["batch_size"]
+    seconds, before, points = 0.0, 0, []
+    for line in lines:
+        if speed := line.get("speed/images_per_second"):
+            seconds += (line["step"] - before) * batch / speed
+            before = line["step"]
+        if "eval/ap" in line:
+            points.append([float(line["step"]), seconds / 60, line["eval/ap"]])
+    return points
+
+
+def _val_ap(run: Path) -> float:
+    return float(json.loads((run / "results.json").read_text())["ap"])
+
+
+def _go_on(module: str, run: Path, flags: list[str], keys: list[str]) -> None:
+    """Run a command to its end, from its last checkpoint where there is one."""
+    if (run / "recipe.yaml").is_file():
+        command = [sys.executable, "-m", module, "--resume", str(run)]
+    else:
+        command = [sys.executable, "-m", module, "--out", str(run), *flags, *keys]
+    logger.info("%s", " ".join(command[1:]))
+    with (run.parent / f"{run.name}.txt").open("a") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise DataError(f"{module} ended with {done.returncode}: see {log.name}.")
+    if "--resume" not in command:
+        (run / "command.txt").write_text(" ".join(["python", *command[1:]]) + "\n")
+
+
+def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
+    """Read what each named init is for this data set. Raises UsageError for an unknown key."""
+    plan = {} if options.plan is None else read_yaml(options.plan)
+    common = tuple(plan.get("finetune", ())) + tuple(options.finetune)
+    found = []
+    for name in options.inits:
+        entry = dict(plan.get("inits", {}).get(name, {}))
+        entry = {k: v[data.name] if isinstance(v, dict) else v for k, v in entry.items()}
+        unknown = set(entry) - {"recipe", "weights", "minutes", "pretrain", "finetune"}
+        if unknown:
+            raise UsageError(f"{options.plan}: {name} has unknown key(s) {', '.join(unknown)}.")
+        scratch = name.startswith("scratch")
+        weights = Path(entry["weights"]) if "weights" in entry else None
+        minutes = float(entry.get("minutes", 0.0 if scratch else options.pretrain_minutes))
+        found.append(
+            Init(
+                name,
+                None if scratch or weights is not None else str(entry.get("recipe", name)),
+                weights,
+                minutes,
+                tuple(options.pretrain) + tuple(entry.get("pretrain", ())),
+                common + tuple(entry.get("finetune", ())),
+            )
+        )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing and write results, table and curves."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(options.results.read_text()) if options.results.is_file() else []
+    for data in options.data:
+        study = Study(options, data, results)
+        for fraction in options.fractions:
+            for init in inits_of(options, data):
+                lengths = options.steps
+                for seed in range(options.seeds):
+                    lengths = [study.cell(init, fraction, seed, lengths)]
+                    results.sort(key=lambda one: (*(str(one[k]) for k in ("dataset", "init")),
+                                                  one["fraction"], one["seed"]))  # fmt: skip
+                    write_atomically(options.results, json.dumps(results, indent=1) + "\n")
+                    draw(results, options.results.parent)
+                    last = next(one for one in results if one["dataset"] == data.name
+                                and (one["init"], one["fraction"], one["seed"])
+                                == (init.name, fraction, seed))  # fmt: skip
+                    logger.info(
+                        "%s %s %g %% seed %d: %d steps, test AP %.4f.", data.name, init.name,
+                        fraction, seed, last["steps"], last["ap"],
+                    )  # fmt: skip
+    (options.results.with_suffix(".md")).write_text(table(results))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.label_efficiency")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="roots with splits")
+    parser.add_argument("--work", type=Path, required=True, help="folder of runs")
+    parser.add_argument("--inits", nargs="+", required=True)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[5.0], help="percent")
+    parser.add_argument("--seeds", type=int, default=1, help="how many")
+    parser.add_argument("--pretrain-minutes", type=float, default=10.0)
+    parser.add_argument("--steps", type=int, nargs="+", default=[2000])
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lists", type=Path, help="folder of lists of labeled pictures")
+    parser.add_argument("--unlabeled", type=Path, help="default: images/train of the root")
+    parser.add_argument("--plan", type=Path, help="YAML: what the inits are")
+    parser.add_argument("--pretrain", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--finetune", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

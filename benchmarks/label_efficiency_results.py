@@ -1,0 +1,73 @@
+"""What the label efficiency study found, as a table and as curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Results = Sequence[dict[str, Any]]
+
+
+def table(results: Results) -> str:
+    """Return a Markdown table: a row for each set, fraction and init; AP as mean and spread."""
+    lines = [
+        "| data set | labels | init | minutes | steps | seeds | AP | AP50 | over scratch |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (dataset, fraction), cells in _by(results, "dataset", "fraction"):
+        rows = {init: list(found) for (init,), found in _by(cells, "init")}
+        base = [one["ap"] for one in rows.get("scratch", [])]
+        for init, found in rows.items():
+            aps = [one["ap"] for one in found]
+            gain = f"{100 * (np.mean(aps) - np.mean(base)):+.1f}" if base else ""
+            lines.append(
+                f"| {dataset} | {fraction:g} % | {init} | {found[0]['pretrain_minutes']:g} "
+                f"| {found[0]['steps']} | {len(found)} | {_spread(aps)} "
+                f"| {_spread([one['ap50'] for one in found])} | {gain} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Draw AP on val over steps and over minutes, one PNG for each set and fraction."""
+    files = []
+    for (dataset, fraction), cells in _by(results, "dataset", "fraction"):
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for (init,), found in _by(cells, "init"):
+            curves = np.array([one["val_curve"] for one in found if one["val_curve"]])
+            if not len(curves):
+                continue
+            steps, minutes, ap = curves[0, :, 0], curves[:, :, 1].mean(0), curves[:, :, 2]
+            for axes, x in ((left, steps), (right, minutes + found[0]["pretrain_minutes"])):
+                [line] = axes.plot(x, ap.mean(0), marker=".", label=f"{init} ({len(ap)})")
+                axes.fill_between(x, ap.min(0), ap.max(0), alpha=0.15, color=line.get_color())
+        left.set(xlabel="steps of fine-tuning", ylabel="AP on val")
+        right.set(xlabel="minutes, pretraining counted")
+        left.legend(title="init (seeds)")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        figure.suptitle(f"{dataset}, {fraction:g} % of the labels")
+        FigureCanvasAgg(figure)
+        files.append(folder / f"label_efficiency-{dataset}-{fraction:g}pct.png")
+        figure.savefig(files[-1], format="png", dpi=110)
+    return files
+
+
+def _by(results: Results, *keys: str) -> Iterator[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    def key(one: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(one[name] for name in keys)
+
+    for group, found in groupby(sorted(results, key=key), key):
+        yield group, list(found)
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
