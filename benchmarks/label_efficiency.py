@@ -110,7 +110,7 @@ class Study:
             return Path(given)
         made = self.work / name
         if not made.is_file():
-            samples = open_labeled(self.data, "train", cache=self.work, cache_bytes=10**9)
+            samples = open_labeled(str(self.data), "train", cache=self.work, cache_bytes=10**9)
             stems = sorted(
                 Path(samples.read(shard, index).source).name
                 for shard, size in enumerate(samples.shard_sizes)
@@ -151,7 +151,7 @@ class Study:
         run = self.train(init, fraction, seed, best)
         file = run / "detector.safetensors"
         detector, about = detector_from_file(file)
-        test = open_labeled(self.data, "test", cache=self.work, cache_bytes=10**9)
+        test = open_labeled(str(self.data), "test", cache=self.work, cache_bytes=10**9)
         scored = evaluate(
             detector.to(memory_format=torch.channels_last), test,
             image_size=about.image_size, workers=1,

@@ -39,7 +39,7 @@ class Detector(nn.Module):
     Sides are multiples of 32. Train and eval mode return the same thing; `detect` makes boxes.
     """
 
-    def __init__(self, backbone: Backbone, neck: YOLO12Neck, head: DetectionHead) -> None:
+    def __init__(self, backbone: Backbone, neck: nn.Module, head: DetectionHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.neck = neck

@@ -73,6 +73,18 @@ class Ema(Section):
     warmup: bool = True
 
 
+class DetectionProbeSettings(Section):
+    """Labeled boxes that a tiny head learns on frozen features (pretrain/detection_probe.py)."""
+
+    data: str | None = None  # a labeled data set's root; null: no detection probe
+    train_list: str | None = None  # a file of picture names, one a line
+    val: str | None = None  # null: the validation split of the root of data
+    pictures: int = Field(default=64, ge=1)  # of training and of validation, at most
+    image_size: int = Field(default=256, ge=32, multiple_of=32)
+    batch_size: int = Field(default=8, ge=1)
+    steps: int = Field(default=150, ge=1)  # of the head
+
+
 class ProbeSettings(Section):
     """What is measured while a run learns, how often and on which pictures (pretrain/probe.py)."""
 
@@ -88,6 +100,7 @@ class ProbeSettings(Section):
     # probe; without `val` every fifth picture of a class is held out.
     labeled: str | None = None
     val: str | None = None
+    detection: DetectionProbeSettings = DetectionProbeSettings()
     # The run ends with exit code 5 when the features collapse; else it is told and goes on.
     stop_on_collapse: bool = False
 

@@ -17,8 +17,25 @@ TASKS = {
 }
 
 
+def parts_of(name: str) -> list[str]:
+    """Return the tasks that a name asks for: byol+inpainting is two at once.
+
+    Raises KeyError naming the part that is not in TASKS, or is there twice.
+    """
+    parts = name.split("+")
+    for number, part in enumerate(parts):
+        if part not in TASKS or part in parts[:number]:
+            raise KeyError(part)
+    return parts
+
+
 def load_task(name: str) -> type[PretextTask]:
-    """Import the class of a task in TASKS; raises KeyError for another name."""
+    """Import the class of a task in TASKS, or make that of several; KeyError as by parts_of."""
+    parts = parts_of(name)
+    if len(parts) > 1:
+        from pretext_tasks.together import together
+
+        return together(name, {part: load_task(part) for part in parts})
     module, _, attribute = TASKS[name].partition(":")
     task: type[PretextTask] = getattr(import_module(module), attribute)
     return task

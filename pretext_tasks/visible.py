@@ -104,9 +104,10 @@ def _normalised(norm: nn.Module, cells: _Cells, x: Tensor) -> Tensor:
     rows = cells.rows(height, width)
     seen = flat.index_select(0, rows).view(1, len(rows), 1, channels).permute(0, 3, 1, 2)
     done = type(norm).forward(norm, seen).permute(0, 2, 3, 1).reshape(len(rows), channels)
-    out = done.new_zeros(n * height * width, channels).index_copy(0, rows, done)
+    out: Tensor = done.new_zeros(n * height * width, channels).index_copy(0, rows, done)
     return out.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _emptied(cells: _Cells, module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    return out * cells.at(out.shape[2], out.shape[3]).unsqueeze(1)
+def _emptied(cells: _Cells, _: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    emptied: Tensor = out * cells.at(out.shape[2], out.shape[3]).unsqueeze(1)
+    return emptied

@@ -179,7 +179,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         parts = task.product() if ema is None else ema.product()
         backbone = parts["backbone"]
         assert isinstance(backbone, Backbone)
-        found = probe.measure(backbone)
+        found = probe.measure(backbone, parts.get("neck"))
         collapse = alarm.check(found) or ""
         first = position.probe.get("first", found)
         position.probe = {"alarm": alarm.state(), "first": first, "last": found}

@@ -9,6 +9,7 @@ Without labels, of pooled C5 features over a fixed set of the training pictures:
   far from the origin have a low uncentred rank in healthy networks.
 With labels: a weighted kNN (arXiv 1805.01978, section 3.4) and a linear probe (multinomial logistic
 regression), both as class-balanced accuracy (mean recall), so that common classes do not hide rare.
+With boxes: what a tiny detection head finds (pretrain/detection_probe.py).
 
 BatchNorm's running statistics lag behind the weights: in the first hundreds of steps, what a
 network computes with them has nothing to do with what it computes in training (in a healthy run of
@@ -21,15 +22,12 @@ Nothing here draws a random number, or leaves a weight, a buffer or a training m
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from lightly.utils.benchmarking.knn import knn_predict
 from torch import Tensor, nn
@@ -37,23 +35,18 @@ from torch.nn import functional
 
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import normalise
-from groundwork.data.decode import open_picture
 from groundwork.data.samples import open_samples
 from groundwork.data.scenes import open_scene_objects
 from groundwork.data.shards import Samples
 from groundwork.errors import DataError
 from groundwork.precise_batchnorm import measured_statistics
 from groundwork.settings import ProbeSettings
+from pretrain.detection_probe import DetectionProbe, open_detection_probe
+from pretrain.probe_pictures import Pictures, hold_out, number, read_labeled, read_unlabeled
 
-logger = logging.getLogger(__name__)
-
-# Remote shards are fetched whole, so the unlabeled pictures come from few of them.
-SHARDS = 8
 # Wu et al. vote with 200 neighbours out of 1.28 million; DINO found 20 better (arXiv 2104.14294).
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-# One labeled picture in five is held out where no validation set is named.
-HELD_OUT = 5
 # Of the value at the start: less is a collapse. A healthy BYOL run of yolo12n had 0.9 of the spread
 # and 0.4 of the centred rank left after 80 steps.
 SPREAD_LEFT = 0.1
@@ -135,20 +128,6 @@ class CollapseAlarm:
         self._bad = int(state["bad"])
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures as the probe sees them: uint8 N side side 3, and the class number of each."""
-
-    pixels: Tensor
-    labels: Tensor | None = None
-
-    def take(self, rows: Sequence[int]) -> Pictures:
-        """Return some of them, in this order."""
-        assert self.labels is not None
-        index = torch.tensor(rows, dtype=torch.int64)
-        return Pictures(self.pixels[index], self.labels[index])
-
-
 class Probe:
     """Measures a backbone on pictures that were read once and stay the same over the whole run."""
 
@@ -159,7 +138,9 @@ class Probe:
         image_size: int,
         labeled: Samples | None = None,
         val: Samples | None = None,
+        detection: DetectionProbe | None = None,
     ) -> None:
+        self._detection = detection
         side = settings.image_size or image_size
         self._batch_size = settings.batch_size
         self._train = read_unlabeled(train, settings.pictures, side)
@@ -181,10 +162,16 @@ class Probe:
                 self._bank = bank
                 self._queries = Pictures(pixels, number(names, self._classes, val.name))
 
-    def measure(self, backbone: Backbone) -> dict[str, float]:
-        """Return probe/spread, probe/rankme, and probe/knn and probe/linear where labels are."""
+    def measure(self, backbone: Backbone, neck: nn.Module | None = None) -> dict[str, float]:
+        """Return probe/spread and probe/rankme; probe/knn and probe/linear where labels are.
+
+        And probe/ap and probe/ap50 where boxes are, through the neck where there is one.
+        """
         with fresh_statistics(backbone, self._train.pixels, self._batch_size):
-            return self._measure(backbone)
+            measured = self._measure(backbone)
+        if self._detection is not None:
+            measured |= self._detection.measure(backbone, neck)
+        return measured
 
     def _measure(self, backbone: Backbone) -> dict[str, float]:
         health = Health.of(features(backbone, self._train.pixels, self._batch_size))
@@ -225,105 +212,13 @@ def open_probe(
         else:
             opened.append(None)
     try:
-        return Probe(settings, train, image_size, *opened)
+        detection = open_detection_probe(settings.detection, cache=cache, cache_bytes=cache_bytes)
+        labeled, held_out = opened
+        return Probe(settings, train, image_size, labeled, held_out, detection)
     finally:
         for samples in opened:
             if samples is not None:
                 samples.close()
-
-
-def read_unlabeled(samples: Samples, limit: int, side: int) -> Pictures:
-    """Read up to `limit` pictures, evenly over a few shards; unreadable ones are left out."""
-    kept = []
-    places = evenly_over_shards(samples.shard_sizes, limit)
-    for shard, index in places:
-        try:
-            kept.append(_whole(samples.read(shard, index).image, side))
-        except DataError as error:
-            logger.warning("The probe leaves out a picture of %s: %s", samples.name, error)
-    if len(kept) < 2:
-        raise DataError(
-            f"{samples.name} has {len(kept)} readable pictures of {len(places)} for the probe; "
-            "it needs two at least."
-        )
-    return Pictures(torch.from_numpy(np.stack(kept)))
-
-
-def read_labeled(samples: Samples, limit: int, side: int) -> tuple[Tensor, list[str]]:
-    """Read up to `limit` pictures, evenly over all: uint8 N side side 3, and their labels.
-
-    Raises DataError where a picture cannot be read or has no label.
-    """
-    pixels: list[npt.NDArray[np.uint8]] = []
-    labels: list[str] = []
-    for shard, index in evenly(samples.shard_sizes, limit):
-        sample = samples.read(shard, index)
-        if sample.label is None or not sample.label.strip():
-            raise DataError(
-                f"{sample.key} of {sample.source} has no label: probe.labeled and probe.val want "
-                "a folder for each class, or shards with .cls members."
-            )
-        try:
-            pixels.append(_whole(sample.image, side))
-        except DataError as error:
-            raise DataError(f"{sample.key} of {sample.source}: {error}") from error
-        labels.append(sample.label.strip())
-    if not pixels:
-        raise DataError(f"{samples.name} has no pictures for the probe.")
-    return torch.from_numpy(np.stack(pixels)), labels
-
-
-def evenly(shard_sizes: npt.NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
-    """Place up to `limit` (shard, index) pairs evenly over all samples, in file order."""
-    ends = np.cumsum(shard_sizes)
-    total = int(ends[-1]) if len(ends) else 0
-    count = min(limit, total)
-    if count == 0:
-        return []
-    positions = np.arange(count, dtype=np.int64) * total // count
-    shards = np.searchsorted(ends, positions, side="right")
-    indices = positions - (ends[shards] - shard_sizes[shards])
-    return [(int(shard), int(index)) for shard, index in zip(shards, indices, strict=True)]
-
-
-def evenly_over_shards(shard_sizes: npt.NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
-    """Place up to `limit` pairs evenly over SHARDS shards, or over as many more as it takes."""
-    shards = len(shard_sizes)
-    count = min(SHARDS, shards)
-    chosen = np.arange(count, dtype=np.int64) * shards // max(count, 1)
-    while count < shards and int(shard_sizes[chosen].sum()) < limit:
-        count = min(2 * count, shards)
-        chosen = np.arange(count, dtype=np.int64) * shards // count
-    return [(int(chosen[which]), index) for which, index in evenly(shard_sizes[chosen], limit)]
-
-
-def number(names: Sequence[str], classes: Sequence[str], where: str) -> Tensor:
-    """Turn class names into numbers (N,); raises DataError for a class that is not known."""
-    numbers = {name: index for index, name in enumerate(classes)}
-    strange = sorted(set(names) - numbers.keys())
-    if strange:
-        raise DataError(
-            f"{where} has the class {strange[0]}, which the labeled pictures do not have; "
-            f"they have {', '.join(classes)}."
-        )
-    return torch.tensor([numbers[name] for name in names], dtype=torch.int64)
-
-
-def hold_out(pictures: Pictures, where: str) -> tuple[Pictures, Pictures]:
-    """Split into a bank and queries: every fifth picture of each class, in file order."""
-    assert pictures.labels is not None
-    seen: dict[int, int] = {}
-    bank: list[int] = []
-    queries: list[int] = []
-    for row, label in enumerate(pictures.labels.tolist()):
-        seen[label] = seen.get(label, 0) + 1
-        (queries if seen[label] % HELD_OUT == 0 else bank).append(row)
-    if not queries:
-        raise DataError(
-            f"{where} has fewer than {HELD_OUT} pictures of every class, so that none can be held "
-            "out; name more of them, or set probe.val."
-        )
-    return pictures.take(bank), pictures.take(queries)
 
 
 def features(
@@ -402,11 +297,6 @@ def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
 def _finite(values: Tensor) -> Tensor:
     """Diverged features count as zeros: the accuracy is then that of chance, and not an error."""
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _whole(data: bytes, side: int) -> npt.NDArray[np.uint8]:
-    picture = open_picture(data)
-    return picture.cut([(0.0, 0.0, float(picture.width), float(picture.height))], side)[0]
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from groundwork.settings import (
     ProbeSettings,
     Schedule,
 )
-from pretext_tasks import TASKS
+from pretext_tasks import TASKS, parts_of
 
 
 class Recipe(Section):
@@ -66,10 +66,10 @@ class Recipe(Section):
     @classmethod
     def _known_task(cls, task: dict[str, Any]) -> dict[str, Any]:
         name = task.get("name")
-        if not isinstance(name, str) or name not in TASKS:
-            known = ", ".join(sorted(TASKS))
-            hint = nearest(str(name), list(TASKS))
-            raise ValueError(f"'{name}' is no task; these are: {known}.{hint}")
+        try:
+            parts_of(str(name))
+        except KeyError as error:
+            raise ValueError(_unknown(str(name), str(error.args[0]))) from error
         return task
 
     @model_validator(mode="after")
@@ -100,15 +100,16 @@ def resolve(task: str | None, recipe: str | None, overrides: Sequence[str]) -> R
     `task` alone takes recipes/pretrain/<task>.yaml; `recipe` is a path, or a name of
     recipes/pretrain. Where both are given, the task replaces the recipe's.
     """
-    if task is not None and task not in TASKS:
-        known = ", ".join(sorted(TASKS))
-        raise UsageError(
-            f"--task {task} is not known; the tasks are: {known}." + nearest(task, list(TASKS))
-        )
+    try:
+        parts = [] if task is None else parts_of(task)
+    except KeyError as error:
+        raise UsageError(f"--task {_unknown(str(task), str(error.args[0]))}") from error
     if recipe is None and task is None:
         raise UsageError(
             f"Say what to train: --task NAME with one of {', '.join(sorted(TASKS))}, or --recipe."
         )
+    if recipe is None and len(parts) > 1:
+        return build(merge(_joined(parts), parse_overrides(overrides), WHOLE))
     values = read_yaml(find_recipe(recipe or str(task), "pretrain"))
     if task is not None:
         below = values.get("task")
@@ -116,6 +117,33 @@ def resolve(task: str | None, recipe: str | None, overrides: Sequence[str]) -> R
             below = None  # another task's keys
         values["task"] = {**(below or {}), "name": task}
     return build(merge(values, parse_overrides(overrides), WHOLE))
+
+
+def _unknown(name: str, part: str) -> str:
+    known = ", ".join(sorted(TASKS))
+    if part in TASKS:
+        return f"{name} has {part} twice."
+    return f"{part} is not known; the tasks are: {known}.{nearest(part, list(TASKS))}"
+
+
+def _joined(parts: Sequence[str]) -> dict[str, Any]:
+    """Lay the recipes of several tasks side by side: the first one's, with every task's own keys.
+
+    A task whose recipe has another image_size keeps it.
+    """
+    recipes = [read_yaml(find_recipe(part, "pretrain")) for part in parts]
+    values = dict(recipes[0])
+    sizes = {
+        part: recipe["image_size"]
+        for part, recipe in zip(parts, recipes, strict=True)
+        if recipe.get("image_size") != values.get("image_size")
+    }
+    task: dict[str, Any] = {"name": "+".join(parts)}
+    for part, recipe in zip(parts, recipes, strict=True):
+        task[part] = {key: value for key, value in recipe["task"].items() if key != "name"}
+    if sizes:
+        task["image_sizes"] = sizes
+    return {**values, "task": task}
 
 
 def build(values: dict[str, Any]) -> Recipe:

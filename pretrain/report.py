@@ -1,18 +1,65 @@
-"""What a person looks at: sheets of pictures of a run."""
+"""What a person looks at: one HTML page for a run, and the sheets of pictures it is made of.
+
+    python -m pretrain.report RUN [--out page.html]
+
+The page has everything in it and asks for nothing else: curves, what a probe found, what the task
+saw and did (puzzles, holes filled), the features' main directions as colours, nearest neighbours,
+the recipe and the machine. It can be written while a run goes on, and is written at its end.
+"""
 
 from __future__ import annotations
 
+import argparse
+import base64
+import html
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from groundwork.backbones.contract import Backbone
+from groundwork.backbones.product import backbone_from_file
+from groundwork.checkpoint import write_atomically
+from groundwork.config import read_yaml
+from groundwork.data.samples import open_samples
+from groundwork.errors import GroundworkError, UsageError
+from pretrain.probe_pictures import read_unlabeled
+from pretrain.recipe import Recipe, build
+from pretrain.report_pictures import look
+
+logger = logging.getLogger("pretrain.report")
+
 GAP = 4  # pixels of white between pictures
+_LOOKED_AT = 128  # pictures among which neighbours are looked for
+_SIDE = 160  # of a picture on the page, pixels
+# Curves worth a plot of their own, by the beginning of their names; the rest are in metrics.jsonl.
+_CURVES = ("train/", "probe/", "optim/lr", "speed/images_per_second")
+_SHEET = re.compile(r"step-(\d+)-(.+)\.png")
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
+       color: #1c2733; background: #fff; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #d5dce3; }
+img { max-width: 100%; vertical-align: top; } figure { margin: 0 0 1em; }
+figcaption { color: #556; font-size: 13px; } .curves { display: grid; gap: 1em;
+grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); } table { border-collapse: collapse; }
+td, th { text-align: left; padding: .25em 1em .25em 0; } pre { background: #f4f6f8; padding: 1em;
+overflow: auto; font-size: 12px; } .muted { color: #667; }
+"""
 
 
-def save_sheet(pictures: Tensor, path: Path, columns: int = 8) -> None:
-    """Write uint8 N 3 H W pictures side by side as one PNG."""
+def sheet_of(pictures: Tensor, columns: int = 8) -> Image.Image:
+    """Lay uint8 N 3 H W pictures side by side."""
     n, _, height, width = pictures.shape
     columns = min(columns, n)
     rows = -(-n // columns)
@@ -22,5 +69,168 @@ def save_sheet(pictures: Tensor, path: Path, columns: int = 8) -> None:
     for i, picture in enumerate(pictures.permute(0, 2, 3, 1).cpu().numpy()):
         top, left = (i // columns) * (height + GAP), (i % columns) * (width + GAP)
         sheet[top : top + height, left : left + width] = picture
+    return Image.fromarray(sheet)
+
+
+def save_sheet(pictures: Tensor, path: Path, columns: int = 8) -> None:
+    """Write uint8 N 3 H W pictures side by side as one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    sheet_of(pictures, columns).save(path)
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the page of a run folder and return its path (report.html in the folder).
+
+    What is missing is left out with a sentence: weights of a run that has only begun, data that is
+    not here any more. Raises UsageError where the folder is no pretraining run.
+    """
+    if not (run / "recipe.yaml").is_file() or not (run / "metrics.jsonl").is_file():
+        raise UsageError(f"{run} is no run folder: it has no recipe.yaml and metrics.jsonl.")
+    recipe = build(read_yaml(run / "recipe.yaml"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    status = _json(run / "status.json")
+    machine = _json(run / "machine.json")
+    title = f"{recipe.task_name} on {recipe.backbone.name}"
+    state = str(status.get("state", "unknown"))
+    if status.get("message"):
+        state += f": {status['message']}"
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p class=muted>{html.escape(str(run))} &middot; {html.escape(state)}</p>",
+        "<h2>Before and after</h2>",
+        _changes(lines),
+        "<h2>Curves</h2>",
+        _curves(lines),
+        "<h2>What the task sees and does</h2>",
+        _sheets(run / "pictures"),
+        "<h2>What the features see</h2>",
+        _features(run, recipe),
+        "<h2>Recipe</h2>",
+        f"<pre>{html.escape((run / 'recipe.yaml').read_text())}</pre>",
+        "<h2>Machine</h2>",
+        f"<pre>{html.escape(json.dumps(machine, indent=1))}</pre>",
+    ]
+    page = (
+        f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{html.escape(title)}"
+        f"</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+    out = out or run / "report.html"
+    write_atomically(out, page)
+    return out
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _changes(lines: Sequence[Mapping[str, float]]) -> str:
+    """Return a table of the first and last value of the loss and of everything that was probed."""
+    rows = []
+    names = sorted({name for line in lines for name in line if name.startswith("probe/")})
+    for name in ["train/loss", *names]:
+        values = [line[name] for line in lines if name in line]
+        if values:
+            shown = "".join(f"<td>{value:.4g}</td>" for value in (values[0], values[-1]))
+            rows.append(f"<tr><th>{html.escape(name)}</th>{shown}</tr>")
+    return f"<table><tr><th></th><th>first</th><th>last</th></tr>{''.join(rows)}</table>"
+
+
+def _curves(lines: Sequence[Mapping[str, float]]) -> str:
+    """Return a plot of each metric over the steps."""
+    names = sorted({n for line in lines for n in line if n.startswith(_CURVES)})
+    plots = []
+    for name in names:
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if len(points) < 2:
+            continue
+        figure = Figure(figsize=(4.2, 2.4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        FigureCanvasSVG(figure)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="svg")
+        plots.append(_figure("image/svg+xml", drawn.getvalue(), name, caption=""))
+    return f"<div class=curves>{''.join(plots)}</div>" if plots else "<p>No curve yet.</p>"
+
+
+def _sheets(folder: Path) -> str:
+    """Return the first and the last sheet of every kind of picture."""
+    found: dict[str, dict[int, Path]] = {}
+    for file in folder.glob("step-*.png") if folder.is_dir() else ():
+        if match := _SHEET.fullmatch(file.name):
+            found.setdefault(match[2], {})[int(match[1])] = file
+    if not found:
+        return "<p>No pictures yet.</p>"
+    figures = []
+    for name, files in sorted(found.items()):
+        first, last = files[min(files)].read_bytes(), files[max(files)].read_bytes()
+        if first == last:  # views, which no network is in
+            figures.append(_figure("image/png", first, name, name))
+            continue
+        figures.append(_figure("image/png", first, name, f"{name}, step {min(files)}"))
+        figures.append(_figure("image/png", last, name, f"{name}, step {max(files)}"))
+    return "".join(figures)
+
+
+def _features(run: Path, recipe: Recipe) -> str:
+    """Return colours of the features' main directions, and nearest neighbours."""
+    try:
+        backbone = backbone_from_file(run / "pretrained.safetensors")
+        cache, cache_bytes = recipe.data.cache_folder(), int(recipe.data.cache_gb * 1e9)
+        samples = open_samples(recipe.data.train, cache=cache, cache_bytes=cache_bytes)
+        pixels = read_unlabeled(samples, _LOOKED_AT, _SIDE).pixels
+        samples.close()
+    except GroundworkError as error:
+        return f"<p>Not shown: {html.escape(str(error))}</p>"
+    return features_shown(backbone, pixels)
+
+
+def features_shown(backbone: Backbone, pixels: Tensor) -> str:
+    """Return HTML: what a backbone makes of uint8 N side side 3."""
+    seen = look(backbone, pixels)
+    figures = [_sheet(seen.pictures, "pictures", "Pictures of the training set")]
+    for name, colours in seen.levels.items():
+        caption = f"{name}: the three main directions of its cells as red, green and blue"
+        figures.append(_sheet(colours, name, caption))
+    rows = seen.neighbours
+    pictures = pixels.permute(0, 3, 1, 2)[rows.flatten()]
+    caption = "Nearest neighbours by pooled C5: a picture, and the ones most like it"
+    figures.append(_sheet(pictures, "neighbours", caption, columns=rows.shape[1]))
+    return "".join(figures)
+
+
+def _sheet(pictures: Tensor, name: str, caption: str, columns: int = 8) -> str:
+    drawn = io.BytesIO()
+    sheet_of(pictures, columns).save(drawn, "PNG")
+    return _figure("image/png", drawn.getvalue(), name, caption)
+
+
+def _figure(kind: str, data: bytes, name: str, caption: str) -> str:
+    text = base64.b64encode(data).decode()
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return (
+        f'<figure><img alt="{html.escape(name)}" src="data:{kind};base64,{text}">{below}</figure>'
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(prog="python -m pretrain.report")
+    parser.add_argument("run", type=Path, help="a run folder of pretraining")
+    parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
+    options = parser.parse_args(arguments)
+    try:
+        logger.info("%s", write_report(options.run, options.out))
+        return 0
+    except GroundworkError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,6 +15,7 @@ from finetune.head import BINS, anchors_of
 from finetune.losses import (
     BOX_LOSSES,
     DetectionLoss,
+    box_shares,
     class_targets,
     classification_loss,
     distribution_loss,
@@ -197,3 +198,28 @@ def test_one_positive_point_against_an_independent_computation() -> None:
     assert float(result.parts["classification"]) == pytest.approx(
         0.5 * scale * float(entropy.detach()), rel=1e-3
     )
+
+
+def test_every_box_has_the_same_share_and_its_points_share_by_score() -> None:
+    found = Assignment(
+        torch.zeros(4, dtype=torch.int64),
+        torch.arange(4),
+        torch.tensor([0, 0, 0, 2]),  # box 1 has no point, nor has box 3
+        torch.tensor([0.6, 0.3, 0.1, 0.01]),
+    )
+    torch.testing.assert_close(box_shares(found, 4), torch.tensor([0.3, 0.15, 0.05, 0.5]))
+
+
+def test_boxes_equal_changes_the_box_losses_alone() -> None:
+    torch.manual_seed(0)
+    detector = build_detector("yolo12n", 2)
+    raw = detector(torch.rand(1, 3, 64, 64))
+    boxes = torch.tensor([[4.0, 4.0, 60.0, 60.0], [8.0, 8.0, 16.0, 16.0]])
+    targets = Targets(torch.tensor([0, 0]), boxes, torch.tensor([0, 1]))
+    losses = [
+        DetectionLoss(LossKeys.model_validate({"boxes": kind}))(detector, raw, (64, 64), targets)
+        for kind in ("score", "equal")
+    ]
+    one, other = (loss.parts for loss in losses)
+    assert one["classification"] == other["classification"]
+    assert other["localisation"] > one["localisation"] + 0.01  # the small box fits worse

@@ -8,12 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.weights import detector_from_file
@@ -27,43 +24,6 @@ TINY = [
     "image_size=64", "batch_size=4", "log.every_steps=1", "data.workers=0", "threads=1",
     "eval.times=1", "eval.batch_size=4",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def labeled(tmp_path: Path) -> Path:
-    """A COCO root: 10 train, 4 val and 3 test pictures with bright squares of two classes."""
-    root = tmp_path / "labeled"
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 10), ("val", 4), ("test", 3)):
-        (root / "images" / split).mkdir(parents=True)
-        document: dict[str, Any] = {
-            "images": [],
-            "annotations": [],
-            "categories": [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}],
-        }
-        for number in range(count):
-            pixels = generator.integers(0, 80, (64, 80, 3)).astype(np.uint8)
-            name = f"{number:02d}.png"
-            document["images"].append({"id": number, "file_name": name, "width": 80, "height": 64})
-            for label in (1, 2):
-                side = int(generator.integers(12, 24))
-                left = int(generator.integers(0, 80 - side))
-                top = int(generator.integers(0, 64 - side))
-                pixels[top : top + side, left : left + side, 0 if label == 1 else 2] = 255
-                document["annotations"].append(
-                    {
-                        "id": len(document["annotations"]) + 1,
-                        "image_id": number,
-                        "category_id": label,
-                        "bbox": [left, top, side, side],
-                        "area": side * side,
-                        "iscrowd": 0,
-                    }
-                )
-            Image.fromarray(pixels).save(root / "images" / split / name)
-        (root / "annotations").mkdir(exist_ok=True)
-        (root / "annotations" / f"{split}.json").write_text(json.dumps(document))
-    return root
 
 
 def launch(ranks: int, *arguments: str) -> list[str]:

@@ -23,19 +23,16 @@ from groundwork.settings import ProbeSettings
 from pretrain.probe import (
     CollapseAlarm,
     Health,
-    Pictures,
     Probe,
     balanced_accuracy,
-    evenly,
-    evenly_over_shards,
     features,
     fresh_statistics,
-    hold_out,
     knn,
     linear,
     open_probe,
     rankme,
 )
+from pretrain.probe_pictures import Pictures, evenly, evenly_over_shards, hold_out
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:

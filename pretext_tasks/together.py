@@ -1,0 +1,135 @@
+"""Several tasks at once on one backbone: `--task byol+inpainting`.
+
+Every task makes its own views of a picture, has its own heads and targets, and gives its own loss;
+the sum of the losses, weighted, is what is trained on. Below `task.` each has its own keys
+(`task.byol.momentum`), and there are `task.weights` and `task.image_sizes`, by name; what is not
+named weighs 1 and sees the recipe's image_size.
+
+Source: the sum of pretext losses on a shared trunk is multi-task self-supervision (Doersch and
+Zisserman 2017, arXiv 1708.07860, section 4). Differs from the paper: there are no lasso weights
+over layers; every task reads the levels that it reads alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, create_model
+from torch import Tensor, nn
+
+from groundwork.backbones.contract import Backbone
+from groundwork.config import Section
+from groundwork.data.decode import Picture
+from groundwork.errors import UsageError
+from pretext_tasks.contract import PretextTask, StepOutput, Views, backbone_of
+
+JOIN = "+"
+_AT = "/"  # between a task's name and the name of an entry, a metric or a picture
+
+
+@dataclass(frozen=True)
+class TogetherViews:
+    """Lets every task cut its views of a picture, one after the other."""
+
+    parts: tuple[tuple[str, Views], ...]
+
+    def __call__(
+        self, picture: Picture, generator: np.random.Generator
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Return all tasks' entries, each called <task>/<entry>."""
+        return {
+            f"{name}{_AT}{entry}": value
+            for name, views in self.parts
+            for entry, value in views(picture, generator).items()
+        }
+
+
+class Together(PretextTask):
+    """The tasks of `kinds`, around one backbone; made by `together`."""
+
+    kinds: dict[str, type[PretextTask]]
+
+    def __init__(self, backbone: Backbone, config: Any) -> None:
+        super().__init__()
+        self.weights: dict[str, float] = {
+            name: config.weights.get(name, 1.0) for name in self.kinds
+        }
+        self.tasks = nn.ModuleDict(
+            {name: kind(backbone, getattr(config, name)) for name, kind in self.kinds.items()}
+        )
+        necks = [name for name, task in self._tasks() if "neck" in task.product()]
+        if len(necks) > 1:
+            raise UsageError(f"Only one task may train a neck, and {' and '.join(necks)} both do.")
+
+    def _tasks(self) -> list[tuple[str, PretextTask]]:
+        return [(name, task) for name, task in self.tasks.items() if isinstance(task, PretextTask)]
+
+    @classmethod
+    def views(cls, config: Any, image_size: int) -> Views:
+        """Return the maker of all views; `image_size` is for tasks that image_sizes leaves out."""
+        return TogetherViews(
+            tuple(
+                (name, kind.views(getattr(config, name), config.image_sizes.get(name, image_size)))
+                for name, kind in cls.kinds.items()
+            )
+        )
+
+    def forward(self, batch: dict[str, Tensor]) -> StepOutput:
+        """Return the weighted sum of the losses. Metrics: every task's, and its loss."""
+        losses, metrics = [], {}
+        for name, task in self._tasks():
+            output = task(_own(name, batch))
+            losses.append(self.weights[name] * output.loss)
+            metrics[f"{name}_loss"] = output.loss.detach()
+            metrics |= {f"{name}_{metric}": value for metric, value in output.metrics.items()}
+        return StepOutput(torch.stack(losses).sum(), metrics)
+
+    def after_step(self, progress: float) -> None:
+        """Move every task's targets."""
+        for _, task in self._tasks():
+            task.after_step(progress)
+
+    def product(self) -> dict[str, nn.Module]:
+        """Return the backbone, and the neck of the task that trains one."""
+        kept: dict[str, nn.Module] = {}
+        for _, task in self._tasks():
+            kept |= task.product()
+        return {**kept, "backbone": backbone_of(self._tasks()[0][1])}
+
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return every task's pictures."""
+        return {
+            f"{name}-{shown}": pictures
+            for name, task in self._tasks()
+            for shown, pictures in task.pictures(_own(name, batch)).items()
+        }
+
+
+def together(name: str, kinds: dict[str, type[PretextTask]]) -> type[PretextTask]:
+    """Make the task of several, each with its name."""
+    names: Sequence[str] = tuple(kinds)
+    fields: dict[str, Any] = {one: (kind.Config, kind.Config()) for one, kind in kinds.items()}
+    fields["weights"] = (dict[str, float], Field(default={}))
+    fields["image_sizes"] = (dict[str, int], Field(default={}))
+    base = create_model(f"{name}Config", __base__=Section, **fields)
+
+    class Config(base):  # type: ignore[valid-type, misc]
+        """The tasks' own keys, and what each weighs and sees."""
+
+        def model_post_init(self, context: Any) -> None:
+            for key in ("weights", "image_sizes"):
+                if unknown := sorted(set(getattr(self, key)) - set(names)):
+                    raise ValueError(f"{key}: {unknown[0]} is none of {', '.join(names)}")
+            if any(not weight > 0 for weight in self.weights.values()):
+                raise ValueError("weights must be above 0: leave a task out instead")
+
+    return type("Together", (Together,), {"kinds": kinds, "Config": Config})
+
+
+def _own(name: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    start = name + _AT
+    return {k.removeprefix(start): v for k, v in batch.items() if k.startswith(start)}

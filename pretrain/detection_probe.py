@@ -1,0 +1,233 @@
+"""Will detection gain? A tiny detection head on frozen features, trained for seconds, scored by AP.
+
+kNN and rank look at pooled C5; a detector reads all three levels, cell by cell. So a small labeled
+set is shown once to the frozen backbone (and to the neck, where one is trained), every level is
+standardised channel by channel, and an anchor-free head learns on the stored maps for a fixed
+number of steps, with the second stage's own loss; AP and AP50 are of held-out pictures, by the
+second stage's own scoring. LOG.md says how well that ranks checkpoints.
+
+Everything is fixed: pictures, their order in the batches, and the head's start. Pictures are not
+augmented: features are computed once, which is what makes it quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finetune.assign import Targets
+from finetune.augment.letterbox import letterbox_geometry
+from finetune.augment.warp import GREY
+from finetune.detector import Detector, suppress
+from finetune.head import DetectionHead
+from finetune.losses import DetectionLoss
+from finetune.metrics import Found, Truth, score
+from finetune.recipe import LossKeys
+from groundwork.backbones.contract import Backbone
+from groundwork.colour import normalise
+from groundwork.data.annotations import Annotations
+from groundwork.data.decode import open_picture
+from groundwork.data.labels import LabeledSamples, has_split, open_labeled
+from groundwork.errors import DataError
+from groundwork.necks.yolo12 import Features
+from groundwork.precise_batchnorm import measured_statistics
+from groundwork.settings import DetectionProbeSettings
+from pretrain.probe_pictures import evenly
+
+_AT_ONCE = 16  # pictures of a forward
+_RATE, _CLIP = 2e-3, 10.0  # of the head's AdamW, which falls to 0 along a cosine
+
+
+@dataclass(frozen=True)
+class LabeledPictures:
+    """Square frames, uint8 N side side 3, and what is labeled in them, in their pixels."""
+
+    pixels: Tensor
+    truth: tuple[Truth, ...]
+
+    def targets(self, rows: list[int]) -> Targets:
+        """Return the boxes of some pictures, as the loss wants them; crowds are left out."""
+        chosen = [self.truth[row].annotations for row in rows]
+        wanted = [~one.crowd for one in chosen]
+        counts = torch.tensor([int(keep.sum()) for keep in wanted])
+        boxes = [one.boxes[keep] for one, keep in zip(chosen, wanted, strict=True)]
+        classes = [one.classes[keep] for one, keep in zip(chosen, wanted, strict=True)]
+        return Targets(
+            torch.repeat_interleave(torch.arange(len(rows)), counts),
+            torch.from_numpy(np.concatenate(boxes)),
+            torch.from_numpy(np.concatenate(classes)),
+        )
+
+
+class _Standardised(nn.Module):
+    """Stored maps with mean 0 and deviation 1 in every channel, over the training pictures."""
+
+    def __init__(self, maps: Features) -> None:
+        super().__init__()
+        self.moments = [
+            torch.var_mean(level, dim=(0, 2, 3), correction=0, keepdim=True) for level in maps
+        ]
+
+    def forward(self, maps: Features) -> Features:
+        """Return maps of the same shapes."""
+        p3, p4, p5 = (
+            (level - mean) / (variance + 1e-6).sqrt()
+            for level, (variance, mean) in zip(maps, self.moments, strict=True)
+        )
+        return Features(p3, p4, p5)
+
+
+class DetectionProbe:
+    """Measures a backbone by what a small head finds with it; pictures are read once."""
+
+    def __init__(
+        self, settings: DetectionProbeSettings, train: LabeledSamples, val: LabeledSamples
+    ) -> None:
+        if train.names != val.names:
+            raise DataError(
+                f"The classes of {train.name} and {val.name} differ: the detection probe needs the "
+                "same names in the same order."
+            )
+        self._settings = settings
+        self._names = train.names
+        self._train = read_pictures(train, settings.pictures, settings.image_size)
+        self._val = read_pictures(val, settings.pictures, settings.image_size)
+
+    def measure(self, backbone: Backbone, neck: nn.Module | None = None) -> dict[str, float]:
+        """Return probe/ap and probe/ap50 of held-out pictures, from 0 to 1.
+
+        BatchNorm has the statistics of the labeled pictures meanwhile. Weights, buffers, training
+        modes and the state of random numbers are left as they are.
+        """
+        parts = nn.ModuleList([backbone] if neck is None else [backbone, neck])
+        modes = [(module, module.training) for module in parts.modules()]
+        device = next(backbone.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            try:
+                parts.eval()
+                shown = self._train.pixels
+                with measured_statistics(parts, lambda: feature_maps(backbone, neck, shown)):
+                    return self._measure(backbone, neck, device)
+            finally:
+                for module, training in modes:
+                    module.training = training
+
+    def _measure(
+        self, backbone: Backbone, neck: nn.Module | None, device: torch.device
+    ) -> dict[str, float]:
+        maps = feature_maps(backbone, neck, self._train.pixels)
+        if not all(torch.isfinite(level).all() for level in maps):
+            return {"probe/ap": 0.0, "probe/ap50": 0.0}
+        channels = [level.shape[1] for level in maps]
+        head = DetectionHead(channels, len(self._names)).to(device)
+        standardise = _Standardised(maps)
+        detector = Detector(backbone, nn.Identity(), head)
+        self._learn(detector, standardise(maps))
+        maps = standardise(feature_maps(backbone, neck, self._val.pixels))
+        found = self._find(detector, maps)
+        results = score(found, self._val.truth, self._names)
+        return {"probe/ap": results.ap, "probe/ap50": results.ap50}
+
+    def _learn(self, detector: Detector, maps: Features) -> None:
+        """Train the head on stored maps."""
+        settings = self._settings
+        head, loss = detector.head, DetectionLoss(LossKeys())
+        device = maps.p3.device
+        head.train()
+        optimizer = torch.optim.AdamW(head.parameters(), lr=_RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+        size = (settings.image_size, settings.image_size)
+        order = np.random.Generator(np.random.Philox(key=[0, 0]))
+        count = len(self._train.truth)
+        with torch.enable_grad():
+            for _ in range(settings.steps):
+                rows = order.permutation(count)[: settings.batch_size].tolist()
+                targets = Targets(*(part.to(device) for part in self._train.targets(rows)))
+                raw = head(Features(*(level[rows] for level in maps)))
+                loss(detector, raw, size, targets).total.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(head.parameters(), _CLIP)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+        head.eval()
+
+    @torch.no_grad()
+    def _find(self, detector: Detector, maps: Features) -> list[Found]:
+        side = self._settings.image_size
+        found = []
+        for first in range(0, len(maps.p3), _AT_ONCE):
+            raw = detector.head(Features(*(level[first : first + _AT_ONCE] for level in maps)))
+            for boxes, scores in zip(*detector.read(raw, side, side), strict=True):
+                kept = suppress(boxes.clamp(0, side), scores)
+                found.append(Found(*(part.cpu().numpy() for part in kept)))
+        return found
+
+
+@torch.no_grad()
+def feature_maps(backbone: Backbone, neck: nn.Module | None, pixels: Tensor) -> Features:
+    """Return what backbone (and neck) make of uint8 N side side 3, all pictures' maps joined."""
+    device = next(backbone.parameters()).device
+    parts = []
+    for batch in torch.split(pixels, _AT_ONCE):
+        maps = backbone(normalise(batch.to(device), backbone.mean, backbone.std))
+        parts.append(maps if neck is None else neck(maps))
+    p3, p4, p5 = (torch.cat(levels).float() for levels in zip(*parts, strict=True))
+    return Features(p3, p4, p5)
+
+
+def read_pictures(labeled: LabeledSamples, limit: int, side: int) -> LabeledPictures:
+    """Read up to `limit` pictures, evenly over all, into frames of side x side.
+
+    Raises DataError naming a picture that cannot be read.
+    """
+    frames, truths = [], []
+    for shard, index in evenly(labeled.shard_sizes, limit):
+        sample = labeled.read(shard, index)
+        try:
+            picture = open_picture(sample.image, max_pixels=labeled.max_pixels)
+            its = labeled.annotations(sample, picture)
+            geometry = letterbox_geometry(picture.width, picture.height, (side, side))
+            whole = (0.0, 0.0, float(picture.width), float(picture.height))
+            [inner] = picture.cut([whole], geometry.shown(picture.width, picture.height))
+        except DataError as error:
+            raise DataError(f"The picture {sample.key} of {sample.source}: {error}.") from error
+        frame = np.full((side, side, 3), GREY, np.uint8)
+        bottom, right = geometry.top + inner.shape[0], geometry.left + inner.shape[1]
+        frame[geometry.top : bottom, geometry.left : right] = inner
+        frames.append(frame)
+        corner = np.array([geometry.left, geometry.top] * 2, np.float32)
+        boxes = its.boxes * np.float32(geometry.scale) + corner
+        truths.append(Truth(Annotations(boxes, its.classes, its.crowd), side, side))
+    if not frames:
+        raise DataError(f"{labeled.name} has no pictures for the detection probe.")
+    return LabeledPictures(torch.from_numpy(np.stack(frames)), tuple(truths))
+
+
+def open_detection_probe(
+    settings: DetectionProbeSettings, *, cache: Path, cache_bytes: int
+) -> DetectionProbe | None:
+    """Open what the settings name; None where they name nothing.
+
+    Raises DataError where the set has no validation split and `val` names none.
+    """
+    if settings.data is None:
+        return None
+    names = None if settings.train_list is None else Path(settings.train_list)
+    split = "train" if has_split(settings.data, "train") else None
+    if settings.val is None and not has_split(settings.data, "val"):
+        raise DataError(
+            f"{settings.data} has no validation split for the detection probe: give one as "
+            "probe.detection.val."
+        )
+    train = open_labeled(settings.data, split, cache=cache, cache_bytes=cache_bytes, names_in=names)
+    val = open_labeled(settings.val or settings.data, "val", cache=cache, cache_bytes=cache_bytes)
+    try:
+        return DetectionProbe(settings, train, val)
+    finally:
+        train.close()
+        val.close()

@@ -1,0 +1,82 @@
+"""What features see, as pictures: their main directions as colours, and nearest neighbours.
+
+The first three principal components of a level's cells over a few pictures are red, green and blue
+(the view of DINOv2, arXiv 2304.07193, figure 1): parts of one colour are alike to the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from groundwork.backbones.contract import Backbone
+from groundwork.colour import normalise
+from groundwork.precise_batchnorm import measured_statistics
+
+_AT_ONCE = 16
+_ROBUST = 0.02  # of the values at either end are clipped before colours are stretched
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Pictures uint8 N 3 side side: the pictures shown, and each level's colours over them."""
+
+    pictures: Tensor
+    levels: dict[str, Tensor]
+    neighbours: Tensor  # queries x (1 + k), each row a query and the pictures most like it
+
+
+@torch.no_grad()
+def look(
+    backbone: Backbone, pixels: Tensor, *, shown: int = 8, queries: int = 6, k: int = 5
+) -> Seen:
+    """Show what a backbone makes of uint8 N side side 3; BatchNorm is measured on them."""
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        with measured_statistics(backbone, lambda: _maps(backbone, pixels)):
+            levels = _maps(backbone, pixels)
+    finally:
+        for module, training in modes:
+            module.training = training
+    pictures = pixels.permute(0, 3, 1, 2)
+    side = pictures.shape[2]
+    colours = {
+        name: functional.interpolate(principal_colours(maps[:shown]), size=side)
+        for name, maps in levels.items()
+    }
+    pooled = functional.normalize(levels["C5"].mean((2, 3)), dim=1)
+    likeness = pooled @ pooled.T
+    asked = torch.arange(min(queries, len(pixels))) * (len(pixels) // max(queries, 1) or 1)
+    nearest = likeness[asked].topk(min(k + 1, len(pixels)), dim=1).indices
+    # A picture is most like itself, but for a copy of it.
+    rest = torch.stack([row[row != query][:k] for row, query in zip(nearest, asked, strict=True)])
+    return Seen(pictures[:shown], colours, torch.cat((asked[:, None], rest), 1))
+
+
+def principal_colours(maps: Tensor) -> Tensor:
+    """Return the three main directions of N C H W as uint8 N 3 H W, stretched over all pictures."""
+    n, channels, height, width = maps.shape
+    cells = maps.permute(0, 2, 3, 1).reshape(-1, channels).double()
+    cells = cells - cells.mean(0)
+    _, _, directions = torch.linalg.svd(cells, full_matrices=False)
+    values = cells @ directions[:3].T  # n H W, at most 3
+    values = functional.pad(values, (0, 3 - values.shape[1]))
+    low, high = (values.quantile(q, dim=0) for q in (_ROBUST, 1 - _ROBUST))
+    stretched = ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return (
+        (stretched * 255).round().to(torch.uint8).reshape(n, height, width, 3).permute(0, 3, 1, 2)
+    )
+
+
+def _maps(backbone: Backbone, pixels: Tensor) -> dict[str, Tensor]:
+    device = next(backbone.parameters()).device
+    found = []
+    for batch in torch.split(pixels, _AT_ONCE):
+        images = normalise(batch.to(device), backbone.mean, backbone.std)
+        found.append([level.float().cpu() for level in backbone(images)])
+    c3, c4, c5 = (torch.cat(level) for level in zip(*found, strict=True))
+    return {"C3": c3, "C4": c4, "C5": c5}
