@@ -13,7 +13,6 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -54,9 +53,12 @@ from groundwork.optim import (
 )
 from groundwork.quarantine import Quarantine
 from groundwork.run_folder import (
+    BEST,
     Run,
+    bring_best,
     check_same_data,
     commit,
+    copy_whole,
     data_workers,
     find_checkpoint,
     step_seed,
@@ -65,8 +67,6 @@ from groundwork.schedule import multiplier
 from groundwork.tracking import Tracking, Window
 
 logger = logging.getLogger(__name__)
-
-BEST = "best.safetensors"  # of the run folder: the weights with the best AP so far
 
 
 @dataclass
@@ -182,7 +182,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         position = Position(**saved.documents["state"])
         _restore(saved, detector, optimizer, ema, accelerator)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
-        _bring_best(saved, run, position)
+        position.best = bring_best(saved, run, position.best)
     plan = Plan(recipe, len(sets.train), position.seconds)
     clock = plan.clock
 
@@ -442,7 +442,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     use_best = recipe.eval.select == "best" and sets.val is not None and best.is_file()
     if accelerator.is_main_process:
         if use_best:
-            _copy(best, product)  # and not a move: a finished run may be resumed
+            copy_whole(best, product)  # and not a move: a finished run may be resumed
         else:
             write(product, {})
         quarantine.tell(position.replaced)
@@ -511,29 +511,6 @@ def _restore(
         ema.load(saved.tensors["ema"])
     if accelerator.scaler is not None and "scaler" in saved.documents:
         accelerator.scaler.load_state_dict(saved.documents["scaler"])
-
-
-def _bring_best(saved: Checkpoint, run: Run, position: Position) -> None:
-    """Take the best weights along where a run goes on in another folder; else look for new ones."""
-    here = run.folder / BEST
-    if position.best < 0 or here.is_file():
-        return
-    there = saved.path.parent.parent / BEST
-    if not there.is_file():
-        position.best = -1.0
-    elif run.accelerator.is_main_process:
-        _copy(there, here)
-    run.accelerator.wait_for_everyone()
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file whole or not at all. Raises CheckpointError."""
-    unfinished = target.with_name(f".tmp-{target.name}")
-    try:
-        shutil.copyfile(source, unfinished)
-        unfinished.replace(target)
-    except OSError as error:
-        raise CheckpointError(f"{source} could not be copied to {target}: {error}.") from error
 
 
 def _roll_back(

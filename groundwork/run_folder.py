@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,12 +23,13 @@ from groundwork import checkpoint as checkpoints
 from groundwork.checkpoint import Checkpoint
 from groundwork.config import to_yaml
 from groundwork.data.shards import Samples
-from groundwork.errors import UsageError
+from groundwork.errors import CheckpointError, UsageError
 from groundwork.settings import Log
 from groundwork.tracking import check_trackers
 
 logger = logging.getLogger(__name__)
 
+BEST = "best.safetensors"  # of a run folder: the weights with the best score so far
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -187,3 +189,30 @@ def commit() -> str:
         return text
     except OSError:
         return ""
+
+
+def bring_best(saved: Checkpoint, run: Run, best: float) -> float:
+    """Take the best weights along where a run goes on in another folder.
+
+    Return the score to beat: -1 where the weights that had `best` are not there any more.
+    """
+    here = run.folder / BEST
+    if best < 0 or here.is_file():
+        return best
+    there = saved.path.parent.parent / BEST
+    found = there.is_file()
+    run.accelerator.wait_for_everyone()  # before one writes what another looks for
+    if found and run.accelerator.is_main_process:
+        copy_whole(there, here)
+    run.accelerator.wait_for_everyone()
+    return best if found else -1.0
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file whole or not at all. Raises CheckpointError."""
+    unfinished = target.with_name(f".tmp-{target.name}")
+    try:
+        shutil.copyfile(source, unfinished)
+        unfinished.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"{source} could not be copied to {target}: {error}.") from error

@@ -44,9 +44,12 @@ from groundwork.optim import (
 )
 from groundwork.quarantine import Quarantine
 from groundwork.run_folder import (
+    BEST,
     Run,
+    bring_best,
     check_same_data,
     commit,
+    copy_whole,
     data_workers,
     find_checkpoint,
     step_seed,
@@ -77,6 +80,9 @@ class Position:
     replaced: int = 0  # samples whose picture was unreadable, of all ranks
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics
     probe: dict[str, Any] = field(default_factory=dict)
+    best: float = -1.0  # of the probe's measurements that choose the weights
+    best_step: int = 0
+    worse: int = 0  # measurements since
 
 
 def pretrain(  # noqa: C901 (one loop, read from top to bottom)
@@ -127,6 +133,9 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
     clock = Clock(recipe.budget, len(samples), recipe.batch_size, position.seconds)
     alarm = CollapseAlarm()
+    indicator = recipe.probe.indicator() if recipe.probe.times else None
+    if saved is not None and indicator is not None:
+        position.best = bring_best(saved, run, position.best)
     probe = None
     if accelerator.is_main_process and recipe.probe.times:
         probe = open_probe(
@@ -183,7 +192,31 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         collapse = alarm.check(found) or ""
         first = position.probe.get("first", found)
         position.probe = {"alarm": alarm.state(), "first": first, "last": found}
+        if indicator is not None:
+            if found[indicator] > position.best:
+                position.best, position.best_step, position.worse = (
+                    found[indicator], position.step, 0,
+                )  # fmt: skip
+                keep(run.folder / BEST, {indicator: position.best})
+            else:
+                position.worse += 1
         return found
+
+    def keep(path: Path, about: dict[str, Any]) -> None:
+        """Write what the run has made so far."""
+        save_product(
+            path,
+            task.product() if ema is None else ema.product(),
+            {
+                "task": recipe.task_name,
+                "recipe": recipe.model_dump(mode="json"),
+                "images_seen": position.samples,
+                "step": position.step,
+                "commit": commit(),
+                "data": samples.fingerprint,
+                **about,
+            },
+        )
 
     def save(required: bool) -> None:
         """Save a checkpoint; a failed one is a warning unless it is the last chance."""
@@ -293,6 +326,14 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 tracking.write(position.step, metrics)
                 _sheet(run, task, sheet, position.step)
                 tell_probe(position.step, metrics, collapse)
+                patience = recipe.probe.patience
+                enough = patience is not None and position.worse >= patience
+                if agree(group, enough, clock.seconds, 0)[0] and not ended:
+                    logger.info(
+                        "No better %s in %d measurements: stopping at step %d.",
+                        indicator, position.worse, position.step,
+                    )  # fmt: skip
+                    break
                 if (
                     agree(group, bool(collapse), clock.seconds, 0)[0]
                     and recipe.probe.stop_on_collapse
@@ -317,18 +358,14 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         stop.restore()
     product = run.folder / "pretrained.safetensors"
     if accelerator.is_main_process:
-        parts = task.product() if ema is None else ema.product()
-        save_product(
-            product,
-            parts,
-            {
-                "task": recipe.task_name,
-                "recipe": recipe.model_dump(mode="json"),
-                "images_seen": position.samples,
-                "commit": commit(),
-                "data": samples.fingerprint,
-            },
-        )
+        if indicator is not None and (run.folder / BEST).is_file():
+            copy_whole(run.folder / BEST, product)  # and not a move: a finished run may be resumed
+            logger.info(
+                "Kept are the weights of step %d, with the best %s (%.4f).",
+                position.best_step, indicator, position.best,
+            )  # fmt: skip
+        else:
+            keep(product, {})
         tell_end(position.step, position.samples, clock.seconds, position.probe)
         quarantine.tell(position.replaced)
     tracking.close()

@@ -57,6 +57,7 @@ class Recipe(Section):
     checkpoint: CheckpointKeys = CheckpointKeys()
     log: Log = Log()
     guard: Guard = Guard()
+    report: bool = True  # report.html at the end, see pretrain/report.py
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False  # compiles the backbone in place
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

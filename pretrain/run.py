@@ -78,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
             recipe, task_class, config, run, init=options.init, resume=options.resume
         )
         write_status(folder, "done", 0, f"The backbone is in {product}.")
+        if recipe.report and is_main_process():
+            _report(folder)
         logger.info(NEXT.format(task=recipe.task_name, file=product))
         return 0
     except GroundworkError as error:
@@ -89,6 +91,19 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException as error:
         write_status(folder, "failed", 1, f"{type(error).__name__}: {error}")
         raise
+
+
+def _report(folder: Path) -> None:
+    """Write the run's page; a run that is done stays done where that fails."""
+    from pretrain.report import write_report
+
+    try:
+        logger.info("What there is to see: %s", write_report(folder))
+    except Exception as error:
+        logger.warning(
+            "The page could not be written (%s: %s). Try `python -m pretrain.report %s`.",
+            type(error).__name__, error, folder,
+        )  # fmt: skip
 
 
 def _resumed(options: argparse.Namespace) -> tuple[recipes.Recipe, argparse.Namespace]:

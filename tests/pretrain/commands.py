@@ -22,6 +22,7 @@ TINY = [
     "probe.labeled=null",
     "probe.times=1",
     "probe.pictures=32",
+    "report=false",
 ]
 
 

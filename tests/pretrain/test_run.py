@@ -287,6 +287,53 @@ def test_the_options_of_the_loop_work_together(pictures: Path, tmp_path: Path) -
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_several_tasks_a_neck_and_a_detection_probe_that_chooses(
+    labeled: Path, tmp_path: Path
+) -> None:
+    pictures = labeled / "images" / "train"
+    keys = [
+        f"data.train={pictures}", "budget.steps=4", *TINY, "report=true", "task.inpainting.neck=n",
+        "task.byol.hidden_width=16", f"probe.detection.data={labeled}", "probe.times=2",
+        "probe.detection.image_size=64", "probe.detection.steps=2", "probe.select=best",
+        f"data.cache={tmp_path / 'cache'}", "task.image_sizes.inpainting=64",
+    ]  # fmt: skip
+    done = run(1, tmp_path, "--task", "byol+inpainting", "--out", "one", *keys)
+    assert done.returncode == 0, done.stderr
+    lines = metrics(tmp_path / "one")
+    probed = {line["step"]: line["probe/ap"] for line in lines if "probe/ap" in line}
+    assert sorted(probed) == [0, 2, 4]
+    assert {"train/byol_loss", "train/inpainting_loss"} <= {name for line in lines for name in line}
+    tensors, about = read_product(tmp_path / "one" / "pretrained.safetensors")
+    assert any(name.startswith("neck.") for name in tensors)
+    assert about["step"] == max(probed, key=lambda step: (probed[step], -step))
+    assert "with the best probe/ap" in done.stdout
+    assert "byol-view_1" in (tmp_path / "one" / "report.html").read_text()
+    # No measurement is better: patience ends the run.
+    state = tmp_path / "one" / "checkpoints" / "step-4"
+    assert state.is_dir()
+    done = run(
+        1, tmp_path, "--resume", str(state), "--out", "two", "budget.steps=12", "probe.patience=1"
+    )
+    assert done.returncode == 0, done.stderr
+    # A head of two steps finds nothing, whatever it stands on.
+    assert max(line["step"] for line in metrics(tmp_path / "two")) < 12
+    assert "No better probe/ap" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("probe.select=ap", "set detection.data"),
+        ("probe.select=best", "needs labels"),
+        ("probe.patience=2", "needs select"),
+    ],
+)
+def test_a_choice_without_labels_is_refused(tmp_path: Path, key: str, message: str) -> None:
+    done = run(1, tmp_path, "--task", "byol", "probe.labeled=null", key)
+    assert done.returncode == 2 and message in done.stderr
+
+
 def test_wrong_use_is_told_in_a_sentence(pictures: Path, tmp_path: Path) -> None:
     cases: list[tuple[list[str], int, str]] = [
         (["--task", "byol", "--init", "missing.safetensors"], 2, "--init missing.safetensors"),
