@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 # Names with the place of their class: a mistyped command is answered before torch is imported.
 TASKS = {
     "byol": "pretext_tasks.byol:BYOL",
+    "dense": "pretext_tasks.dense:Dense",
     "inpainting": "pretext_tasks.inpainting:Inpainting",
     "jigsaw": "pretext_tasks.jigsaw:Jigsaw",
     "simclr": "pretext_tasks.simclr:SimCLR",

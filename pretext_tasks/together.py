@@ -1,7 +1,7 @@
 """Several tasks at once on one backbone: `--task byol+inpainting`.
 
 Every task makes its own views of a picture, has its own heads and targets, and gives its own loss;
-the sum of the losses, weighted, is what is trained on. Below `task.` each has its own keys
+the sum of the losses, weighted, is what is trained on. Tasks that train a neck share it. Below `task.` each has its own keys
 (`task.byol.momentum`), and there are `task.weights` and `task.image_sizes`, by name; what is not
 named weighs 1 and sees the recipe's image_size.
 
@@ -25,6 +25,7 @@ from groundwork.backbones.contract import Backbone
 from groundwork.config import Section
 from groundwork.data.decode import Picture
 from groundwork.errors import UsageError
+from groundwork.necks.yolo12 import YOLO12Neck
 from pretext_tasks.contract import PretextTask, StepOutput, Views, backbone_of
 
 JOIN = "+"
@@ -61,9 +62,23 @@ class Together(PretextTask):
         self.tasks = nn.ModuleDict(
             {name: kind(backbone, getattr(config, name)) for name, kind in self.kinds.items()}
         )
-        necks = [name for name, task in self._tasks() if "neck" in task.product()]
-        if len(necks) > 1:
-            raise UsageError(f"Only one task may train a neck, and {' and '.join(necks)} both do.")
+        self._share_the_neck()
+
+    def _share_the_neck(self) -> None:
+        """Let every task that trains a neck train the first one's. Raises UsageError."""
+        shared: YOLO12Neck | None = None
+        for name, task in self._tasks():
+            neck = task.product().get("neck")
+            if not isinstance(neck, YOLO12Neck):
+                continue
+            if shared is None:
+                shared = neck
+            elif neck.letter != shared.letter:
+                raise UsageError(
+                    f"task.{name}.neck={neck.letter}, and another task's is {shared.letter}: tasks "
+                    "that are trained together share one neck."
+                )
+            task.neck = shared
 
     def _tasks(self) -> list[tuple[str, PretextTask]]:
         return [(name, task) for name, task in self.tasks.items() if isinstance(task, PretextTask)]

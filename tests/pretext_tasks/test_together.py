@@ -76,12 +76,23 @@ def test_targets_move_and_pictures_are_of_both(task: PretextTask, batch: dict[st
     assert {"byol-view_1", "inpainting-reconstruction"} <= set(task.pictures(batch))
 
 
-def test_one_neck_is_kept_and_two_are_refused(
-    kind: type[PretextTask], tiny_backbone: Callable[[], Backbone]
-) -> None:
-    keys = SMALL | {"inpainting": {"width": 16, "neck": "n"}}
-    task = kind(tiny_backbone(), validate(kind.Config, keys, prefix="task."))
-    assert set(task.product()) == {"backbone", "neck"}
+def test_tasks_share_one_neck(make_batch: MakeBatch, tiny_backbone: Callable[[], Backbone]) -> None:
+    kind = load_task("dense+inpainting+byol")
+    keys: dict[str, Any] = {
+        "dense": {"neck": "n", "hidden_width": 16, "projection_width": 8},
+        "inpainting": {"neck": "n", "width": 16},
+        "byol": SMALL["byol"],
+    }
+    config = validate(kind.Config, keys, prefix="task.")
+    task = kind(tiny_backbone(), config)
+    neck = task.product()["neck"]
+    inner = [one for one in task.modules() if isinstance(one, PretextTask) and one is not task]
+    assert [one.product().get("neck") is neck for one in inner] == [True, True, False]
+    task(make_batch(kind, config, 64)).loss.backward()
+    assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
+    keys["inpainting"]["neck"] = "s"
+    with pytest.raises(UsageError, match=r"task\.inpainting\.neck=s, and another task's is n"):
+        kind(tiny_backbone(), validate(kind.Config, keys, prefix="task."))
 
 
 @pytest.mark.parametrize(
