@@ -1,9 +1,9 @@
 """Several tasks at once on one backbone: `--task byol+inpainting`.
 
 Every task makes its own views of a picture, has its own heads and targets, and gives its own loss;
-the sum of the losses, weighted, is what is trained on. Tasks that train a neck share it. Below `task.` each has its own keys
-(`task.byol.momentum`), and there are `task.weights` and `task.image_sizes`, by name; what is not
-named weighs 1 and sees the recipe's image_size.
+the sum of the losses, weighted, is what is trained on. Tasks that train a neck share it. Below
+`task.` each has its own keys (`task.byol.momentum`), and there are `task.weights` and
+`task.image_sizes`, by name; what is not named weighs 1 and sees the recipe's image_size.
 
 Source: the sum of pretext losses on a shared trunk is multi-task self-supervision (Doersch and
 Zisserman 2017, arXiv 1708.07860, section 4). Differs from the paper: there are no lasso weights

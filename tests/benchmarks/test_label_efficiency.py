@@ -1,0 +1,113 @@
+"""The study: what it runs, what it writes, and what it does not run again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.label_efficiency import Study, _parser, inits_of, main
+from benchmarks.label_efficiency_results import draw, table
+from groundwork.errors import UsageError
+
+KEYS = ["threads=1", "data.workers=0"]
+
+
+def _one(init: str, seed: int, ap: float, **more: Any) -> dict[str, Any]:
+    curve = [[10.0, 1.0, ap / 2], [20.0, 2.0, ap]]
+    return {
+        "dataset": "cells", "init": init, "fraction": 5.0, "seed": seed, "steps": 20, "ap": ap,
+        "ap50": ap, "pretrain_minutes": 10.0 * (init != "scratch"), "val_curve": curve, **more,
+    }  # fmt: skip
+
+
+def test_the_table_has_mean_spread_and_what_is_over_scratch(tmp_path: Path) -> None:
+    results = [_one("scratch", 0, 0.2), _one("byol", 1, 0.4), _one("byol", 0, 0.3)]
+    lines = table(results).splitlines()
+    assert lines[2] == (
+        "| cells | 5 % | byol | 10 | 20 | 2 | 0.350 (0.300 to 0.400) | 0.350 (0.300 to 0.400) "
+        "| +15.0 |"
+    )
+    assert lines[3].startswith("| cells | 5 % | scratch | 0 | 20 | 1 | 0.200 | 0.200 | +0.0 |")
+    [file] = draw(results, tmp_path)
+    assert file.name == "label_efficiency-cells-5pct.png" and file.stat().st_size > 5000
+
+
+def _options(data: Path, work: Path, *more: str) -> list[str]:
+    return [
+        "--data", str(data), "--work", str(work), "--results", str(work / "results.json"), *more,
+    ]  # fmt: skip
+
+
+def test_a_plan_says_what_an_init_is(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "finetune: [optim.lr=0.001]\n"
+        "inits:\n"
+        "  mine: {recipe: {one: medical, two: aerial}, pretrain: [task.neck=n]}\n"
+        "  other: {weights: file.safetensors, minutes: 7}\n"
+        "  scratch: {finetune: [optim.lr=0.002]}\n"
+        "  wrong: {recipee: byol}\n"
+    )
+    arguments = ["--inits", "scratch", "mine", "other", "byol", "--plan", str(plan)]
+    options = _parser().parse_args(_options(tmp_path / "two", tmp_path, *arguments))
+    scratch, mine, other, byol = inits_of(options, tmp_path / "two")
+    assert scratch.recipe is None and scratch.finetune == ("optim.lr=0.001", "optim.lr=0.002")
+    assert (mine.recipe, mine.pretrain, mine.minutes) == ("aerial", ("task.neck=n",), 10.0)
+    assert other.weights == Path("file.safetensors") and other.minutes == 7
+    assert byol.recipe == "byol"
+    options.inits = ["wrong"]
+    with pytest.raises(UsageError, match=r"wrong has unknown key.* recipee"):
+        inits_of(options, tmp_path / "two")
+
+
+def test_a_fraction_is_drawn_by_the_seed_and_a_given_list_is_taken(
+    labeled: Path, tmp_path: Path
+) -> None:
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "labeled-05pct-seed0.txt").write_text("00.png\n")
+    arguments = ["--inits", "scratch", "--lists", str(lists)]
+    study = Study(_parser().parse_args(_options(labeled, tmp_path, *arguments)), labeled)
+    assert study.names(5, 0) == lists / "labeled-05pct-seed0.txt"
+    drawn = [study.names(50, seed) for seed in (0, 1)]
+    names = [file.read_text().split() for file in drawn if file is not None]
+    assert [len(one) for one in names] == [5, 5] and names[0] != names[1]
+    assert study.names(100, 0) is None
+
+
+@pytest.mark.slow
+def test_the_study_runs_chooses_on_val_and_goes_on(labeled: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    arguments = _options(
+        labeled, work, "--inits", "scratch", "inpainting", "--fractions", "50", "--seeds", "2",
+        "--steps", "1", "2", "--image-size", "64", "--batch-size", "2", "--pretrain-minutes",
+        "0.02", "--pretrain", "image_size=64", "batch_size=2", "probe.times=0", "report=false",
+        *KEYS, "--finetune", "eval.times=2", *KEYS,
+    )  # fmt: skip
+    assert main(arguments) == 0
+    results = json.loads((work / "results.json").read_text())
+    assert [(one["init"], one["seed"]) for one in results] == [
+        ("inpainting", 0), ("inpainting", 1), ("scratch", 0), ("scratch", 1),
+    ]  # fmt: skip
+    runs = {path.name for path in (work / "labeled").iterdir() if path.is_dir()}
+    for init in ("scratch", "inpainting"):
+        first, second = (one for one in results if one["init"] == init)
+        best = max((1, 2), key=lambda n: (first["val_ap_by_steps"][str(n)], -n))
+        assert first["steps"] == second["steps"] == best
+        assert list(second["val_ap_by_steps"]) == [str(best)]
+        assert {f"{init}-50pct-seed0-1", f"{init}-50pct-seed0-2"} <= runs
+        assert "finetune.run" in first["command"] and len(first["weights_sha256"]) == 64
+        assert [point[0] for point in first["val_curve"]] == ([1.0] if best == 1 else [1.0, 2.0])
+    assert (work / "results.md").read_text().count("\n") == 4
+    # Again: nothing is trained. A cell that was lost is trained no more than it has to be.
+    stamps = {path: path.stat().st_mtime_ns for path in work.rglob("metrics.jsonl")}
+    (work / "results.json").write_text(json.dumps(results[:-1]))
+    (work / "labeled" / "scratch-50pct-seed0-1" / "results.json").unlink()
+    assert main(arguments) == 0
+    assert json.loads((work / "results.json").read_text()) == results
+    moved = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
+    assert {path.parent.name for path in moved} <= {"scratch-50pct-seed0-1"}
