@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +34,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from finetune.detector import Detections
+from groundwork.data.tiles import Tile, tiles_of
 
 # A picture is cut when its longer side is over so many tiles: below, the whole shows as much.
 WORTH = 1.5
@@ -49,38 +49,9 @@ Pixels = npt.NDArray[np.uint8]
 Find = Callable[[Pixels, int], Detections]
 
 
-class Tile(NamedTuple):
-    """An area of the picture, in whole pixels."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-
 def needs_tiles(width: int, height: int, tile: int) -> bool:
     """Tell whether a picture is large enough to be cut."""
     return max(width, height) > WORTH * tile
-
-
-def tiles_of(width: int, height: int, tile: int, overlap: float) -> list[Tile]:
-    """Lay tiles over a picture, row by row: evenly, sharing at least `overlap` of their side.
-
-    Each is tile x tile pixels, or as high (wide) as the picture where that is less.
-    """
-    return [
-        Tile(left, top, min(left + tile, width), min(top + tile, height))
-        for top in _starts(height, tile, overlap)
-        for left in _starts(width, tile, overlap)
-    ]
-
-
-def _starts(side: int, tile: int, overlap: float) -> list[int]:
-    if side <= tile:
-        return [0]
-    step = max(1, math.floor(tile * (1 - overlap)))
-    steps = math.ceil((side - tile) / step)
-    return [number * (side - tile) // steps for number in range(steps + 1)]
 
 
 def find_in_tiles(

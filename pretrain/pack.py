@@ -38,10 +38,10 @@ Pack pictures into WebDataset tar shards with an index.
 IMAGES are folders (searched with all that is below them), list files (.txt, one path a line,
 relative to the list's own folder) or single pictures. SHARDS is a folder for the result alone.
 
-The bytes of a picture are kept as they are, unless --resize is given. Each picture is decoded
-once on the way; those that cannot be are left out, and noted in SHARDS/{QUARANTINE_NAME} with the
-reason. A pack that was stopped, or killed, goes on where it stopped when the same command is
-given again; until it has finished, SHARDS has no index.json and is not taken for a data set.
+The bytes of a picture are kept as they are, unless --resize or --tiles is given. Each picture is
+decoded once on the way; those that cannot be are left out, and noted in SHARDS/{QUARANTINE_NAME}
+with the reason. A pack that was stopped, or killed, goes on where it stopped when the same command
+is given again; until it has finished, SHARDS has no index.json and is not taken for a data set.
 
 Shards are read by this project and by any webdataset reader. A picture's key is its path less the
 extension, with the dots of the file name written as %2E (webdataset cuts at the first dot); where
@@ -105,6 +105,21 @@ def _pack_parser() -> argparse.ArgumentParser:
         type=_positive,
         help="shrink pictures whose shortest side is longer than SIDE to that side, upright, and "
         f"encode them anew (JPEG, quality {JPEG_QUALITY}); smaller ones keep their bytes",
+    )
+    parser.add_argument(
+        "--tiles",
+        metavar="SIDE",
+        type=_positive,
+        help="cut pictures that are larger than SIDE in either direction into tiles of SIDE x SIDE "
+        f"pixels (JPEG, quality {JPEG_QUALITY}), so that a crop does not decode a whole scene",
+    )
+    parser.add_argument(
+        "--overlap",
+        metavar="SHARE",
+        type=_share,
+        default=0.0,
+        help="share of a tile's side that neighbours have in common, at least (default "
+        "%(default)s)",
     )
     parser.add_argument(
         "--shard-size",
@@ -185,6 +200,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 0.9:
+        raise ValueError
+    return value
+
+
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -200,6 +222,13 @@ def _pack(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.shards
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"SHARDS must be a folder, and {str(folder)!r} is a file.")
+    if arguments.tiles is not None and (
+        arguments.resize is not None or arguments.labels or arguments.class_folders
+    ):
+        raise UsageError(
+            "--tiles is for pictures without labels, at their own size: leave out --resize, "
+            "--labels and --class-folders."
+        )
     findings = find_pictures(arguments.images, class_folders=arguments.class_folders)
     pictures: Sequence[Source] = findings.pictures
     dropped: list[tuple[str, str]] = []
@@ -210,7 +239,12 @@ def _pack(arguments: argparse.Namespace) -> int:
     if lookup is not None:
         pictures, classes = with_labels(pictures, lookup), list(lookup.names)
     options = Options(
-        arguments.resize, arguments.max_pixels, tuple(classes), labeled=lookup is not None
+        arguments.resize,
+        arguments.max_pixels,
+        tuple(classes),
+        labeled=lookup is not None,
+        tiles=arguments.tiles,
+        overlap=arguments.overlap,
     )
     plan = plan_shards(
         pictures,

@@ -20,10 +20,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from groundwork.data.decode import Picture, open_picture
@@ -38,6 +40,7 @@ from groundwork.data.shard_index import (
 )
 from groundwork.data.shards import UNFINISHED_NAME, read_set_index
 from groundwork.data.tar_format import MAX_MEMBER_BYTES, picture_suffix
+from groundwork.data.tiles import tiles_of
 from groundwork.data.write_shards import (
     TEMPORARY_SUFFIX,
     Entry,
@@ -55,14 +58,24 @@ _LOCK_NAME = ".pack.lock"
 JPEG_QUALITY = 90
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Options:
     """What happens to each picture on its way into a shard."""
 
     resize: int | None  # shortest side in pixels; None keeps the original bytes
     max_pixels: int
     classes: tuple[str, ...] = ()
-    labeled: bool = field(default=False, repr=False)  # what the plan knows from the labels
+    labeled: bool = False  # what the plan knows from the labels
+    tiles: int | None = None  # side in pixels; None keeps a picture in one piece
+    overlap: float = 0.0  # of a tile's side, at least, that it shares with the next
+
+    def __repr__(self) -> str:
+        """What a plan is hashed with: options that older packings did not have are left out."""
+        tiles = "" if self.tiles is None else f", tiles={self.tiles}, overlap={self.overlap}"
+        return (
+            f"Options(resize={self.resize!r}, max_pixels={self.max_pixels!r}, "
+            f"classes={self.classes!r}{tiles})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +107,12 @@ def pack_shard(folder: Path, shard: PlannedShard, options: Options, tick: Tick) 
             tick()
             defects = Defects()
             try:
-                entry = _entry(picture, options, defects)
+                made = _entries(picture, options, defects)
             except DataError as error:
                 quarantined.append([picture.path, str(error)])
             else:
                 mended.extend([picture.path, found.reason, found.shown()] for found in defects)
-                yield entry
+                yield from made
 
     try:
         samples = write_shard(
@@ -118,8 +131,11 @@ def pack_shard(folder: Path, shard: PlannedShard, options: Options, tick: Tick) 
     return Packed(Row.of(shard.name, samples), quarantined, mended, True)
 
 
-def _entry(picture: Source, options: Options, defects: Defects) -> Entry:
-    """Read and check one picture. Raises DataError with the reason why it cannot be used."""
+def _entries(picture: Source, options: Options, defects: Defects) -> list[Entry]:
+    """Read and check one picture: one entry, or one for each of its tiles.
+
+    Raises DataError with the reason why it cannot be used.
+    """
     suffix = picture_suffix(picture.path)
     if suffix is None:
         raise DataError("its name does not end like that of a picture")
@@ -130,6 +146,8 @@ def _entry(picture: Source, options: Options, defects: Defects) -> Entry:
     except OSError as error:
         raise DataError(f"it cannot be read: {error.strerror}") from error
     opened = open_picture(content, max_pixels=options.max_pixels)
+    if options.tiles is not None and max(opened.width, opened.height) > options.tiles:
+        return _tiles(picture, opened, options.tiles, options.overlap)
     size = opened.height, opened.width
     if options.resize is not None and min(size) > options.resize:
         size = _resized_to(opened, options.resize)
@@ -143,7 +161,19 @@ def _entry(picture: Source, options: Options, defects: Defects) -> Entry:
     if picture.label is not None:
         # A number, since webdataset decodes `cls` with int(); the index has the name.
         members["cls"] = str(options.classes.index(picture.label)).encode()
-    return Entry(picture.key, members, picture.path, picture.label)
+    return [Entry(picture.key, members, picture.path, picture.label)]
+
+
+def _tiles(picture: Source, opened: Picture, side: int, overlap: float) -> list[Entry]:
+    """Cut a large picture; a tile's key and path say where it lies: scene_x512_y1024."""
+    pixels = opened.pixels()
+    stem, _, ending = picture.path.rpartition(".")
+    entries = []
+    for left, top, right, bottom in tiles_of(opened.width, opened.height, side, overlap):
+        place = f"_x{left}_y{top}"
+        members = {"jpg": _jpeg(pixels[top:bottom, left:right])}
+        entries.append(Entry(f"{picture.key}{place}", members, f"{stem}{place}.{ending}"))
+    return entries
 
 
 def _check_pixels(picture: Picture) -> None:
@@ -165,8 +195,12 @@ def _resized_to(picture: Picture, side: int) -> tuple[int, int]:
 def _resized(picture: Picture, size: tuple[int, int]) -> bytes:
     """Encode anew with this height and width."""
     whole = (0.0, 0.0, float(picture.width), float(picture.height))
+    return _jpeg(picture.cut([whole], size)[0])
+
+
+def _jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture.cut([whole], size)[0]).save(file, "JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
 
 

@@ -83,7 +83,7 @@ def test_the_study_runs_chooses_on_val_and_goes_on(labeled: Path, tmp_path: Path
     work = tmp_path / "work"
     work.mkdir()
     arguments = _options(
-        labeled, work, "--inits", "scratch", "inpainting", "--fractions", "50", "--seeds", "2",
+        labeled, work, "--inits", "inpainting", "--fractions", "50", "--seeds", "2",
         "--steps", "1", "2", "--image-size", "64", "--batch-size", "2", "--pretrain-minutes",
         "0.02", "--pretrain", "image_size=64", "batch_size=2", "probe.times=0", "report=false",
         *KEYS, "--finetune", "eval.times=2", *KEYS,
@@ -91,23 +91,22 @@ def test_the_study_runs_chooses_on_val_and_goes_on(labeled: Path, tmp_path: Path
     assert main(arguments) == 0
     results = json.loads((work / "results.json").read_text())
     assert [(one["init"], one["seed"]) for one in results] == [
-        ("inpainting", 0), ("inpainting", 1), ("scratch", 0), ("scratch", 1),
+        ("inpainting", 0), ("inpainting", 1),
     ]  # fmt: skip
     runs = {path.name for path in (work / "labeled").iterdir() if path.is_dir()}
-    for init in ("scratch", "inpainting"):
-        first, second = (one for one in results if one["init"] == init)
-        best = max((1, 2), key=lambda n: (first["val_ap_by_steps"][str(n)], -n))
-        assert first["steps"] == second["steps"] == best
-        assert list(second["val_ap_by_steps"]) == [str(best)]
-        assert {f"{init}-50pct-seed0-1", f"{init}-50pct-seed0-2"} <= runs
-        assert "finetune.run" in first["command"] and len(first["weights_sha256"]) == 64
-        assert [point[0] for point in first["val_curve"]] == ([1.0] if best == 1 else [1.0, 2.0])
-    assert (work / "results.md").read_text().count("\n") == 4
+    first, second = results
+    best = max((1, 2), key=lambda n: (first["val_ap_by_steps"][str(n)], -n))
+    assert first["steps"] == second["steps"] == best
+    assert list(second["val_ap_by_steps"]) == [str(best)]
+    assert {"inpainting-50pct-seed0-1", "inpainting-50pct-seed0-2"} <= runs
+    assert "finetune.run" in first["command"] and len(first["weights_sha256"]) == 64
+    assert [point[0] for point in first["val_curve"]] == ([1.0] if best == 1 else [1.0, 2.0])
+    assert (work / "results.md").read_text().count("\n") == 3
     # Again: nothing is trained. A cell that was lost is trained no more than it has to be.
     stamps = {path: path.stat().st_mtime_ns for path in work.rglob("metrics.jsonl")}
     (work / "results.json").write_text(json.dumps(results[:-1]))
-    (work / "labeled" / "scratch-50pct-seed0-1" / "results.json").unlink()
+    (work / "labeled" / "inpainting-50pct-seed0-1" / "results.json").unlink()
     assert main(arguments) == 0
     assert json.loads((work / "results.json").read_text()) == results
     moved = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
-    assert {path.parent.name for path in moved} <= {"scratch-50pct-seed0-1"}
+    assert {path.parent.name for path in moved} <= {"inpainting-50pct-seed0-1"}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from finetune.detector import Detections
-from finetune.tiles import Find, find_in_tiles, merge, needs_tiles, tiles_of
+from finetune.tiles import Find, find_in_tiles, merge, needs_tiles
+from groundwork.data.tiles import tiles_of
 
 TILE, OVERLAP = 128, 0.25
 Pixels = npt.NDArray[np.uint8]

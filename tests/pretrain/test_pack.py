@@ -185,6 +185,29 @@ def test_resize_shrinks_the_shortest_side_and_leaves_small_pictures_alone(
     assert np.abs(picture.pixels() - expected).mean() < 6  # another turn would give 60 and more
 
 
+def test_large_pictures_are_cut_into_tiles_that_say_where_they_lie(
+    tmp_path: Path, make_jpeg: MakeJpeg
+) -> None:
+    (tmp_path / "images").mkdir()
+    small = make_jpeg(1, 64, 48)
+    (tmp_path / "images" / "small.jpg").write_bytes(small)
+    y, x = np.mgrid[0:64, 0:150]
+    scene = np.stack((x, y, 0 * x), 2).astype(np.uint8)
+    Image.fromarray(scene).save(tmp_path / "images" / "scene.1.png")
+    assert run(tmp_path / "images", tmp_path / "shards", "--tiles", 64, "--overlap", 0.25) == 0
+    shards = open_shards(tmp_path / "shards", tmp_path)
+    found = stored(shards)
+    assert found.pop("small.jpg") == small
+    lefts = [0, 43, 86]  # evenly, at least 16 of 64 px in common
+    assert sorted(found) == [f"scene.1_x{left}_y0.png" for left in lefts]
+    for left in lefts:
+        tile = open_picture(found[f"scene.1_x{left}_y0.png"]).pixels().astype(int)
+        assert np.abs(tile - scene[:, left : left + 64]).mean() < 4
+    again = [str(tmp_path / "images"), str(tmp_path / "shards"), "--tiles", "32", "--workers", "1"]
+    assert main(again) == 2  # another packing than the folder's
+    assert run(tmp_path / "images", tmp_path / "other", "--tiles", 64, "--resize", 32) == 2
+
+
 def test_class_folders_become_labels(tmp_path: Path, make_jpeg: MakeJpeg) -> None:
     names = ["ship/a/1.jpg", "plane/2.jpg", "ship/3.jpg", "4.jpg"]
     write_pictures(tmp_path / "images", names, make_jpeg)
@@ -309,7 +332,7 @@ def test_a_stopped_pack_goes_on_and_ends_as_if_it_had_not_been(
 ) -> None:
     assert run(images, tmp_path / "whole", "--shard-size", 2) == 0
     folder = tmp_path / "shards"
-    entry, calls = pack_shards._entry, 0
+    entry, calls = pack_shards._entries, 0
 
     def break_off(*arguments: object) -> object:
         nonlocal calls
@@ -318,7 +341,7 @@ def test_a_stopped_pack_goes_on_and_ends_as_if_it_had_not_been(
             raise KeyboardInterrupt
         return entry(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pack_shards, "_entry", break_off)
+    monkeypatch.setattr(pack_shards, "_entries", break_off)
     assert run(images, folder, "--shard-size", 2) == 130
     assert sorted(path.name for path in folder.glob("*.tar*")) == [
         "shard-000000.tar",
