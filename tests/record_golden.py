@@ -25,6 +25,7 @@ KEYS = [
     "threads=1",
     "probe.labeled=null",
     "probe.times=0",
+    "report=false",
 ]
 
 
