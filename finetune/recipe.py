@@ -170,7 +170,7 @@ class Recipe(Section):
     schedule: Schedule = Schedule(final=0.01)
     ema: Ema = Ema(enabled=True, decay=0.9998)
     ema_from: Fraction = 0.0  # share of the budget before which the average just follows
-    # BatchNorm of a pretrained backbone: measured anew on the labeled pictures before the first
+    # BatchNorm of a pretrained start: measured anew on the labeled pictures before the first
     # step, taken from the file, or taken from the file and never changed.
     batchnorm: Literal["measure", "file", "freeze"] = "measure"
     freeze: Freeze = Freeze()

@@ -104,29 +104,31 @@ def scale_learning_rates(detector: Detector, optim: Optim) -> None:
 
 @torch.no_grad()
 def measure_batchnorm(detector: Detector, samples: Samples, order: Order, image_size: int) -> None:
-    """Give the backbone's BatchNorm the statistics of the labeled pictures, as they will be shown.
+    """Give BatchNorm of backbone and neck the statistics of the labeled pictures, as shown.
 
-    What a backbone was pretrained on (views, masked pictures, another size) has other statistics.
-    Every rank measures the same pictures and gets the same numbers.
+    What they were pretrained on (views, masked pictures, another size) has other statistics. Every
+    rank measures the same pictures and gets the same numbers.
     """
     device = next(detector.parameters()).device
     count = min(MEASURED, len(samples))
     loader = Loader(samples, order, _Whole(image_size), seed=0, batch_size=min(_AT_ONCE, count))
     backbone = detector.backbone
-    training = backbone.training
-    backbone.eval()
+    measured = nn.ModuleList([backbone, detector.neck])
+    modes = [(module, module.training) for module in measured.modules()]
+    measured.eval()
 
     def run() -> None:
         batches = iter(loader)
         for _ in range(max(1, count // min(_AT_ONCE, count))):
             image = next(batches).views["image"].to(device)
-            backbone(colour.normalise(image, backbone.mean, backbone.std))
+            detector.neck(backbone(colour.normalise(image, backbone.mean, backbone.std)))
 
     try:
-        measure_statistics(backbone, run)
+        measure_statistics(measured, run)
     finally:
         loader.close()
-        backbone.train(training)
+        for module, mode in modes:
+            module.training = mode
 
 
 @dataclass(frozen=True)
