@@ -61,7 +61,7 @@ def test_the_page_has_everything_in_it(run: Path) -> None:
     assert "Nearest neighbours" in page and "C4: the three main directions" in page
     assert "weight_decay" in page and "&quot;cores&quot;: 2" in page
     # No address to load from, and names are text.
-    assert not re.search(r"(src|href)=\"?(?!data:)", page)
+    assert not re.search(r'(src|href)=(?!"data:)', page)
     assert "run &lt;1&gt;" in page and "<kept>" not in page
 
 
