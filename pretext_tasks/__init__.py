@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 TASKS = {
     "byol": "pretext_tasks.byol:BYOL",
     "dense": "pretext_tasks.dense:Dense",
+    "distill": "pretext_tasks.distill:Distill",
     "inpainting": "pretext_tasks.inpainting:Inpainting",
     "jigsaw": "pretext_tasks.jigsaw:Jigsaw",
     "simclr": "pretext_tasks.simclr:SimCLR",

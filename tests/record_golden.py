@@ -38,6 +38,29 @@ def write_pictures(folder: Path) -> None:
         image.save(folder / f"{seed:02d}.png")
 
 
+TEACHER = "timm/test_vit"  # 0.4 million parameters, made by timm for tests
+
+
+def write_teacher(file: Path) -> None:
+    """Write a teacher's weights as timm would: random ones."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(TEACHER.removeprefix("timm/"), pretrained=False)
+    save_file(dict(model.state_dict()), file)
+
+
+def keys_of(task: str, folder: Path) -> list[str]:
+    """Return what a task must be told: distillation, of its teacher."""
+    if task != "distill":
+        return []
+    write_teacher(folder / "teacher.safetensors")
+    return [f"task.teacher={TEACHER}", f"task.weights={folder / 'teacher.safetensors'}"]
+
+
 def first_losses(task: str) -> list[float]:
     """Run ten steps of a task by its own recipe's settings, on one thread."""
     with tempfile.TemporaryDirectory() as name:
@@ -45,7 +68,15 @@ def first_losses(task: str) -> list[float]:
         write_pictures(folder / "pictures")
         out = folder / "out"
         done = run(
-            1, folder, "--task", task, "--out", str(out), f"data.train={folder / 'pictures'}", *KEYS
+            1,
+            folder,
+            "--task",
+            task,
+            "--out",
+            str(out),
+            f"data.train={folder / 'pictures'}",
+            *KEYS,
+            *keys_of(task, folder),
         )
         if done.returncode:
             raise RuntimeError(done.stderr)

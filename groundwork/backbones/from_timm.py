@@ -22,7 +22,8 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import timm
 import torch
@@ -30,7 +31,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from groundwork.backbones.contract import STRIDES, Backbone, Level, Pyramid
-from groundwork.errors import UsageError
+from groundwork.errors import CheckpointError, UsageError
 
 PREFIX = "timm/"
 
@@ -107,7 +108,70 @@ class TimmBackbone(Backbone):
         return outputs
 
 
-def convert(backbone: TimmBackbone, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+class TimmTeacher(nn.Module):
+    """Any timm model's last feature map, transformers too, frozen: what a student is to match.
+
+    `stride` is the pixels of a cell, `channels` the map's. Inputs are normalised with `mean` and
+    `std`, and their sides are multiples of `stride`. Raises UsageError where there is no such
+    model, or it gives no map.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.model = _create(name, any_size=True)
+        if not hasattr(self.model, "forward_intermediates"):
+            raise UsageError(
+                f"{name} has no forward_intermediates in timm {timm.__version__}: choose another "
+                "teacher, or a newer timm."
+            )
+        last = self.model.feature_info[-1]
+        self.stride, self.channels = int(last["reduction"]), int(last["num_chs"])
+        source = self.model.pretrained_cfg
+        self.mean, self.std = _three(source["mean"]), _three(source["std"])
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: a teacher does not change."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """N 3 H W -> N, channels, H / stride, W / stride."""
+        [last] = self.model.forward_intermediates(
+            image, indices=1, output_fmt="NCHW", intermediates_only=True
+        )
+        found: Tensor = last
+        return found
+
+    def load(self, path: Path) -> None:
+        """Take the weights of a timm checkpoint; what the last map does not need may be missing.
+
+        Raises CheckpointError where the file cannot be read or does not hold the model.
+        """
+        from groundwork.backbones.load import ENOUGH, fit, report_of, take, unwrap
+        from groundwork.backbones.product import read_tensors
+
+        tensors, _ = read_tensors(path)
+        own = dict(self.state_dict())
+        chosen = fit(own, tensors)
+        if len(chosen) < len(own):
+            plain = {unwrap(key, own)[0].removeprefix("model."): v for key, v in tensors.items()}
+            converted = convert(self, plain)
+            if converted is not None and len(better := fit(own, converted)) > len(chosen):
+                chosen, tensors = better, converted
+        report = report_of(path, own, tensors, chosen)
+        if report.share < ENOUGH:
+            raise CheckpointError(
+                report.refusal(f"the teacher {self.name}", "Set task.teacher to the file's model.")
+            )
+        take(own, tensors, chosen, path)
+
+
+def convert(
+    backbone: TimmBackbone | TimmTeacher, tensors: dict[str, Tensor]
+) -> dict[str, Tensor] | None:
     """Turn the names of an older checkpoint into timm's of today, as timm itself would.
 
     Returns None where timm has no such conversion for this family, or it does not fit the file.
@@ -135,8 +199,11 @@ def whole_state(name: str) -> dict[str, Tensor]:
     return state
 
 
-def _create(name: str) -> Any:
-    """Build the model with random weights, without classifier, for pictures of any size."""
+def _create(name: str, *, any_size: bool = False) -> Any:
+    """Build the model with random weights, without classifier, for pictures of any size.
+
+    `any_size` asks of plain transformers, too, that they take other grids than their own.
+    """
     known = name.removeprefix(PREFIX)
     if not timm.is_model(known):  # also what would be a download, such as hf-hub:...
         near = difflib.get_close_matches(known, timm.list_models(), n=3, cutoff=0.5)
@@ -150,6 +217,8 @@ def _create(name: str) -> Any:
         raise UsageError(f"{name} cannot be built: {error}") from error
     if "strict_img_size" in inspect.signature(type(model)).parameters:
         model = timm.create_model(known, pretrained=False, num_classes=0, strict_img_size=False)
+    if any_size and "dynamic_img_size" in inspect.signature(type(model)).parameters:
+        model = timm.create_model(known, pretrained=False, num_classes=0, dynamic_img_size=True)
     return model
 
 

@@ -13,6 +13,7 @@ from groundwork.backbones.contract import IMAGENET_MEAN, IMAGENET_STD, Backbone,
 from groundwork.config import Section
 from groundwork.data.decode import open_picture
 from pretext_tasks.contract import PretextTask
+from tests.record_golden import TEACHER, write_teacher
 
 MakeBatch = Callable[..., dict[str, Tensor]]
 
@@ -63,5 +64,21 @@ def make_batch(make_jpeg: Callable[..., bytes]) -> MakeBatch:
             name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
             for name in samples[0]
         }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def default_config(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[type[PretextTask]], Section]:
+    """Give a task's default configuration; a task that wants a file gets a small one."""
+
+    def make(kind: type[PretextTask]) -> Section:
+        if "weights" not in kind.Config.model_fields:
+            return kind.Config()
+        file = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+        write_teacher(file)
+        return kind.Config.model_validate({"teacher": TEACHER, "weights": str(file)})
 
     return make

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from groundwork.backbones.contract import Backbone
+from groundwork.config import Section
 from groundwork.data.decode import open_picture
 from pretext_tasks import TASKS, load_task
 from pretext_tasks.contract import PretextTask, Views, backbone_of
@@ -30,22 +31,31 @@ def kind(request: pytest.FixtureRequest) -> type[PretextTask]:
 
 
 @pytest.fixture
-def views(kind: type[PretextTask]) -> Views:
-    return kind.views(kind.Config(), IMAGE_SIZE)
+def config(
+    kind: type[PretextTask], default_config: Callable[[type[PretextTask]], Section]
+) -> Section:
+    return default_config(kind)
 
 
 @pytest.fixture
-def make_task(kind: type[PretextTask], tiny_backbone: Callable[[], Backbone]) -> MakeTask:
+def views(kind: type[PretextTask], config: Section) -> Views:
+    return kind.views(config, IMAGE_SIZE)
+
+
+@pytest.fixture
+def make_task(
+    kind: type[PretextTask], config: Section, tiny_backbone: Callable[[], Backbone]
+) -> MakeTask:
     def make(seed: int = 0) -> PretextTask:
         torch.manual_seed(seed)
-        return kind(tiny_backbone(), kind.Config())
+        return kind(tiny_backbone(), config)
 
     return make
 
 
 @pytest.fixture
-def batch(kind: type[PretextTask], make_batch: MakeBatch) -> dict[str, Tensor]:
-    return make_batch(kind, kind.Config(), IMAGE_SIZE)
+def batch(kind: type[PretextTask], config: Section, make_batch: MakeBatch) -> dict[str, Tensor]:
+    return make_batch(kind, config, IMAGE_SIZE)
 
 
 def _generator(position: int) -> np.random.Generator:
@@ -175,10 +185,10 @@ def test_a_few_steps_lower_the_loss(make_task: MakeTask, batch: dict[str, Tensor
 
 
 def test_the_product_is_the_backbone_it_was_given(
-    kind: type[PretextTask], tiny_backbone: Callable[[], Backbone]
+    kind: type[PretextTask], config: Section, tiny_backbone: Callable[[], Backbone]
 ) -> None:
     backbone = tiny_backbone()
-    task = kind(backbone, kind.Config())
+    task = kind(backbone, config)
     assert backbone_of(task) is backbone
     assert set(task.product()) <= {"backbone", "neck"}
 

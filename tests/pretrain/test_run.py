@@ -27,6 +27,7 @@ from tests.pretrain.commands import (
     run,
     status,
 )
+from tests.record_golden import keys_of
 
 LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch"]
 
@@ -67,7 +68,7 @@ def test_the_literal_command_trains_and_keeps_the_backbone(
 ) -> None:
     done = subprocess.run(
         [*LAUNCHER, str(ROOT / "pretrain/run.py"), "--task", task, "--out", "out",
-         f"data.train={pictures}", "budget.steps=3", *TINY],
+         f"data.train={pictures}", "budget.steps=3", *TINY, *keys_of(task, tmp_path)],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -98,6 +99,7 @@ def test_a_run_stopped_twice_in_an_epoch_and_in_the_next_is_bit_exact(
     # 22 pictures, batches of 8: steps 1, 2 and part of 3 are epoch one; 4 lies in epoch two.
     keys = [f"data.train={pictures}", "budget.steps=8", "checkpoint.every_steps=1", *TINY]
     keys += ["checkpoint.keep=20", "ema.enabled=true", "log.samples=true"]
+    keys += keys_of(task, tmp_path)
     whole = tmp_path / "whole"
     done = run(1, tmp_path, "--task", task, "--out", str(whole), *keys)
     assert done.returncode == 0, done.stderr
