@@ -34,6 +34,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -91,14 +92,16 @@ class Study:
             return None
         run = self.work / f"pretrain-{init.name}"
         file = run / "pretrained.safetensors"
+        flags = ["--recipe", init.recipe]
+        keys = [
+            f"data.train={self.options.unlabeled or self.data / 'images' / 'train'}",
+            f"budget.minutes={init.minutes}",
+            "probe.labeled=null",
+            *init.pretrain,
+        ]
+        _same_as_before(run, ["-m", "pretrain.run", "--out", str(run), *flags, *keys])
         if not file.is_file():
-            keys = [
-                f"data.train={self.options.unlabeled or self.data / 'images' / 'train'}",
-                f"budget.minutes={init.minutes}",
-                "probe.labeled=null",
-                *init.pretrain,
-            ]
-            _go_on("pretrain.run", run, ["--recipe", init.recipe], keys)
+            _go_on("pretrain.run", run, flags, keys)
         return file
 
     def names(self, fraction: float, seed: int) -> Path | None:
@@ -125,20 +128,22 @@ class Study:
     def train(self, init: Init, fraction: float, seed: int, steps: int) -> Path:
         """Fine-tune, unless it is done, and return the run folder."""
         run = self.work / f"{init.name}-{fraction:g}pct-seed{seed}-{steps}"
+        weights = self.weights(init)
+        flags = [] if weights is None else ["--init", str(weights)]
+        names = self.names(fraction, seed)
+        keys = [
+            f"data.train={self.data}",
+            *([] if names is None else [f"data.train_list={names}"]),
+            f"image_size={self.options.image_size}",
+            f"batch_size={self.options.batch_size}",
+            f"budget.steps={steps}",
+            f"seed={seed}",
+            "eval.test=false",
+            *init.finetune,
+        ]
+        _same_as_before(run, ["-m", "finetune.run", "--out", str(run), *flags, *keys])
         if not (run / "results.json").is_file():
-            weights = self.weights(init)
-            names = self.names(fraction, seed)
-            keys = [
-                f"data.train={self.data}",
-                *([] if names is None else [f"data.train_list={names}"]),
-                f"image_size={self.options.image_size}",
-                f"batch_size={self.options.batch_size}",
-                f"budget.steps={steps}",
-                f"seed={seed}",
-                "eval.test=false",
-                *init.finetune,
-            ]
-            _go_on("finetune.run", run, [] if weights is None else ["--init", str(weights)], keys)
+            _go_on("finetune.run", run, flags, keys)
         return run
 
     def cell(self, init: Init, fraction: float, seed: int, lengths: Sequence[int]) -> int:
@@ -158,7 +163,14 @@ class Study:
         )  # fmt: skip
         test.close()
         assert scored is not None
-        self.results[:] = [one for one in self.results if not where.items() <= one.items()]
+        # Rows of another length, of seeds that ran before this one was chosen, are not comparable.
+        mine = {key: where[key] for key in ("dataset", "init", "fraction")}
+        self.results[:] = [
+            one
+            for one in self.results
+            if not where.items() <= one.items()
+            and not (mine.items() <= one.items() and one["steps"] != best)
+        ]
         self.results.append(
             {
                 **where,
@@ -169,7 +181,7 @@ class Study:
                 "val_ap_by_steps": {str(steps): ap for steps, ap in found.items()},
                 "val_curve": curve(run),
                 "pretrain_minutes": init.minutes,
-                "command": (run / "command.txt").read_text().strip(),
+                "command": (run.parent / f"{run.name}.command.txt").read_text().strip(),
                 "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
             }
         )
@@ -196,17 +208,26 @@ def _val_ap(run: Path) -> float:
 
 def _go_on(module: str, run: Path, flags: list[str], keys: list[str]) -> None:
     """Run a command to its end, from its last checkpoint where there is one."""
-    if (run / "recipe.yaml").is_file():
+    command = [sys.executable, "-m", module, "--out", str(run), *flags, *keys]
+    if any((run / "checkpoints").glob("*/manifest.json")):
         command = [sys.executable, "-m", module, "--resume", str(run)]
-    else:
-        command = [sys.executable, "-m", module, "--out", str(run), *flags, *keys]
+    elif run.is_dir():  # it was stopped before it had saved anything
+        shutil.rmtree(run)
     logger.info("%s", " ".join(command[1:]))
     with (run.parent / f"{run.name}.txt").open("a") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
         raise DataError(f"{module} ended with {done.returncode}: see {log.name}.")
-    if "--resume" not in command:
-        (run / "command.txt").write_text(" ".join(["python", *command[1:]]) + "\n")
+
+
+def _same_as_before(run: Path, command: Sequence[str]) -> None:
+    """Note how a run is made. Raises UsageError where it was made in another way."""
+    note, told = run.parent / f"{run.name}.command.txt", " ".join(["python", *command]) + "\n"
+    if note.is_file() and note.read_text() != told:
+        raise UsageError(
+            f"{run} was made by another command ({note}): name another --work, or remove the run."
+        )
+    note.write_text(told)
 
 
 def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:

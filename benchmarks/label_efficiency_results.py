@@ -41,8 +41,10 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for (init,), found in _by(cells, "init"):
-            curves = np.array([one["val_curve"] for one in found if one["val_curve"]])
-            if not len(curves):
+            # Runs that stopped early have shorter curves: the mean is over what all of them have.
+            length = min(len(one["val_curve"]) for one in found)
+            curves = np.array([one["val_curve"][:length] for one in found])
+            if not length:
                 continue
             steps, minutes, ap = curves[0, :, 0], curves[:, :, 1].mean(0), curves[:, :, 2]
             for axes, x in ((left, steps), (right, minutes + found[0]["pretrain_minutes"])):

@@ -21,11 +21,13 @@ from pathlib import Path
 from finetune import recipe as recipes
 from groundwork.backbones import check_backbone_name
 from groundwork.command import (
+    begun_with,
     check_flags,
     find_run,
     flags,
     is_main_process,
     log_to_standard_output,
+    note_init,
     stop_with_the_launcher,
     write_status,
 )
@@ -74,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         folder = run.folder
         stop_with_the_launcher()
+        note_init(folder, options.init)
         write_status(folder, "running", None, "")
         product = finetune(recipe, run, init=options.init, resume=options.resume)
         write_status(folder, "done", 0, f"The detector is in {product}.")
@@ -99,6 +102,7 @@ def _resumed(options: argparse.Namespace) -> tuple[recipes.Recipe, argparse.Name
     for line in recipes.refuse_changes(old, new):
         logger.info("Changed on resume: %s", line)
     options.out = options.out or folder
+    options.init = begun_with(folder)
     return new, options
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from groundwork.errors import UsageError
 
+INIT_NAME = "init.txt"  # of a run folder: the file that --init named
+
 
 def flags(program: str, description: str) -> argparse.ArgumentParser:
     """Return a parser of the flags that both stages have; all else is key=value."""
@@ -76,6 +78,29 @@ def find_run(resume: str, stage: str) -> tuple[Path, Path]:
             f"--resume {path}: this is a run of {stage_of(folder)}/run.py: go on with it there."
         )
     return path if is_checkpoint else folder / "checkpoints", folder
+
+
+def note_init(folder: Path, init: Path | None) -> None:
+    """Write down what weights a run begins with, for a start anew before its first checkpoint."""
+    if init is not None and is_main_process():
+        (folder / INIT_NAME).write_text(f"{init.resolve()}\n", encoding="utf-8")
+
+
+def begun_with(folder: Path) -> Path | None:
+    """Return the weights that a run without a checkpoint began with, if it began with any.
+
+    Raises UsageError where the file is gone.
+    """
+    note = folder / INIT_NAME
+    if any((folder / "checkpoints").glob("*/manifest.json")) or not note.is_file():
+        return None
+    init = Path(note.read_text(encoding="utf-8").strip())
+    if not init.is_file():
+        raise UsageError(
+            f"{folder} has no checkpoint yet and began with {init}, which is not there any more: "
+            "start a new run."
+        )
+    return init
 
 
 def stage_of(folder: Path) -> str:

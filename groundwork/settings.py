@@ -126,6 +126,8 @@ class ProbeSettings(Section):
             raise ValueError("select=best needs labels: set detection.data, or labeled")
         if self.patience is not None and self.select == "last":
             raise ValueError("patience needs select: what a better measurement is")
+        if self.select != "last" and self.times == 0:
+            raise ValueError("select needs times above 0: nothing is measured")
         return self
 
     def indicator(self) -> str | None:

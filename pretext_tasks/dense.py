@@ -104,7 +104,8 @@ class DenseViews:
         first = second = crop()
         for _ in range(_TRIES):
             other = crop()
-            if shared_area(first, other) >= config.overlap * min(_area(first), _area(other)) > 0:
+            shared = shared_area(first, other)
+            if shared > 0 and shared >= config.overlap * min(_area(first), _area(other)):
                 second = other
                 break
         common = _common(first, second)

@@ -181,6 +181,7 @@ class Distill(PretextTask):
 
 
 _NO_WEIGHTS = (
-    "task.weights is not set: name a file with the teacher's weights (a timm checkpoint of "
-    "task.teacher, .safetensors or .pt). Nothing is downloaded."
+    "task.weights is not set (of several tasks: task.distill.weights): name a file with the "
+    "teacher's weights (a timm checkpoint of task.teacher, .safetensors or .pt). Nothing is "
+    "downloaded."
 )

@@ -7,14 +7,15 @@ the loss is on the hidden ones alone. Sources: Context Encoders (Pathak et al. 2
 hidden blocks instead of dropping them, blocks of 32 px of which 60 % are hidden, and a light
 decoder; MAE (He et al. 2021, arXiv 2111.06377, section 4.1) for targets normalised patch by patch.
 
-What convolution does over hidden regions: nothing special. A plain convolution sees the filled
+What convolution does over hidden regions, with `encoder=dense`: nothing special. It sees the filled
 hole: every kernel that touches one mixes filling with picture, the hole's borders are edges like
-any other, and from layer to layer the picture's content grows into the hole. (A sparse
-convolution, which SparK uses, arXiv 2301.03580, would leave the hole empty; it is no part of this.)
+any other, and from layer to layer the picture's content grows into the hole.
 BatchNorm's statistics are over filled regions too. At fine-tuning, and in a probe, pictures have no
 holes: weights need no change, but running statistics were gathered over pictures that are mostly
 filling and are off until BatchNorm has seen whole pictures in training mode. So do not freeze
 BatchNorm's statistics, and do not run the backbone in eval mode, before some dozens of such steps.
+With `encoder=sparse` (SparK, arXiv 2301.03580) the hole stays empty at every layer, statistics are
+of visible cells alone (pretext_tasks/visible.py), and the decoder sees learned tokens in its place.
 
 Nothing of a hidden pixel reaches the network: hidden bytes are set to 0 before anything is computed
 of the network's input, so that the mean colour that a colour transform needs is the visible

@@ -87,6 +87,12 @@ class _Cells:
     def at(self, height: int, width: int) -> Tensor:
         """Return bool N H W, true where a cell is visible."""
         _, rows, columns = self._hidden.shape
+        if height % rows or width % columns:
+            raise UsageError(
+                f"task.encoder=sparse: the backbone has a feature map of {height} x {width}, which "
+                f"{rows} x {columns} blocks do not divide (squeeze-and-excitation has 1 x 1): use "
+                "task.encoder=dense."
+            )
         tall = self._hidden.repeat_interleave(height // rows, 1)
         return ~tall.repeat_interleave(width // columns, 2)
 

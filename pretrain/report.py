@@ -128,7 +128,8 @@ def _changes(lines: Sequence[Mapping[str, float]]) -> str:
     rows = []
     names = sorted({name for line in lines for name in line if name.startswith("probe/")})
     for name in ["train/loss", *names]:
-        values = [line[name] for line in lines if name in line]
+        # What was not finite is written as null.
+        values = [value for line in lines if (value := line.get(name)) is not None]
         if values:
             shown = "".join(f"<td>{value:.4g}</td>" for value in (values[0], values[-1]))
             rows.append(f"<tr><th>{html.escape(name)}</th>{shown}</tr>")
@@ -140,7 +141,7 @@ def _curves(lines: Sequence[Mapping[str, float]]) -> str:
     names = sorted({n for line in lines for n in line if n.startswith(_CURVES)})
     plots = []
     for name in names:
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if len(points) < 2:
             continue
         figure = Figure(figsize=(4.2, 2.4), layout="constrained")

@@ -18,11 +18,13 @@ import logging
 from pathlib import Path
 
 from groundwork.command import (
+    begun_with,
     check_flags,
     find_run,
     flags,
     is_main_process,
     log_to_standard_output,
+    note_init,
     stop_with_the_launcher,
     write_status,
 )
@@ -73,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = prepare_run(recipe, name, options.out, resumed=options.resume is not None)
         folder = run.folder
         stop_with_the_launcher()
+        note_init(folder, options.init)
         write_status(folder, "running", None, "")
         product = pretrain(
             recipe, task_class, config, run, init=options.init, resume=options.resume
@@ -115,6 +118,7 @@ def _resumed(options: argparse.Namespace) -> tuple[recipes.Recipe, argparse.Name
     for line in recipes.refuse_changes(old, new):
         logger.info("Changed on resume: %s", line)
     options.out = options.out or folder
+    options.init = begun_with(folder)
     return new, options
 
 

@@ -139,18 +139,19 @@ class TimmTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """N 3 H W -> N, channels, H / stride, W / stride."""
+        # With the final norm, where there is one: what the teacher itself would read.
         [last] = self.model.forward_intermediates(
-            image, indices=1, output_fmt="NCHW", intermediates_only=True
+            image, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
         )
         found: Tensor = last
         return found
 
     def load(self, path: Path) -> None:
-        """Take the weights of a timm checkpoint; what the last map does not need may be missing.
+        """Take the weights of a timm checkpoint, every one of them (counters do not count).
 
         Raises CheckpointError where the file cannot be read or does not hold the model.
         """
-        from groundwork.backbones.load import ENOUGH, fit, report_of, take, unwrap
+        from groundwork.backbones.load import fit, report_of, take, unwrap
         from groundwork.backbones.product import read_tensors
 
         tensors, _ = read_tensors(path)
@@ -162,11 +163,20 @@ class TimmTeacher(nn.Module):
             if converted is not None and len(better := fit(own, converted)) > len(chosen):
                 chosen, tensors = better, converted
         report = report_of(path, own, tensors, chosen)
-        if report.share < ENOUGH:
+        if report.share < 1:  # a part that stayed random would be taught
             raise CheckpointError(
                 report.refusal(f"the teacher {self.name}", "Set task.teacher to the file's model.")
             )
         take(own, tensors, chosen, path)
+
+
+def synchronised(network: nn.Module) -> nn.Module:
+    """Let every BatchNorm count over all ranks; timm's, which has an activation inside, keeps it.
+
+    torch's own converter drops that activation without a word.
+    """
+    converted: nn.Module = timm.layers.convert_sync_batchnorm(network)
+    return converted
 
 
 def convert(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,26 @@ def test_a_detector_is_not_mistaken_for_a_pretraining_run(tmp_path: Path) -> Non
     (folder / "recipe.yaml").write_text("task:\n  name: byol\n")
     done = run(1, tmp_path, "--resume", str(folder))
     assert done.returncode == 2 and "pretrain/run.py" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_had_saved_nothing_begins_again_with_its_weights(
+    labeled: Path, tmp_path: Path
+) -> None:
+    keys = [f"data.train={labeled}", "budget.steps=1", *TINY]
+    done = run(1, tmp_path, "--out", "one", *keys)
+    assert done.returncode == 0, done.stderr
+    init = tmp_path / "one" / "detector.safetensors"
+    done = run(1, tmp_path, "--out", "two", "--init", str(init), *keys)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "two" / "checkpoints")  # as if it had been killed at once
+    done = run(1, tmp_path, "--resume", "two", "--out", "three")
+    assert done.returncode == 0, done.stderr
+    assert f"Loaded from {init}" in done.stdout
+    same_tensors(tmp_path / "two/detector.safetensors", tmp_path / "three/detector.safetensors")
+    init.unlink()
+    done = run(1, tmp_path, "--resume", "two", "--out", "three", "budget.steps=2")
+    assert done.returncode == 2 and "is not there any more" in done.stderr
 
 
 @pytest.mark.slow

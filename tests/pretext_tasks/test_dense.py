@@ -65,6 +65,15 @@ def test_the_second_view_overlaps_as_much_as_was_asked(make_jpeg: Callable[..., 
     assert np.array_equal(np.abs(views["points_1"]), np.abs(views["points_2"]))
 
 
+def test_any_overlap_is_enough_where_none_is_asked_for(make_jpeg: Callable[..., bytes]) -> None:
+    config = DenseConfig(overlap=0.0, crop_scale=(0.3, 0.6), flip=0.0)
+    same = 0
+    for position in range(20):
+        views = Dense.views(config, 64)(open_picture(make_jpeg(0)), _generator(position))
+        same += np.allclose(views["points_1"], views["points_2"])
+    assert same < 3
+
+
 def test_points_turn_as_pictures_do() -> None:
     cells = np.zeros((4, 4), np.uint8)
     cells[0, 3] = 1  # the upper right

@@ -88,6 +88,10 @@ def test_a_file_of_another_model_is_refused(weights: Path, tmp_path: Path) -> No
     other = tmp_path / "wrapped.safetensors"
     save_file({k: v for k, v in wrapped.items() if "head." not in k}, other)
     TimmTeacher(TEACHER).load(other)
+    # One tensor that stayed random would be taught.
+    save_file({k: v for k, v in wrapped.items() if "blocks.3.mlp.fc1.weight" not in k}, other)
+    with pytest.raises(CheckpointError, match=r"blocks\.3\.mlp\.fc1\.weight"):
+        TimmTeacher(TEACHER).load(other)
 
 
 def test_a_teacher_without_a_file_is_refused(tiny_backbone: Callable[[], Backbone]) -> None:

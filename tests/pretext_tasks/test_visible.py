@@ -109,3 +109,12 @@ def test_a_backbone_with_other_layers_is_refused() -> None:
         check_backbone(build_backbone(name))
     with pytest.raises(UsageError, match=r"knows convolution.*timm/convnext_atto has LayerNorm2d"):
         check_backbone(build_backbone("timm/convnext_atto"))
+
+
+def test_squeeze_and_excitation_is_told() -> None:
+    backbone = build_backbone("timm/mobilenetv3_small_050")
+    with (
+        pytest.raises(UsageError, match="feature map of 1 x 1"),
+        visible_only(backbone, _blocks()),
+    ):
+        backbone(torch.rand(3, 3, 128, 128))

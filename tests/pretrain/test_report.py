@@ -73,6 +73,12 @@ def test_a_run_that_has_only_begun_has_a_page_too(run: Path) -> None:
     assert "Not shown:" in page and "No pictures yet" in page and "No curve yet" in page
 
 
+def test_a_loss_that_was_not_finite_is_left_out(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/loss": null}\n')
+    assert "<td>1</td><td>0.3333</td>" in write_report(run).read_text()
+
+
 def test_a_folder_that_is_no_run_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
