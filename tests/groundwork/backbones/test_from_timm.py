@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
 
 from groundwork.backbones import build_backbone
-from groundwork.backbones.from_timm import TimmBackbone
+from groundwork.backbones.from_timm import TimmBackbone, synchronised
 from groundwork.errors import UsageError
 
 TINY = ["test_resnet", "test_convnext", "test_efficientnet"]  # timm's own, for tests
@@ -200,3 +202,12 @@ def test_building_never_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> Non
     _build("test_resnet.r160_in1k")
     with pytest.raises(UsageError):
         _build("hf-hub:timm/test_resnet.r160_in1k")
+
+
+def test_a_synchronised_batchnorm_keeps_its_activation() -> None:
+    backbone = build_backbone("timm/efficientnet_lite0")
+    before = [module for module in backbone.modules() if isinstance(module, BatchNormAct2d)]
+    found = synchronised(backbone)
+    after = [module for module in found.modules() if isinstance(module, SyncBatchNormAct)]
+    assert before and len(after) == len(before)
+    assert [type(one.act) for one in after] == [type(one.act) for one in before]
