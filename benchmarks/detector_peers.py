@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -168,6 +169,8 @@ def run_ours(options: argparse.Namespace, seed: int, out: Path) -> dict[str, Any
         f"batch_size={options.batch_size}", f"budget.epochs={options.epochs}", "optim.name=adamw",
         "optim.lr=0.001", "eval.times=0", f"seed={seed}", "data.workers=1", *options.keys,
     ]  # fmt: skip
+    if out.exists():  # left by a run that was stopped; half of it would not be timed
+        shutil.rmtree(out)
     with (out.parent / f"{out.name}.txt").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
