@@ -44,10 +44,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.label_efficiency_results import draw, table
+from benchmarks.label_efficiency_results import write
 from finetune.evaluate import evaluate
 from finetune.weights import detector_from_file
-from groundwork.checkpoint import write_atomically
 from groundwork.config import read_yaml
 from groundwork.data.labels import open_labeled
 from groundwork.errors import DataError, UsageError
@@ -146,13 +145,16 @@ class Study:
             _go_on("finetune.run", run, flags, keys)
         return run
 
-    def cell(self, init: Init, fraction: float, seed: int, lengths: Sequence[int]) -> int:
-        """Train at these lengths, score the best on test, note it; return the best length."""
+    def cell(
+        self, init: Init, fraction: float, seed: int, lengths: Sequence[int]
+    ) -> dict[str, Any]:
+        """Train at these lengths, score the best on test, and return its row of the results."""
         found = {steps: _val_ap(self.train(init, fraction, seed, steps)) for steps in lengths}
         best = max(found, key=lambda steps: (found[steps], -steps))
         where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
-        if any(where.items() <= one.items() and one["steps"] == best for one in self.results):
-            return best
+        for one in self.results:
+            if where.items() <= one.items() and one["steps"] == best:
+                return one
         run = self.train(init, fraction, seed, best)
         file = run / "detector.safetensors"
         detector, about = detector_from_file(file)
@@ -171,21 +173,20 @@ class Study:
             if not where.items() <= one.items()
             and not (mine.items() <= one.items() and one["steps"] != best)
         ]
-        self.results.append(
-            {
-                **where,
-                "steps": best,
-                "ap": scored.ap,
-                "ap50": scored.ap50,
-                "val_ap": found[best],
-                "val_ap_by_steps": {str(steps): ap for steps, ap in found.items()},
-                "val_curve": curve(run),
-                "pretrain_minutes": init.minutes,
-                "command": (run.parent / f"{run.name}.command.txt").read_text().strip(),
-                "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            }
-        )
-        return best
+        row = {
+            **where,
+            "steps": best,
+            "ap": scored.ap,
+            "ap50": scored.ap50,
+            "val_ap": found[best],
+            "val_ap_by_steps": {str(steps): ap for steps, ap in found.items()},
+            "val_curve": curve(run),
+            "pretrain_minutes": init.minutes,
+            "command": (run.parent / f"{run.name}.command.txt").read_text().strip(),
+            "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        self.results.append(row)
+        return row
 
 
 def curve(run: Path) -> list[list[float]]:
@@ -261,7 +262,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing and write results, table and curves."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.results.read_text()) if options.results.is_file() else []
     for data in options.data:
         study = Study(options, data, results)
@@ -269,19 +269,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for init in inits_of(options, data):
                 lengths = options.steps
                 for seed in range(options.seeds):
-                    lengths = [study.cell(init, fraction, seed, lengths)]
-                    results.sort(key=lambda one: (*(str(one[k]) for k in ("dataset", "init")),
-                                                  one["fraction"], one["seed"]))  # fmt: skip
-                    write_atomically(options.results, json.dumps(results, indent=1) + "\n")
-                    draw(results, options.results.parent)
-                    last = next(one for one in results if one["dataset"] == data.name
-                                and (one["init"], one["fraction"], one["seed"])
-                                == (init.name, fraction, seed))  # fmt: skip
+                    row = study.cell(init, fraction, seed, lengths)
+                    lengths = [row["steps"]]
+                    write(results, options.results)
                     logger.info(
                         "%s %s %g %% seed %d: %d steps, test AP %.4f.", data.name, init.name,
-                        fraction, seed, last["steps"], last["ap"],
+                        fraction, seed, row["steps"], row["ap"],
                     )  # fmt: skip
-    (options.results.with_suffix(".md")).write_text(table(results))
     return 0
 
 

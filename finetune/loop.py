@@ -168,9 +168,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     # Faster on a CPU, too: 1.36 times on yolo12n (LOG.md).
     detector = detector.to(memory_format=torch.channels_last)
     if device.type == "cuda" and world > 1:
-        synced = synchronised(detector)
-        assert isinstance(synced, Detector)
-        detector = synced
+        detector = synchronised(detector)
     detector = detector.to(device)
     if init is not None and recipe.batchnorm == "measure":
         measure_batchnorm(detector, sets.train, order, recipe.image_size)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.assign import Targets
-from finetune.augment.letterbox import letterbox_geometry
-from finetune.augment.warp import GREY
+from finetune.augment.letterbox import letterboxed
 from finetune.detector import Detector
 from finetune.losses import DetectionLoss, Loss
 from finetune.recipe import LossKeys, Optim
@@ -19,6 +18,7 @@ from groundwork.data.decode import Picture
 from groundwork.data.loader import Arrays, Loader
 from groundwork.data.order import Order
 from groundwork.data.shards import Samples
+from groundwork.modes import evaluating
 from groundwork.precise_batchnorm import measure_statistics
 
 # Pictures that BatchNorm is measured on.
@@ -57,10 +57,7 @@ class Training(nn.Module):
     def seen(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what training sees, for a person: picture (uint8 N 3 H W on the CPU) and boxes."""
         backbone = self.detector.backbone
-        image = self.coloured(batch).float().cpu()
-        mean = torch.tensor(backbone.mean).view(1, 3, 1, 1)
-        std = torch.tensor(backbone.std).view(1, 3, 1, 1)
-        picture = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        picture = colour.denormalise(self.coloured(batch), backbone.mean, backbone.std)
         rest = {key: batch[key].cpu() for key in ("boxes", "boxes_sample", "classes")}
         return {"picture": picture, **rest}
 
@@ -114,8 +111,6 @@ def measure_batchnorm(detector: Detector, samples: Samples, order: Order, image_
     loader = Loader(samples, order, _Whole(image_size), seed=0, batch_size=min(_AT_ONCE, count))
     backbone = detector.backbone
     measured = nn.ModuleList([backbone, detector.neck])
-    modes = [(module, module.training) for module in measured.modules()]
-    measured.eval()
 
     def run() -> None:
         batches = iter(loader)
@@ -124,11 +119,10 @@ def measure_batchnorm(detector: Detector, samples: Samples, order: Order, image_
             detector.neck(backbone(colour.normalise(image, backbone.mean, backbone.std)))
 
     try:
-        measure_statistics(measured, run)
+        with evaluating(measured):
+            measure_statistics(measured, run)
     finally:
         loader.close()
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -138,11 +132,4 @@ class _Whole:
     image_size: int
 
     def __call__(self, picture: Picture, generator: np.random.Generator) -> Arrays:
-        size = (self.image_size, self.image_size)
-        geometry = letterbox_geometry(picture.width, picture.height, size)
-        whole = (0.0, 0.0, float(picture.width), float(picture.height))
-        [pixels] = picture.cut([whole], geometry.shown(picture.width, picture.height))
-        frame = np.full((*size, 3), GREY, np.uint8)
-        bottom, right = geometry.top + pixels.shape[0], geometry.left + pixels.shape[1]
-        frame[geometry.top : bottom, geometry.left : right] = pixels
-        return {"image": frame}
+        return {"image": letterboxed(picture, (self.image_size, self.image_size))[0]}

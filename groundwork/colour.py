@@ -150,6 +150,12 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return planes.contiguous(memory_format=torch.channels_last) if planes.is_cuda else planes
 
 
+def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Bring normalised N 3 H W back to uint8 N 3 H W on the CPU, for a person to look at."""
+    scale, shift = (torch.tensor(x).view(1, 3, 1, 1) for x in (std, mean))
+    return ((images.detach().float().cpu() * scale + shift) * 255).round().clamp(0, 255).byte()
+
+
 def _jitter(
     operation: int,
     config: Colour,

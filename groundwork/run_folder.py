@@ -134,8 +134,13 @@ def find_checkpoint(run: Run, resume: Path | None) -> Checkpoint | None:
     if (resume / checkpoints.MANIFEST).is_file():
         return checkpoints.load(resume)
     found = checkpoints.latest(resume)
+    if found is None and any(resume.glob(f"*/{checkpoints.MANIFEST}")):
+        raise CheckpointError(
+            f"{resume}: every checkpoint is damaged, so there is nothing to go on from: start a "
+            "new run."
+        )
     if found is None:
-        logger.warning("%s holds no whole checkpoint: starting from the beginning.", resume)
+        logger.warning("%s holds no checkpoint yet: starting from the beginning.", resume)
     return found
 
 

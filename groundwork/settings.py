@@ -101,29 +101,21 @@ class ProbeSettings(Section):
     labeled: str | None = None
     val: str | None = None
     detection: DetectionProbeSettings = DetectionProbeSettings()
-    # Which weights are kept: the last, or those of the best measurement, of one of these (under
-    # probe/). `best` takes the first of ap, linear and knn that the run's labels allow.
-    select: Literal["last", "best", "ap", "linear", "knn"] = "last"
+    # Which weights are kept: the last, or those with the best measurement of one of these.
+    select: Literal["last", "ap", "linear", "knn"] = "last"
     # Measurements without a better one after which the run ends; null: it never does.
     patience: int | None = Field(default=None, ge=1)
     # The run ends with exit code 5 when the features collapse; else it is told and goes on.
     stop_on_collapse: bool = False
 
     @model_validator(mode="after")
-    def _val_needs_labeled(self) -> ProbeSettings:
+    def _what_it_needs_is_there(self) -> ProbeSettings:
         if self.val is not None and self.labeled is None:
             raise ValueError("val needs labeled: the pictures that val is compared with")
-        measured = [
-            *(["ap"] if self.detection.data is not None else []),
-            *(["linear", "knn"] if self.labeled is not None else []),
-        ]
-        if self.select not in ("last", "best", *measured):
-            raise ValueError(
-                f"select={self.select} needs labels: set "
-                + ("detection.data" if self.select == "ap" else "labeled")
-            )
-        if self.select == "best" and not measured:
-            raise ValueError("select=best needs labels: set detection.data, or labeled")
+        if self.select == "ap" and self.detection.data is None:
+            raise ValueError("select=ap needs boxes: set detection.data")
+        if self.select in ("linear", "knn") and self.labeled is None:
+            raise ValueError(f"select={self.select} needs labels: set labeled")
         if self.patience is not None and self.select == "last":
             raise ValueError("patience needs select: what a better measurement is")
         if self.select != "last" and self.times == 0:
@@ -132,11 +124,7 @@ class ProbeSettings(Section):
 
     def indicator(self) -> str | None:
         """Return the metric by which weights are chosen, or None for the last ones."""
-        if self.select == "last":
-            return None
-        if self.select != "best":
-            return f"probe/{self.select}"
-        return "probe/ap" if self.detection.data is not None else "probe/linear"
+        return None if self.select == "last" else f"probe/{self.select}"
 
 
 class Data(Section):

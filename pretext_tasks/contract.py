@@ -9,8 +9,6 @@ world size, logs, saves, or makes modules after __init__.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -77,15 +75,3 @@ def backbone_of(task: PretextTask) -> Backbone:
     backbone = task.product()["backbone"]
     assert isinstance(backbone, Backbone)
     return backbone
-
-
-@contextmanager
-def evaluating(task: PretextTask) -> Iterator[None]:
-    """Let a task look at a batch without moving running statistics: eval mode, then as before."""
-    modes = [(module, module.training) for module in task.modules()]
-    task.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -11,9 +11,12 @@ ratio is allowed. Edges are whole pixels, which are cut faster than fractions of
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from groundwork.errors import UsageError
 
 _TRIES = 10
 
@@ -48,11 +51,33 @@ def _box(left: int, top: int, width: int, height: int) -> tuple[float, float, fl
     return float(left), float(top), float(left + width), float(top + height)
 
 
-def draw_flip(probability: float, generator: np.random.Generator) -> bool:
-    """Draw whether a view is flipped left to right."""
-    return bool(generator.random() < probability)
+class Turn(NamedTuple):
+    """A view is mirrored left to right, and then turned counter-clockwise by quarter turns."""
+
+    mirrored: bool
+    quarters: int
+
+    def of_view(self, view: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Return a view (H W 3), turned; it may share its pixels."""
+        return np.rot90(view[:, ::-1] if self.mirrored else view, self.quarters)
+
+    def of_points(self, points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return points (K 2: x and y, 0 to 1 in the view), turned as the view is."""
+        if self.mirrored:
+            points = points * [-1, 1] + [1, 0]
+        for _ in range(self.quarters):
+            points = np.stack((points[:, 1], 1 - points[:, 0]), 1)
+        return points
 
 
-def flip(view: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Flip a view (H W 3) left to right; contiguous."""
-    return np.ascontiguousarray(view[:, ::-1])
+def draw_turn(flip: float, rotate: float, generator: np.random.Generator) -> Turn:
+    """Draw whether a view is mirrored, and whether it is turned, by 90, 180 or 270 degrees."""
+    mirrored = bool(generator.random() < flip)
+    turned = generator.random() < rotate
+    return Turn(mirrored, int(generator.integers(1, 4)) if turned else 0)
+
+
+def check_side(image_size: int, who: str) -> None:
+    """Raise UsageError where no backbone takes this side; `who` is "<task> needs", for a person."""
+    if image_size < 32 or image_size % 32:
+        raise UsageError(f"image_size={image_size}: {who} a side that is a multiple of 32.")

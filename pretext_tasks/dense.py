@@ -19,7 +19,7 @@ Differs from VICRegL:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +31,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groundwork import colour
-from groundwork.backbones.contract import Backbone, Pyramid
-from groundwork.colour import Colour
+from groundwork.backbones.contract import Backbone
+from groundwork.colour import Colour, Probability
 from groundwork.config import Section
 from groundwork.data.decode import Picture
-from groundwork.errors import UsageError
-from groundwork.necks.yolo12 import Features, YOLO12Neck
 from pretext_tasks.byol import VIEW_1, VIEW_2
-from pretext_tasks.contract import PretextTask, StepOutput, Views
-from pretext_tasks.crops import draw_crop, draw_flip
+from pretext_tasks.contract import StepOutput, Views
+from pretext_tasks.crops import check_side, draw_crop, draw_turn
+from pretext_tasks.through_neck import Letter, ThroughNeck
 from pretext_tasks.two_views import (
     Width,
     colour_both,
@@ -49,7 +48,6 @@ from pretext_tasks.two_views import (
     starting_from,
 )
 
-Probability = Annotated[float, Field(ge=0, le=1)]
 Box = tuple[float, float, float, float]
 
 _TRIES = 10  # of crops that are to overlap enough, before the second is the first
@@ -58,7 +56,7 @@ _TRIES = 10  # of crops that are to overlap enough, before the second is the fir
 class DenseConfig(Section):
     """Values with their sources; see the module for those that are ours."""
 
-    neck: Literal["n", "s", "m", "l", "x"] | None = None  # a YOLOv12 neck of this width learns too
+    neck: Letter | None = None  # a YOLOv12 neck of this width learns too
     points: int = Field(default=16, ge=1)  # of a picture; ours
     overlap: Probability = 0.2  # least share of the smaller crop that both show; ours
     whole: Probability = 0.25  # VICRegL, section 4.1: 1 - alpha, here of the pooled term
@@ -118,22 +116,11 @@ class DenseViews:
             zip(cuts, (first, second), colours, strict=True), start=1
         ):
             points = (places - box[:2]) / (np.array(box[2:]) - box[:2])  # 0 to 1 in the view
-            if draw_flip(config.flip, generator):
-                view, points = view[:, ::-1], points * [-1, 1] + [1, 0]
-            if generator.random() < config.rotate:
-                turns = int(generator.integers(1, 4))
-                view, points = np.rot90(view, turns), turned(points, turns)
-            entries[f"view_{number}"] = np.ascontiguousarray(view)
+            turn = draw_turn(config.flip, config.rotate, generator)
+            entries[f"view_{number}"] = np.ascontiguousarray(turn.of_view(view))
             entries[f"colour_{number}"] = colour.draw(rule, generator)
-            entries[f"points_{number}"] = (2 * points - 1).astype(np.float32)
+            entries[f"points_{number}"] = (2 * turn.of_points(points) - 1).astype(np.float32)
         return entries
-
-
-def turned(points: npt.NDArray[np.float64], turns: int) -> npt.NDArray[np.float64]:
-    """Turn points (K 2, 0 to 1) as np.rot90 turns a picture: counter-clockwise quarter turns."""
-    for _ in range(turns):
-        points = np.stack((points[:, 1], 1 - points[:, 0]), 1)
-    return points
 
 
 def shared_area(first: Box, second: Box) -> float:
@@ -153,21 +140,15 @@ def _area(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-class Dense(PretextTask):
+class Dense(ThroughNeck):
     """Backbone (and neck), a projector for each level and one for the pooled map."""
 
     Config = DenseConfig
 
     def __init__(self, backbone: Backbone, config: DenseConfig) -> None:
-        super().__init__()
+        super().__init__(backbone, config.neck)
         self.config = config
-        self.backbone = backbone
-        self.neck = None if config.neck is None else YOLO12Neck(backbone.levels, config.neck)
-        channels = (
-            [level.channels for level in backbone.levels]
-            if self.neck is None
-            else self.neck.channels
-        )
+        channels = [level.channels for level in self.levels]
         hidden, width = config.hidden_width, config.projection_width
         self.projectors = nn.ModuleList(
             VICRegProjectionHead(c, hidden, width, num_layers=2) for c in channels
@@ -181,10 +162,7 @@ class Dense(PretextTask):
     @classmethod
     def views(cls, config: Any, image_size: int) -> Views:
         """Return the maker of two views and their points."""
-        if image_size < 32 or image_size % 32:
-            raise UsageError(
-                f"image_size={image_size}: two views need a side that is a multiple of 32."
-            )
+        check_side(image_size, "two views need")
         return DenseViews(config, image_size)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
@@ -193,7 +171,7 @@ class Dense(PretextTask):
         Metrics: points_spread and whole_spread, 1 for projections that point everywhere and 0 for
         projections that all agree; points_found, how often a point's nearest of 256 is its partner.
         """
-        features = self._features(colour_both(batch, self.backbone))
+        features = self.through(self.backbone(colour_both(batch, self.backbone)))
         points = torch.cat((batch["points_1"], batch["points_2"]))
         losses = []
         found = spread_of_points = features[0].new_zeros(())
@@ -212,25 +190,12 @@ class Dense(PretextTask):
         }
         return StepOutput(loss, metrics)
 
-    def product(self) -> dict[str, nn.Module]:
-        """Return the backbone, and the neck where there is one."""
-        if self.neck is None:
-            return {"backbone": self.backbone}
-        return {"backbone": self.backbone, "neck": self.neck}
-
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return both views as cut and as the network sees them, points marked in the latter."""
         shown = seen_views(batch, self.backbone)
         for number in (1, 2):
             marked(shown[f"view_{number}_seen"], batch[f"points_{number}"].cpu())
         return shown
-
-    def _features(self, image: Tensor) -> Pyramid | Features:
-        pyramid: Pyramid = self.backbone(image)
-        if self.neck is None:
-            return pyramid
-        features: Features = self.neck(pyramid)
-        return features
 
     def _compared(self, first: Tensor, second: Tensor) -> Tensor:
         # Variances and covariances want float32, whatever the loop's autocast is.

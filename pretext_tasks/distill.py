@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,18 +32,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groundwork import colour
-from groundwork.backbones.contract import Backbone, Pyramid
+from groundwork.backbones.contract import Backbone
 from groundwork.backbones.from_timm import TimmTeacher
-from groundwork.colour import Colour
+from groundwork.colour import Colour, Probability
 from groundwork.config import Section
 from groundwork.data.decode import Picture
 from groundwork.errors import UsageError
-from groundwork.necks.yolo12 import Features, YOLO12Neck
-from pretext_tasks.contract import PretextTask, StepOutput, Views
-from pretext_tasks.crops import draw_crop, draw_flip
+from pretext_tasks.contract import StepOutput, Views
+from pretext_tasks.crops import check_side, draw_crop, draw_turn
+from pretext_tasks.through_neck import Letter, ThroughNeck
 from pretext_tasks.two_views import starting_from
 
-Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 # Mild: a teacher's features of a strange picture are strange.
 MILD = Colour(
@@ -57,7 +56,7 @@ class DistillConfig(Section):
 
     teacher: str = "timm/vit_small_patch14_dinov2.lvd142m"
     weights: str | None = None  # a timm checkpoint of the teacher; must be named
-    neck: Literal["n", "s", "m", "l", "x"] | None = None  # a YOLOv12 neck of this width learns too
+    neck: Letter | None = None  # a YOLOv12 neck of this width learns too
     hidden_width: int = Field(default=512, ge=8)  # of a level's projection
     crop_scale: tuple[Positive, Positive] = (0.25, 1.0)  # Beyer et al., section 3: of the area
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width to height, log-uniform
@@ -82,51 +81,38 @@ class DistillViews:
             picture.width, picture.height, config.crop_scale, config.crop_ratio, generator
         )
         [view] = picture.cut([box], self.image_size)
-        if draw_flip(config.flip, generator):
-            view = view[:, ::-1]
-        if generator.random() < config.rotate:
-            view = np.rot90(view, int(generator.integers(1, 4)))
+        turn = draw_turn(config.flip, config.rotate, generator)
         return {
-            "view": np.ascontiguousarray(view),
+            "view": np.ascontiguousarray(turn.of_view(view)),
             "colour": colour.draw(config.colour, generator),
         }
 
 
-class Distill(PretextTask):
+class Distill(ThroughNeck):
     """Backbone (and neck), a projection of each level, and the teacher."""
 
     Config = DistillConfig
 
     def __init__(self, backbone: Backbone, config: DistillConfig) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.neck = None if config.neck is None else YOLO12Neck(backbone.levels, config.neck)
-        channels = (
-            [level.channels for level in backbone.levels]
-            if self.neck is None
-            else self.neck.channels
-        )
+        super().__init__(backbone, config.neck)
         self.teacher = TimmTeacher(config.teacher)
         if config.weights is None:
             raise UsageError(_NO_WEIGHTS)
         self.teacher.load(Path(config.weights))
         self.projections = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(c, config.hidden_width, 1, bias=False),
+                nn.Conv2d(level.channels, config.hidden_width, 1, bias=False),
                 nn.BatchNorm2d(config.hidden_width),
                 nn.SiLU(),
                 nn.Conv2d(config.hidden_width, self.teacher.channels, 1),
             )
-            for c in channels
+            for level in self.levels
         )
 
     @classmethod
     def views(cls, config: Any, image_size: int) -> Views:
         """Return the maker of the view. Raises UsageError where no teacher's file is named."""
-        if image_size < 32 or image_size % 32:
-            raise UsageError(
-                f"image_size={image_size}: distillation needs a side that is a multiple of 32."
-            )
+        check_side(image_size, "distillation needs")
         if config.weights is None:
             raise UsageError(_NO_WEIGHTS)
         return DistillViews(config, image_size)
@@ -134,8 +120,7 @@ class Distill(PretextTask):
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """Return one minus the cosine, over cells and levels. Metrics: each level's cosine."""
         wanted = self._taught(batch)
-        pyramid: Pyramid = self.backbone(self._seen(batch, self.backbone))
-        features: Pyramid | Features = pyramid if self.neck is None else self.neck(pyramid)
+        features = self.through(self.backbone(self._seen(batch, self.backbone)))
         cosines = {}
         for name, level, projection in zip(
             ("stride_8", "stride_16", "stride_32"), features, self.projections, strict=True
@@ -148,22 +133,11 @@ class Distill(PretextTask):
         loss = 1 - torch.stack(list(cosines.values())).mean()
         return StepOutput(loss, {f"cosine_{k}": v.detach() for k, v in cosines.items()})
 
-    def product(self) -> dict[str, nn.Module]:
-        """Return the backbone, and the neck where there is one."""
-        if self.neck is None:
-            return {"backbone": self.backbone}
-        return {"backbone": self.backbone, "neck": self.neck}
-
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the view as it was cut and as the student sees it."""
-        mean, std = (
-            torch.tensor(x).view(1, 3, 1, 1) for x in (self.backbone.mean, self.backbone.std)
-        )
-        seen = self._seen(batch, self.backbone).float().cpu() * std + mean
-        return {
-            "view": batch["view"].cpu().permute(0, 3, 1, 2),
-            "view_seen": (seen * 255).round().clamp(0, 255).to(torch.uint8),
-        }
+        backbone = self.backbone
+        seen = colour.denormalise(self._seen(batch, backbone), backbone.mean, backbone.std)
+        return {"view": batch["view"].cpu().permute(0, 3, 1, 2), "view_seen": seen}
 
     def _seen(self, batch: dict[str, Tensor], by: Backbone | TimmTeacher) -> Tensor:
         return colour.apply(batch["view"], batch["colour"], by.mean, by.std)

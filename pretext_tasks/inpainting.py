@@ -59,9 +59,11 @@ from groundwork.colour import Colour
 from groundwork.config import Section
 from groundwork.data.decode import Picture
 from groundwork.errors import UsageError
-from groundwork.necks.yolo12 import Features, YOLO12Neck
-from pretext_tasks.contract import PretextTask, StepOutput, Views, evaluating
-from pretext_tasks.crops import draw_crop, draw_flip
+from groundwork.modes import evaluating
+from groundwork.necks.yolo12 import Features
+from pretext_tasks.contract import StepOutput, Views
+from pretext_tasks.crops import check_side, draw_crop, draw_turn
+from pretext_tasks.through_neck import Letter, ThroughNeck
 from pretext_tasks.visible import check_backbone, visible_only
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -85,7 +87,7 @@ class InpaintingConfig(Section):
     # dense: the backbone sees filled holes. sparse: SparK's, it sees visible cells alone.
     encoder: Literal["dense", "sparse"] = "dense"
     # A YOLOv12 neck of this width is trained too, and predicts: n, s, m, l or x.
-    neck: Literal["n", "s", "m", "l", "x"] | None = None
+    neck: Letter | None = None
     width: int = Field(default=128, multiple_of=_GROUP, ge=_GROUP)  # of the decoder, channels
     crop_scale: tuple[Positive, Positive] = (0.5, 1.0)  # part of the picture's area
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width to height, log-uniform
@@ -127,10 +129,7 @@ class InpaintingViews:
             picture.width, picture.height, config.crop_scale, config.crop_ratio, generator
         )
         (image,) = picture.cut([box], self.image_size)
-        if draw_flip(config.flip, generator):
-            image = image[:, ::-1]
-        if generator.random() < config.rotate:
-            image = np.rot90(image, int(generator.integers(1, 4)))
+        image = draw_turn(config.flip, config.rotate, generator).of_view(image)
         side = self.image_size // config.block
         hidden = np.zeros(side * side, np.bool_)
         hidden[generator.permutation(side * side)[: self.hidden_blocks]] = True
@@ -189,21 +188,15 @@ class Decoder(nn.Module):
         return predictions
 
 
-class Inpainting(PretextTask):
+class Inpainting(ThroughNeck):
     """The backbone on the filled picture, and a light decoder."""
 
     Config = InpaintingConfig
 
     def __init__(self, backbone: Backbone, config: InpaintingConfig) -> None:
-        super().__init__()
+        super().__init__(backbone, config.neck)
         self.config = config
-        self.backbone = backbone
-        levels = backbone.levels
-        self.neck = None if config.neck is None else YOLO12Neck(levels, config.neck)
-        if self.neck is not None:
-            p3, p4, p5 = map(Level, STRIDES, self.neck.channels)
-            levels = p3, p4, p5
-        self.decoder = Decoder(levels, config.width, set(config.scales))
+        self.decoder = Decoder(self.levels, config.width, set(config.scales))
         if config.encoder == "sparse":
             check_backbone(backbone)
             # SparK's mask embeddings: what a decoder sees of a hidden cell, at each level.
@@ -218,10 +211,7 @@ class Inpainting(PretextTask):
     @classmethod
     def views(cls, config: Any, image_size: int) -> Views:
         """Return the maker of masked pictures; `image_size` is a multiple of 32 and of a block."""
-        if image_size < 32 or image_size % 32:
-            raise UsageError(
-                f"image_size={image_size}: inpainting needs a side that is a multiple of 32."
-            )
+        check_side(image_size, "inpainting needs")
         if image_size % config.block:
             raise UsageError(
                 f"image_size={image_size} is not a multiple of task.block={config.block}: "
@@ -260,12 +250,6 @@ class Inpainting(PretextTask):
             metrics = {"hidden_error": 255 * _mean_over(error, hidden)}
         return StepOutput(torch.stack(losses).mean(), metrics)
 
-    def product(self) -> dict[str, nn.Module]:
-        """Return the backbone, and the neck where there is one."""
-        if self.neck is None:
-            return {"backbone": self.backbone}
-        return {"backbone": self.backbone, "neck": self.neck}
-
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what the network sees, the same with the prediction in its holes, and the truth.
@@ -280,32 +264,23 @@ class Inpainting(PretextTask):
         target = self._target(batch, hidden)
         truth = target.value * target.deviation + target.mean
         restored = torch.where(hidden, prediction * target.deviation + target.mean, truth)
-        mean, std = (filled.new_tensor(x).view(1, 3, 1, 1) for x in self._normalisation)
         return {
-            "masked": _to_bytes(filled * std + mean),
-            "reconstruction": _to_bytes(restored),
-            "truth": _to_bytes(truth),
+            "masked": colour.denormalise(filled, *self._normalisation),
+            "reconstruction": colour.denormalise(restored, *_COLOURS),
+            "truth": colour.denormalise(truth, *_COLOURS),
         }
 
     def _features(self, seen: Tensor, hidden: Tensor) -> Pyramid | Features:
         """Run backbone and neck on filled pictures; `hidden` is bool N S S, block by block."""
         if self.config.encoder == "dense":
-            pyramid: Pyramid = self.backbone(seen)
-        else:
-            with visible_only(self.backbone, hidden):
-                pyramid = self.backbone(seen)
-            pyramid = Pyramid(
-                *(
-                    torch.where(spread(hidden, level.shape[2] // hidden.shape[1]), token, level)
-                    for level, token in zip(
-                        pyramid, (t.view(1, -1, 1, 1) for t in self.tokens), strict=True
-                    )
-                )
-            )
-        if self.neck is None:
-            return pyramid
-        features: Features = self.neck(pyramid)
-        return features
+            return self.through(self.backbone(seen))
+        with visible_only(self.backbone, hidden):
+            pyramid = self.backbone(seen)
+        filled = []
+        for level, token in zip(pyramid, self.tokens, strict=True):
+            cells = spread(hidden, level.shape[2] // hidden.shape[1])
+            filled.append(torch.where(cells, token.view(1, -1, 1, 1), level))
+        return self.through(Pyramid(*filled))
 
     def _filled(self, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Return what the network sees, float32 N 3 H W; computed without a hidden pixel."""
@@ -378,7 +353,3 @@ def _shrunk(image: Tensor, factor: int) -> Tensor:
 
 def _to_pixels(prediction: Tensor) -> Tensor:
     return functional.pixel_shuffle(prediction, _STRIDE)
-
-
-def _to_bytes(image: Tensor) -> Tensor:
-    return (image * 255).round().clamp(0, 255).to(torch.uint8).cpu()

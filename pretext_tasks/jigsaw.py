@@ -62,8 +62,9 @@ from groundwork.colour import Colour
 from groundwork.config import Section
 from groundwork.data.decode import Picture
 from groundwork.errors import UsageError
-from pretext_tasks.contract import PretextTask, StepOutput, Views, evaluating
-from pretext_tasks.crops import draw_flip
+from groundwork.modes import evaluating
+from pretext_tasks.contract import PretextTask, StepOutput, Views
+from pretext_tasks.crops import draw_turn
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -177,11 +178,7 @@ class JigsawViews:
         top = (picture.height - side) * generator.random()
         canvas_side = config.grid * (self.tile + self.slack)
         (canvas,) = picture.cut([(left, top, left + side, top + side)], canvas_side)
-        if draw_flip(config.flip, generator):
-            canvas = canvas[:, ::-1]
-        if generator.random() < config.rotate:
-            canvas = np.rot90(canvas, int(generator.integers(1, 4)))
-        return canvas
+        return draw_turn(config.flip, config.rotate, generator).of_view(canvas)
 
     def _tiles(
         self, canvas: npt.NDArray[np.uint8], generator: np.random.Generator

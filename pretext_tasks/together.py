@@ -27,6 +27,7 @@ from groundwork.data.decode import Picture
 from groundwork.errors import UsageError
 from groundwork.necks.yolo12 import YOLO12Neck
 from pretext_tasks.contract import PretextTask, StepOutput, Views, backbone_of
+from pretext_tasks.through_neck import ThroughNeck
 
 JOIN = "+"
 _AT = "/"  # between a task's name and the name of an entry, a metric or a picture
@@ -68,15 +69,14 @@ class Together(PretextTask):
         """Let every task that trains a neck train the first one's. Raises UsageError."""
         shared: YOLO12Neck | None = None
         for name, task in self._tasks():
-            neck = task.product().get("neck")
-            if not isinstance(neck, YOLO12Neck):
+            if not isinstance(task, ThroughNeck) or task.neck is None:
                 continue
             if shared is None:
-                shared = neck
-            elif neck.letter != shared.letter:
+                shared = task.neck
+            elif task.neck.letter != shared.letter:
                 raise UsageError(
-                    f"task.{name}.neck={neck.letter}, and another task's is {shared.letter}: tasks "
-                    "that are trained together share one neck."
+                    f"task.{name}.neck={task.neck.letter}, and another task's is "
+                    f"{shared.letter}: tasks that are trained together share one neck."
                 )
             task.neck = shared
 

@@ -22,7 +22,7 @@ from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour
 from groundwork.data.decode import Picture
 from groundwork.errors import UsageError
-from pretext_tasks.crops import draw_crop, draw_flip
+from pretext_tasks.crops import check_side, draw_crop, draw_turn
 
 Width = Annotated[int, Field(ge=1)]
 
@@ -56,10 +56,7 @@ class TwoViews:
     colours: tuple[Colour, Colour]
 
     def __post_init__(self) -> None:
-        if self.image_size < 32 or self.image_size % 32:
-            raise UsageError(
-                f"image_size={self.image_size}: two views need a side that is a multiple of 32."
-            )
+        check_side(self.image_size, "two views need")
 
     def __call__(
         self, picture: Picture, generator: np.random.Generator
@@ -75,11 +72,8 @@ class TwoViews:
         entries: dict[str, np.ndarray[Any, Any]] = {}
         cuts = picture.cut(boxes, self.image_size)  # decodes once for both
         for number, (view, config) in enumerate(zip(cuts, self.colours, strict=True), start=1):
-            if draw_flip(self.flip, generator):
-                view = view[:, ::-1]
-            if generator.random() < self.rotate:
-                view = np.rot90(view, int(generator.integers(1, 4)))
-            entries[f"view_{number}"] = np.ascontiguousarray(view)
+            turn = draw_turn(self.flip, self.rotate, generator)
+            entries[f"view_{number}"] = np.ascontiguousarray(turn.of_view(view))
             entries[f"colour_{number}"] = colour.draw(config, generator)
         return entries
 
@@ -130,10 +124,8 @@ def spread(embedding: Tensor) -> Tensor:
 
 def seen_views(batch: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
     """Return both views as they were cut and as the network sees them: uint8 N 3 H W."""
-    coloured = colour_both(batch, backbone).float().cpu()
-    mean = torch.tensor(backbone.mean).view(1, 3, 1, 1)
-    std = torch.tensor(backbone.std).view(1, 3, 1, 1)
-    seen = ((coloured * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).chunk(2)
+    coloured = colour_both(batch, backbone)
+    seen = colour.denormalise(coloured, backbone.mean, backbone.std).chunk(2)
     return {
         "view_1": batch["view_1"].cpu().permute(0, 3, 1, 2),
         "view_1_seen": seen[0],

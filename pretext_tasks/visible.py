@@ -82,10 +82,16 @@ class _Cells:
 
     def __init__(self, hidden: Tensor) -> None:
         self._hidden = hidden
+        self._visible: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[tuple[int, int], Tensor] = {}
 
     def at(self, height: int, width: int) -> Tensor:
         """Return bool N H W, true where a cell is visible."""
+        if (height, width) not in self._visible:
+            self._visible[height, width] = self._at(height, width)
+        return self._visible[height, width]
+
+    def _at(self, height: int, width: int) -> Tensor:
         _, rows, columns = self._hidden.shape
         if height % rows or width % columns:
             raise UsageError(

@@ -20,22 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from finetune.assign import Targets
-from finetune.augment.letterbox import letterbox_geometry
-from finetune.augment.warp import GREY
+from finetune.augment.letterbox import letterboxed
 from finetune.detector import Detector, suppress
 from finetune.head import DetectionHead
 from finetune.losses import DetectionLoss
 from finetune.metrics import Found, Truth, score
 from finetune.recipe import LossKeys
 from groundwork.backbones.contract import Backbone
-from groundwork.colour import normalise
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import open_picture
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled
 from groundwork.errors import DataError
+from groundwork.modes import evaluating
 from groundwork.necks.yolo12 import Features
 from groundwork.precise_batchnorm import measured_statistics
 from groundwork.settings import DetectionProbeSettings
+from pretrain.feature_maps import feature_maps
 from pretrain.probe_pictures import evenly
 
 _AT_ONCE = 16  # pictures of a forward
@@ -104,18 +104,15 @@ class DetectionProbe:
         modes and the state of random numbers are left as they are.
         """
         parts = nn.ModuleList([backbone] if neck is None else [backbone, neck])
-        modes = [(module, module.training) for module in parts.modules()]
+        shown = self._train.pixels
         device = next(backbone.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            try:
-                parts.eval()
-                shown = self._train.pixels
-                with measured_statistics(parts, lambda: feature_maps(backbone, neck, shown)):
-                    return self._measure(backbone, neck, device)
-            finally:
-                for module, training in modes:
-                    module.training = training
+            with (
+                evaluating(parts),
+                measured_statistics(parts, lambda: feature_maps(backbone, neck, shown)),
+            ):
+                return self._measure(backbone, neck, device)
 
     def _measure(
         self, backbone: Backbone, neck: nn.Module | None, device: torch.device
@@ -168,18 +165,6 @@ class DetectionProbe:
         return found
 
 
-@torch.no_grad()
-def feature_maps(backbone: Backbone, neck: nn.Module | None, pixels: Tensor) -> Features:
-    """Return what backbone (and neck) make of uint8 N side side 3, all pictures' maps joined."""
-    device = next(backbone.parameters()).device
-    parts = []
-    for batch in torch.split(pixels, _AT_ONCE):
-        maps = backbone(normalise(batch.to(device), backbone.mean, backbone.std))
-        parts.append(maps if neck is None else neck(maps))
-    p3, p4, p5 = (torch.cat(levels).float() for levels in zip(*parts, strict=True))
-    return Features(p3, p4, p5)
-
-
 def read_pictures(labeled: LabeledSamples, limit: int, side: int) -> LabeledPictures:
     """Read up to `limit` pictures, evenly over all, into frames of side x side.
 
@@ -191,17 +176,11 @@ def read_pictures(labeled: LabeledSamples, limit: int, side: int) -> LabeledPict
         try:
             picture = open_picture(sample.image, max_pixels=labeled.max_pixels)
             its = labeled.annotations(sample, picture)
-            geometry = letterbox_geometry(picture.width, picture.height, (side, side))
-            whole = (0.0, 0.0, float(picture.width), float(picture.height))
-            [inner] = picture.cut([whole], geometry.shown(picture.width, picture.height))
+            frame, geometry = letterboxed(picture, (side, side))
         except DataError as error:
             raise DataError(f"The picture {sample.key} of {sample.source}: {error}.") from error
-        frame = np.full((side, side, 3), GREY, np.uint8)
-        bottom, right = geometry.top + inner.shape[0], geometry.left + inner.shape[1]
-        frame[geometry.top : bottom, geometry.left : right] = inner
         frames.append(frame)
-        corner = np.array([geometry.left, geometry.top] * 2, np.float32)
-        boxes = its.boxes * np.float32(geometry.scale) + corner
+        boxes = geometry.apply(its.boxes)
         truths.append(Truth(Annotations(boxes, its.classes, its.crowd), side, side))
     if not frames:
         raise DataError(f"{labeled.name} has no pictures for the detection probe.")

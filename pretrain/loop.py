@@ -26,7 +26,7 @@ from groundwork import checkpoint as checkpoints
 from groundwork.backbones import build_backbone, load_init
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.from_timm import synchronised
-from groundwork.backbones.product import save_product
+from groundwork.backbones.product import read_product, save_product
 from groundwork.checkpoint import Checkpoint
 from groundwork.clock import Clock, StopRequest, agree, host_group
 from groundwork.config import Section
@@ -82,7 +82,6 @@ class Position:
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics
     probe: dict[str, Any] = field(default_factory=dict)
     best: float = -1.0  # of the probe's measurements that choose the weights
-    best_step: int = 0
     worse: int = 0  # measurements since
 
 
@@ -114,9 +113,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     # Faster on a CPU, too: 1.36 times on yolo12n (LOG.md).
     task = task.to(memory_format=torch.channels_last)
     if device.type == "cuda" and world > 1:
-        synced = synchronised(task)
-        assert isinstance(synced, PretextTask)
-        task = synced
+        task = synchronised(task)
     task = task.to(device)
     ema = Ema(recipe.ema, task.product()) if recipe.ema.enabled else None
     optimizer = build_optimizer(recipe.optim, task)
@@ -197,9 +194,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         position.probe = {"alarm": alarm.state(), "first": first, "last": found}
         if indicator is not None:
             if found[indicator] > position.best:
-                position.best, position.best_step, position.worse = (
-                    found[indicator], position.step, 0,
-                )  # fmt: skip
+                position.best, position.worse = found[indicator], 0
                 keep(run.folder / BEST, {indicator: position.best})
             else:
                 position.worse += 1
@@ -363,9 +358,10 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     if accelerator.is_main_process:
         if indicator is not None and (run.folder / BEST).is_file():
             copy_whole(run.folder / BEST, product)  # and not a move: a finished run may be resumed
+            _, about = read_product(product)
             logger.info(
                 "Kept are the weights of step %d, with the best %s (%.4f).",
-                position.best_step, indicator, position.best,
+                about["step"], indicator, about[indicator],
             )  # fmt: skip
         else:
             keep(product, {})

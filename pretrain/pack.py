@@ -251,7 +251,11 @@ def _pack(arguments: argparse.Namespace) -> int:
         prefix="shard",
         shard_size=arguments.shard_size,
         shard_bytes=arguments.shard_mib << 20,
-        options=[options, *(["labeled"] if options.labeled else [])],
+        options=[
+            options,
+            *(["labeled"] if options.labeled else []),
+            *([] if options.tiles is None else ["tiles", options.tiles, options.overlap]),
+        ],
     )
     with tqdm(total=len(pictures), unit=" pictures", desc="Packing", smoothing=0.1) as bar:
         results = pack(

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +58,18 @@ _LOCK_NAME = ".pack.lock"
 JPEG_QUALITY = 90
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class Options:
     """What happens to each picture on its way into a shard."""
 
     resize: int | None  # shortest side in pixels; None keeps the original bytes
     max_pixels: int
     classes: tuple[str, ...] = ()
-    labeled: bool = False  # what the plan knows from the labels
-    tiles: int | None = None  # side in pixels; None keeps a picture in one piece
-    overlap: float = 0.0  # of a tile's side, at least, that it shares with the next
-
-    def __repr__(self) -> str:
-        """What a plan is hashed with: options that older packings did not have are left out."""
-        tiles = "" if self.tiles is None else f", tiles={self.tiles}, overlap={self.overlap}"
-        return (
-            f"Options(resize={self.resize!r}, max_pixels={self.max_pixels!r}, "
-            f"classes={self.classes!r}{tiles})"
-        )
+    # What a plan knows by itself, or is told beside these (pretrain/pack.py): not in `repr`, which
+    # it is hashed with, so that packings of older versions go on.
+    labeled: bool = field(default=False, repr=False)
+    tiles: int | None = field(default=None, repr=False)  # side in pixels; None cuts nothing
+    overlap: float = field(default=0.0, repr=False)  # of a tile's side, that neighbours share
 
 
 @dataclass(frozen=True, slots=True)

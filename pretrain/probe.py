@@ -22,8 +22,8 @@ Nothing here draws a random number, or leaves a weight, a buffer or a training m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ from groundwork.data.samples import open_samples
 from groundwork.data.scenes import open_scene_objects
 from groundwork.data.shards import Samples
 from groundwork.errors import DataError
+from groundwork.modes import evaluating
 from groundwork.precise_batchnorm import measured_statistics
 from groundwork.settings import ProbeSettings
 from pretrain.detection_probe import DetectionProbe, open_detection_probe
@@ -231,7 +232,7 @@ def features(
     """
     device = next(backbone.parameters()).device
     pooled = []
-    with _frozen(backbone), torch.autocast(device.type, enabled=False):
+    with evaluating(backbone), torch.no_grad(), torch.autocast(device.type, enabled=False):
         for batch in torch.split(pixels, batch_size):
             images = normalise(batch.to(device), backbone.mean, backbone.std)
             pyramid = backbone(images)._asdict()
@@ -297,15 +298,3 @@ def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
 def _finite(values: Tensor) -> Tensor:
     """Diverged features count as zeros: the accuracy is then that of chance, and not an error."""
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -133,18 +133,14 @@ def _joined(parts: Sequence[str]) -> dict[str, Any]:
     A task whose recipe has another image_size keeps it.
     """
     recipes = [read_yaml(find_recipe(part, "pretrain")) for part in parts]
-    values = dict(recipes[0])
-    sizes = {
-        part: recipe["image_size"]
-        for part, recipe in zip(parts, recipes, strict=True)
-        if recipe.get("image_size") != values.get("image_size")
-    }
-    task: dict[str, Any] = {"name": "+".join(parts)}
-    for part, recipe in zip(parts, recipes, strict=True):
+    default = Recipe.model_fields["image_size"].default
+    sizes = [recipe.get("image_size", default) for recipe in recipes]
+    task: dict[str, Any] = {"name": "+".join(parts), "image_sizes": {}}
+    for part, recipe, size in zip(parts, recipes, sizes, strict=True):
         task[part] = {key: value for key, value in recipe["task"].items() if key != "name"}
-    if sizes:
-        task["image_sizes"] = sizes
-    return {**values, "task": task}
+        if size != sizes[0]:
+            task["image_sizes"][part] = size
+    return {**recipes[0], "task": task}
 
 
 def build(values: dict[str, Any]) -> Recipe:

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from groundwork.backbones.contract import Backbone
-from groundwork.colour import normalise
+from groundwork.modes import evaluating
 from groundwork.precise_batchnorm import measured_statistics
+from pretrain.feature_maps import feature_maps
 
-_AT_ONCE = 16
 _ROBUST = 0.02  # of the values at either end are clipped before colours are stretched
 
 
@@ -34,21 +34,18 @@ def look(
     backbone: Backbone, pixels: Tensor, *, shown: int = 8, queries: int = 6, k: int = 5
 ) -> Seen:
     """Show what a backbone makes of uint8 N side side 3; BatchNorm is measured on them."""
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    try:
-        with measured_statistics(backbone, lambda: _maps(backbone, pixels)):
-            levels = _maps(backbone, pixels)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with (
+        evaluating(backbone),
+        measured_statistics(backbone, lambda: feature_maps(backbone, None, pixels)),
+    ):
+        maps = feature_maps(backbone, None, pixels)
     pictures = pixels.permute(0, 3, 1, 2)
     side = pictures.shape[2]
     colours = {
-        name: functional.interpolate(principal_colours(maps[:shown]), size=side)
-        for name, maps in levels.items()
+        name: functional.interpolate(principal_colours(level[:shown].cpu()), size=side)
+        for name, level in zip(("C3", "C4", "C5"), maps, strict=True)
     }
-    pooled = functional.normalize(levels["C5"].mean((2, 3)), dim=1)
+    pooled = functional.normalize(maps.p5.mean((2, 3)).cpu(), dim=1)
     likeness = pooled @ pooled.T
     asked = torch.arange(min(queries, len(pixels))) * (len(pixels) // max(queries, 1) or 1)
     nearest = likeness[asked].topk(min(k + 1, len(pixels)), dim=1).indices
@@ -70,13 +67,3 @@ def principal_colours(maps: Tensor) -> Tensor:
     return (
         (stretched * 255).round().to(torch.uint8).reshape(n, height, width, 3).permute(0, 3, 1, 2)
     )
-
-
-def _maps(backbone: Backbone, pixels: Tensor) -> dict[str, Tensor]:
-    device = next(backbone.parameters()).device
-    found = []
-    for batch in torch.split(pixels, _AT_ONCE):
-        images = normalise(batch.to(device), backbone.mean, backbone.std)
-        found.append([level.float().cpu() for level in backbone(images)])
-    c3, c4, c5 = (torch.cat(level) for level in zip(*found, strict=True))
-    return {"C3": c3, "C4": c4, "C5": c5}

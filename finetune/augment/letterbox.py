@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.augment.boxes import Boxes, Rule, moved, scaled
-from finetune.augment.warp import GREY, resized
+from finetune.augment.warp import GREY, Pixels, resized
+from groundwork.data.decode import Picture
 
 if TYPE_CHECKING:
     from finetune.augment.contract import Item, Source
@@ -56,6 +57,20 @@ def letterbox_geometry(
         scale = min(scale, 1.0)
     shown = Geometry(scale, 0, 0).shown(width, height)
     return Geometry(scale, (size[1] - shown[1]) // 2, (size[0] - shown[0]) // 2)
+
+
+def letterboxed(picture: Picture, size: tuple[int, int]) -> tuple[Pixels, Geometry]:
+    """Show a whole picture in a grey frame of size (height, width): uint8 H W 3, and where it is.
+
+    Raises DataError for pixels that cannot be decoded.
+    """
+    geometry = letterbox_geometry(picture.width, picture.height, size)
+    whole = (0.0, 0.0, float(picture.width), float(picture.height))
+    [inner] = picture.cut([whole], geometry.shown(picture.width, picture.height))
+    frame = np.full((*size, 3), GREY, np.uint8)
+    bottom, right = geometry.top + inner.shape[0], geometry.left + inner.shape[1]
+    frame[geometry.top : bottom, geometry.left : right] = inner
+    return frame, geometry
 
 
 def framed(

@@ -23,7 +23,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import timm
 import torch
@@ -34,6 +34,8 @@ from groundwork.backbones.contract import STRIDES, Backbone, Level, Pyramid
 from groundwork.errors import CheckpointError, UsageError
 
 PREFIX = "timm/"
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # Not square, and small in cells, so that a model which only works at its own size shows it.
 _TRIAL_SIZE = (64, 96)
@@ -151,17 +153,12 @@ class TimmTeacher(nn.Module):
 
         Raises CheckpointError where the file cannot be read or does not hold the model.
         """
-        from groundwork.backbones.load import fit, report_of, take, unwrap
+        from groundwork.backbones.load import fit_backbone, report_of, take
         from groundwork.backbones.product import read_tensors
 
         tensors, _ = read_tensors(path)
         own = dict(self.state_dict())
-        chosen = fit(own, tensors)
-        if len(chosen) < len(own):
-            plain = {unwrap(key, own)[0].removeprefix("model."): v for key, v in tensors.items()}
-            converted = convert(self, plain)
-            if converted is not None and len(better := fit(own, converted)) > len(chosen):
-                chosen, tensors = better, converted
+        chosen, tensors = fit_backbone(self, own, tensors)
         report = report_of(path, own, tensors, chosen)
         if report.share < 1:  # a part that stayed random would be taught
             raise CheckpointError(
@@ -170,12 +167,12 @@ class TimmTeacher(nn.Module):
         take(own, tensors, chosen, path)
 
 
-def synchronised(network: nn.Module) -> nn.Module:
+def synchronised(network: Network) -> Network:
     """Let every BatchNorm count over all ranks; timm's, which has an activation inside, keeps it.
 
     torch's own converter drops that activation without a word.
     """
-    converted: nn.Module = timm.layers.convert_sync_batchnorm(network)
+    converted: Network = timm.layers.convert_sync_batchnorm(network)
     return converted
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from groundwork.backbones.contract import Backbone
+    from groundwork.backbones.from_timm import TimmTeacher
 
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "teacher.", "encoder.", "model.")
 ENOUGH = 0.9  # of the backbone's tensors; below, the file is of something else
@@ -103,7 +104,7 @@ def load_init(backbone: Backbone, path: str | Path) -> InitReport:
 
 
 def fit_backbone(
-    backbone: Backbone, own: Mapping[str, Tensor], tensors: dict[str, Tensor]
+    backbone: Backbone | TimmTeacher, own: Mapping[str, Tensor], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Map the backbone's names to the file's; return the file's tensors too, or timm's conversion.
 
@@ -168,15 +169,15 @@ def unwrap(key: str, own: Mapping[str, Tensor]) -> tuple[str, str]:
 
 
 def _fit_older(
-    backbone: Backbone,
+    backbone: Backbone | TimmTeacher,
     own: Mapping[str, Tensor],
     tensors: dict[str, Tensor],
     chosen: dict[str, str],
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Try timm's conversion of older names; return the better of both mappings and its tensors."""
-    from groundwork.backbones.from_timm import TimmBackbone, convert
+    from groundwork.backbones.from_timm import TimmBackbone, TimmTeacher, convert
 
-    assert isinstance(backbone, TimmBackbone)
+    assert isinstance(backbone, TimmBackbone | TimmTeacher)
     plain = {unwrap(key, own)[0].removeprefix("model."): value for key, value in tensors.items()}
     converted = convert(backbone, plain)
     if converted is not None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from pretext_tasks.crops import draw_crop, draw_flip, flip
+from groundwork.errors import UsageError
+from pretext_tasks.crops import Turn, check_side, draw_crop, draw_turn
 
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
@@ -77,10 +78,27 @@ def test_the_generator_alone_decides() -> None:
     assert boxes[0] != draw_crop(640, 480, SCALE, RATIO, np.random.default_rng(5))
 
 
-def test_half_of_the_views_are_flipped_left_to_right() -> None:
+def test_views_are_mirrored_and_turned_as_often_as_is_asked() -> None:
     generator = np.random.default_rng(6)
-    assert abs(np.mean([draw_flip(0.5, generator) for _ in range(2000)]) - 0.5) < 0.05
-    assert not any(draw_flip(0.0, generator) for _ in range(50))
-    view = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    assert flip(view).tolist() == [[[3, 4, 5], [0, 1, 2]], [[9, 10, 11], [6, 7, 8]]]
-    assert flip(view).flags.c_contiguous
+    turns = [draw_turn(0.5, 0.75, generator) for _ in range(4000)]
+    assert abs(np.mean([turn.mirrored for turn in turns]) - 0.5) < 0.05
+    for quarters in range(4):
+        assert abs(np.mean([turn.quarters == quarters for turn in turns]) - 0.25) < 0.03
+    assert {draw_turn(0.0, 0.0, generator) for _ in range(50)} == {Turn(False, 0)}
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("quarters", range(4))
+def test_points_turn_as_views_do(mirrored: bool, quarters: int) -> None:
+    view = np.zeros((4, 4, 3), np.uint8)
+    view[0, 2] = 1
+    turn = Turn(mirrored, quarters)
+    x, y = (turn.of_points(np.array([[2.5, 0.5]]) / 4)[0] * 4).astype(int)
+    assert turn.of_view(view)[y, x, 0] == 1
+
+
+def test_a_side_that_no_backbone_takes_is_refused() -> None:
+    check_side(64, "this needs")
+    for side in (0, 31, 100):
+        with pytest.raises(UsageError, match=f"image_size={side}: this needs a side"):
+            check_side(side, "this needs")

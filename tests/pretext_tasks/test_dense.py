@@ -23,7 +23,6 @@ from pretext_tasks.dense import (
     features_at,
     partner_found,
     shared_area,
-    turned,
 )
 
 MakeBatch = Callable[..., dict[str, Tensor]]
@@ -72,15 +71,6 @@ def test_any_overlap_is_enough_where_none_is_asked_for(make_jpeg: Callable[..., 
         views = Dense.views(config, 64)(open_picture(make_jpeg(0)), _generator(position))
         same += np.allclose(views["points_1"], views["points_2"])
     assert same < 3
-
-
-def test_points_turn_as_pictures_do() -> None:
-    cells = np.zeros((4, 4), np.uint8)
-    cells[0, 3] = 1  # the upper right
-    point = np.array([[3.5, 0.5]]) / 4
-    for turns in range(4):
-        x, y = (turned(point, turns)[0] * 4).astype(int)
-        assert np.rot90(cells, turns)[y, x] == 1
 
 
 def test_areas_by_hand() -> None:

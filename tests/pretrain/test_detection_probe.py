@@ -121,7 +121,7 @@ def test_other_classes_are_refused(labeled: Path) -> None:
     document = json.loads(file.read_text())
     document["categories"][0]["name"] = "green"
     file.write_text(json.dumps(document))
-    with pytest.raises(DataError, match=r"classes|class"):
+    with pytest.raises(DataError, match=r"red|green"):
         probe_of(labeled)
 
 

@@ -297,7 +297,7 @@ def test_several_tasks_a_neck_and_a_detection_probe_that_chooses(
     keys = [
         f"data.train={pictures}", "budget.steps=4", *TINY, "report=true", "task.inpainting.neck=n",
         "task.byol.hidden_width=16", f"probe.detection.data={labeled}", "probe.times=2",
-        "probe.detection.image_size=64", "probe.detection.steps=2", "probe.select=best",
+        "probe.detection.image_size=64", "probe.detection.steps=2", "probe.select=ap",
         f"data.cache={tmp_path / 'cache'}", "task.image_sizes.inpainting=64",
     ]  # fmt: skip
     done = run(1, tmp_path, "--task", "byol+inpainting", "--out", "one", *keys)
@@ -327,7 +327,7 @@ def test_several_tasks_a_neck_and_a_detection_probe_that_chooses(
     ("key", "message"),
     [
         ("probe.select=ap", "set detection.data"),
-        ("probe.select=best", "needs labels"),
+        ("probe.select=knn", "set labeled"),
         ("probe.patience=2", "needs select"),
     ],
 )
