@@ -8,7 +8,7 @@ boxes do not outweigh the others; of several processes each divides by its own s
   `focal` (arXiv 1708.02002, equation 5, torchvision's), `varifocal` (arXiv 2008.13367, equation 2)
   or `quality_focal` (arXiv 2006.04388, equation 6).
 - localisation, positive points weighted by their target score (or every box the same, with
-  `boxes=equal`, which small and rare ones gain from): `iou`, `giou` (arXiv 1902.09630),
+  `boxes=equal`, from which small and rare ones may gain): `iou`, `giou` (arXiv 1902.09630),
   `diou` or `ciou` (arXiv 1911.08287), torchvision's.
 - distribution, part of localisation with a weight of its own: distribution focal loss (arXiv
   2006.04388, equation 7) of the two bins beside a side's distance.

@@ -12,7 +12,6 @@ over layers; every task reads the levels that it reads alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +25,9 @@ from groundwork.config import Section
 from groundwork.data.decode import Picture
 from groundwork.errors import UsageError
 from groundwork.necks.yolo12 import YOLO12Neck
-from pretext_tasks.contract import PretextTask, StepOutput, Views, backbone_of
+from pretext_tasks.contract import PretextTask, StepOutput, Views
 from pretext_tasks.through_neck import ThroughNeck
 
-JOIN = "+"
 _AT = "/"  # between a task's name and the name of an entry, a metric or a picture
 
 
@@ -113,7 +111,7 @@ class Together(PretextTask):
         kept: dict[str, nn.Module] = {}
         for _, task in self._tasks():
             kept |= task.product()
-        return {**kept, "backbone": backbone_of(self._tasks()[0][1])}
+        return kept
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return every task's pictures."""
@@ -126,7 +124,6 @@ class Together(PretextTask):
 
 def together(name: str, kinds: dict[str, type[PretextTask]]) -> type[PretextTask]:
     """Make the task of several, each with its name."""
-    names: Sequence[str] = tuple(kinds)
     fields: dict[str, Any] = {one: (kind.Config, kind.Config()) for one, kind in kinds.items()}
     fields["weights"] = (dict[str, float], Field(default={}))
     fields["image_sizes"] = (dict[str, int], Field(default={}))
@@ -137,8 +134,8 @@ def together(name: str, kinds: dict[str, type[PretextTask]]) -> type[PretextTask
 
         def model_post_init(self, context: Any) -> None:
             for key in ("weights", "image_sizes"):
-                if unknown := sorted(set(getattr(self, key)) - set(names)):
-                    raise ValueError(f"{key}: {unknown[0]} is none of {', '.join(names)}")
+                if unknown := sorted(set(getattr(self, key)) - kinds.keys()):
+                    raise ValueError(f"{key}: {unknown[0]} is none of {', '.join(kinds)}")
             if any(not weight > 0 for weight in self.weights.values()):
                 raise ValueError("weights must be above 0: leave a task out instead")
 
