@@ -230,7 +230,7 @@ def test_eight_pictures_are_learnt_by_heart(labeled: Path, tmp_path: Path) -> No
     keys = [
         f"data.train={labeled}", f"data.train_list={names}", "budget.steps=250", "batch_size=8",
         "augment.mosaic.prob=0", "augment.close=1", "optim.lr=0.002", "eval.times=1",
-        "ema.decay=0.99", "image_size=96", "threads=2",
+        "ema.decay=0.99", "image_size=96",
     ]  # fmt: skip
     done = run(1, tmp_path, "--out", str(out), *TINY, *keys)
     assert done.returncode == 0, done.stderr
