@@ -11,6 +11,7 @@ groundwork.backbones.load does it, and YOLOv12's public names are known (finetun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from finetune.detector import Detector, build_detector
 from finetune.exchange import from_ultralytics
+from groundwork.backbones.contract import STRIDES
 from groundwork.backbones.load import (
     ENOUGH,
     InitReport,
@@ -109,7 +111,7 @@ _PARTS = {
     "head's objectness branch": ("head.objectness.",),
 }
 _CLASSES = "head's class branch"
-_LAST_BIAS = "head.classes.0.2.bias"  # as long as there are classes
+_LAST = "head.classes.{level}.2.{what}"  # its first axis is as long as there are classes
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ def load_init(detector: Detector, path: str | Path) -> DetectorInit:
 
     The file may be a pretrained.safetensors (backbone, and neck where one was trained), a
     detector.safetensors, a checkpoint of the timm model, or YOLOv12's tensors under their public
-    names. The class branch is taken where the number of classes is the same. BatchNorm statistics
-    come with the weights.
+    names. The class branch is taken where the number of classes is the same, and that of a
+    pretraining, which knows one class, any object, starts every class. BatchNorm statistics come
+    with the weights.
 
     Raises CheckpointError where the file cannot be read, has no backbone, fits less than 90 % of
     the tensors of a part that it holds (BatchNorm counters do not count), or holds numbers that
@@ -147,6 +150,8 @@ def load_init(detector: Detector, path: str | Path) -> DetectorInit:
     tensors, metadata = _read(path)
     if isinstance(detector.backbone, YOLO12):
         tensors = from_ultralytics(tensors)
+    if metadata is not None and "detector" not in metadata:
+        tensors = _for_every_class(tensors, detector.head.num_classes)
     own = dict(detector.state_dict())
     body, body_tensors, chosen = _choose(detector, own, tensors)
     spread = _by_part(own, tensors)
@@ -187,6 +192,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             f"where it was made, by `torch.save(YOLO('{path.name}').model.state_dict(), "
             f"'{plain}')`, and start from {plain}."
         ) from error
+
+
+def _for_every_class(tensors: dict[str, Tensor], classes: int) -> dict[str, Tensor]:
+    """Repeat the last layers of a head of one class, so that a score is shared by all classes."""
+    spread = {}
+    for level in range(len(STRIDES)):
+        weight, bias = (_LAST.format(level=level, what=what) for what in ("weight", "bias"))
+        if weight in tensors and bias in tensors and len(tensors[bias]) == 1:
+            spread[weight] = tensors[weight].repeat(classes, 1, 1, 1)
+            spread[bias] = tensors[bias].repeat(classes) - math.log(classes)
+    return tensors | spread
 
 
 def _choose(
@@ -234,12 +250,18 @@ def _not_taken(
     if not keys:
         return f"The {part} is not in the file and left as initialised."
     if part == _CLASSES:
-        there = next((v for k, v in keys.items() if unwrap(k, own)[0] == _LAST_BIAS), None)
-        here = own[_LAST_BIAS]
-        if there is not None and there.shape != here.shape:
+        last = _LAST.format(level=0, what="weight")
+        there = next((v for k, v in keys.items() if unwrap(k, own)[0] == last), None)
+        here = own[last]
+        if there is not None and len(there) != len(here):
             return (
                 f"The {part} is left as initialised: the file's is for {len(there)} classes, "
                 f"this one for {len(here)}."
+            )
+        if there is not None and there.shape != here.shape:  # many classes make it wider
+            return (
+                f"The {part} is left as initialised: the file's has {there.shape[1]} channels, "
+                f"this one {here.shape[1]}."
             )
     return None
 

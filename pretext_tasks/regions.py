@@ -1,0 +1,183 @@
+"""Regions: detect, in a class of its own, whatever stands out from its surroundings.
+
+A detector has three parts, and a pretext task on features trains one or two of them. Here all three
+learn: backbone, neck, and the head's branches for boxes and classes, by the second stage's own
+assignment and loss, on boxes that nobody drew: regions of the view that keep their outline while a
+threshold moves (pretext_tasks/stable_regions.py). Such boxes are often wrong; but what they have in
+common is what a detector must know of any object: where it ends, how large it is, and that there is
+one box for it. Source: DETReg (Bar et al. 2021, arXiv 2106.04550), which pretrains a whole detector
+on region proposals without classes; SoCo (Wei et al. 2021, arXiv 2106.02637) is evidence that
+training neck and box features with backbone helps few labels.
+
+Differs from DETReg:
+- A convolutional detector with dense predictions instead of DETR, and stable regions instead of
+  selective search: they cost about 20 ms a view, so that every view has its own.
+- No term that pulls a box's embedding to that of a pretrained network: features that tell classes
+  apart come from a second task beside this one (`--task byol+regions`), or from the labels.
+
+The regions are found in the view as it was cut and turned; the network sees it in other colours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from pydantic import Field
+from torch import Tensor, nn
+
+from finetune.assign import Targets
+from finetune.detector import Detector, suppress
+from finetune.head import DetectionHead
+from finetune.losses import DetectionLoss
+from finetune.recipe import LossKeys
+from groundwork import colour
+from groundwork.backbones.contract import Backbone
+from groundwork.backbones.yolo12 import SCALES
+from groundwork.colour import Colour, Probability
+from groundwork.config import Section
+from groundwork.data.decode import Picture
+from groundwork.modes import evaluating
+from pretext_tasks.contract import StepOutput, Views
+from pretext_tasks.crops import check_side, draw_crop, draw_turn
+from pretext_tasks.stable_regions import RegionKeys, stable_regions
+from pretext_tasks.through_neck import Letter, ThroughNeck
+from pretext_tasks.two_views import starting_from
+
+# BYOL's second view without solarisation, and a blur that leaves small things to be seen.
+COLOUR = Colour(grayscale=0.1, blur=0.3, blur_sigma=(0.1, 1.0))
+
+_SHOWN = 30  # boxes that are drawn, at most, of those found with a score of at least
+_SCORE = 0.1
+
+
+class RegionsConfig(Section):
+    """Values that are ours, but for the loss's weights, which are the second stage's defaults."""
+
+    # The neck's and head's width; auto: the backbone's own, as fine-tuning has it.
+    neck: Letter | Literal["auto"] = "auto"
+    regions: RegionKeys = RegionKeys()
+    crop_scale: tuple[float, float] = (0.25, 1.0)  # part of the picture's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width to height
+    flip: Probability = 0.5
+    rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
+    colour: Annotated[Colour, starting_from(COLOUR)] = COLOUR
+    boxes: Literal["score", "equal"] = Field(default="score")  # as the second stage's loss.boxes
+
+
+@dataclass(frozen=True)
+class RegionsViews:
+    """Cuts one view and finds its regions."""
+
+    config: RegionsConfig
+    image_size: int
+
+    def __call__(
+        self, picture: Picture, generator: np.random.Generator
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Return image (uint8 H W 3), colour, boxes (float32 K 4 in its pixels) and count.
+
+        The first `count` of the boxes are regions; the rest are zeros.
+        """
+        config = self.config
+        box = draw_crop(
+            picture.width, picture.height, config.crop_scale, config.crop_ratio, generator
+        )
+        (image,) = picture.cut([box], self.image_size)
+        turn = draw_turn(config.flip, config.rotate, generator)
+        image = np.ascontiguousarray(turn.of_view(image))
+        found = stable_regions(image, config.regions)
+        boxes = np.zeros((config.regions.most, 4), np.float32)
+        boxes[: len(found)] = found
+        return {
+            "image": image,
+            "colour": colour.draw(config.colour, generator),
+            "boxes": boxes,
+            "count": np.array(len(found)),
+        }
+
+
+class Regions(ThroughNeck):
+    """Backbone, neck and a head of one class."""
+
+    Config = RegionsConfig
+
+    def __init__(self, backbone: Backbone, config: RegionsConfig) -> None:
+        letter: Any = own_letter(backbone) if config.neck == "auto" else config.neck
+        super().__init__(backbone, letter)
+        self.config = config
+        self.head = DetectionHead([level.channels for level in self.levels], 1)
+        self._loss = DetectionLoss(LossKeys(boxes=config.boxes))
+
+    @classmethod
+    def views(cls, config: Any, image_size: int) -> Views:
+        """Return the maker of a view and its regions."""
+        check_side(image_size, "regions needs")
+        return RegionsViews(config, image_size)
+
+    def forward(self, batch: dict[str, Tensor]) -> StepOutput:
+        """Return the detection loss. Metrics: its parts, and regions of a view in the mean."""
+        image = self._coloured(batch)
+        raw = self._detector()(image)
+        there = _there(batch)
+        row, place = there.nonzero(as_tuple=True)
+        targets = Targets(row, batch["boxes"][row, place], torch.zeros_like(row))
+        size = (image.shape[2], image.shape[3])
+        with torch.autocast(image.device.type, enabled=False):
+            loss = self._loss(self._detector(), raw, size, targets)
+        found = batch["count"].float().mean()
+        return StepOutput(loss.total, {**loss.parts, "regions": found})
+
+    def product(self) -> dict[str, nn.Module]:
+        """Return backbone, neck, and the head of one class."""
+        return {**super().product(), "head": self.head}
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the network sees, with the regions, and with what it finds, drawn."""
+        image = self._coloured(batch)
+        seen = colour.denormalise(image, self.backbone.mean, self.backbone.std)
+        there, height, width = _there(batch), image.shape[2], image.shape[3]
+        detector = self._detector()
+        with evaluating(detector):
+            predicted = detector.predict(image)
+        regions, found = [], []
+        for row, (boxes, scores) in enumerate(zip(*predicted, strict=True)):
+            regions.append(_drawn(seen[row], batch["boxes"][row][there[row]]))
+            best = suppress(boxes, scores, score=_SCORE, iou=0.5, most=_SHOWN)
+            limits = boxes.new_tensor([width, height, width, height])
+            found.append(_drawn(seen[row], best.boxes.clamp(min=0).minimum(limits)))
+        return {"regions": torch.stack(regions), "found": torch.stack(found)}
+
+    def _coloured(self, batch: dict[str, Tensor]) -> Tensor:
+        backbone = self.backbone
+        return colour.apply(batch["image"], batch["colour"], backbone.mean, backbone.std)
+
+    def _detector(self) -> Detector:
+        # Made when it is used: `together` may have given this task another's neck meanwhile.
+        assert self.neck is not None
+        return Detector(self.backbone, self.neck, self.head)
+
+
+def own_letter(backbone: Backbone) -> Letter:
+    """Return the width that fine-tuning gives this backbone's neck: its own, or n for timm's."""
+    letter: Any = backbone.name.removeprefix("yolo12")
+    return letter if letter in SCALES else "n"
+
+
+def _there(batch: dict[str, Tensor]) -> Tensor:
+    """Return which rows of the boxes are regions: N K bool."""
+    places = torch.arange(batch["boxes"].shape[1], device=batch["boxes"].device)
+    return places < batch["count"][:, None]
+
+
+def _drawn(picture: Tensor, boxes: Tensor) -> Tensor:
+    """Draw boxes into a copy of a picture, uint8 3 H W on the CPU."""
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    pen = ImageDraw.Draw(image)
+    for left, top, right, bottom in boxes.tolist():
+        pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=(0, 255, 0))
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)

@@ -1,0 +1,143 @@
+"""Regions: boxes follow the view, the detector's loss is the second stage's, all of it is kept."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from finetune.assign import Targets
+from finetune.detector import Detector, build_detector
+from finetune.losses import DetectionLoss
+from finetune.recipe import LossKeys
+from finetune.weights import load_init
+from groundwork.backbones import build_backbone
+from groundwork.backbones.contract import Backbone
+from groundwork.backbones.product import save_product
+from groundwork.data.decode import open_picture
+from groundwork.errors import UsageError
+from pretext_tasks.regions import Regions, RegionsConfig, own_letter
+
+PLAIN: dict[str, Any] = {"flip": 0.0, "crop_scale": (1.0, 1.0)}
+
+
+def _picture() -> bytes:
+    """One dark square on a light ground, left of the middle."""
+    image = Image.new("RGB", (128, 128), "#c8c0b8")
+    ImageDraw.Draw(image).rectangle((16, 48, 47, 79), fill="#302040")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _entries(seed: int = 0, **changes: Any) -> dict[str, Any]:
+    views = Regions.views(RegionsConfig(**PLAIN | changes), 128)
+    return views(open_picture(_picture()), np.random.Generator(np.random.Philox(key=[0, seed])))
+
+
+def _batch(count: int = 2) -> dict[str, Tensor]:
+    entries = [_entries(seed) for seed in range(count)]
+    return {k: torch.from_numpy(np.stack([one[k] for one in entries])) for k in entries[0]}
+
+
+@pytest.fixture
+def make_task(tiny_backbone: Callable[[], Backbone]) -> Callable[..., Regions]:
+    def make(**changes: Any) -> Regions:
+        torch.manual_seed(0)
+        return Regions(tiny_backbone(), RegionsConfig(**changes))
+
+    return make
+
+
+def test_a_box_is_where_its_region_is_in_the_view() -> None:
+    entries = _entries()
+    assert entries["count"] == 1
+    np.testing.assert_allclose(entries["boxes"][0], (16, 48, 48, 80), atol=1.5)
+    assert not entries["boxes"][1:].any()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_box_follows_turns_and_crops(seed: int) -> None:
+    entries = _entries(seed, flip=0.5, rotate=0.75, crop_scale=(0.6, 1.0))
+    dark = entries["image"].sum(2) < 300
+    for left, top, right, bottom in entries["boxes"][: entries["count"]].round().astype(int):
+        inside = dark[top:bottom, left:right]
+        assert inside.mean() > 0.85
+        assert inside.sum() > 0.85 * dark.sum()
+
+
+def test_the_loss_is_the_second_stages(make_task: Callable[..., Regions]) -> None:
+    task, batch = make_task(), _batch()
+    output = task(batch)
+    detector = Detector(task.backbone, task.neck or torch.nn.Identity(), task.head)
+    image = task._coloured(batch)
+    boxes = torch.cat([b[:n] for b, n in zip(batch["boxes"], batch["count"], strict=True)])
+    targets = Targets(torch.tensor([0, 1]), boxes, torch.zeros(2, dtype=torch.long))
+    wanted = DetectionLoss(LossKeys())(detector, detector(image), (128, 128), targets)
+    torch.testing.assert_close(output.loss, wanted.total)
+    assert output.metrics["regions"] == 1
+    assert set(output.metrics) == {"regions", "classification", "localisation", "distribution"}
+
+
+def test_a_batch_without_regions_teaches_that_there_is_nothing(
+    make_task: Callable[..., Regions],
+) -> None:
+    task, batch = make_task(), _batch()
+    batch["count"] = torch.zeros_like(batch["count"])
+    output = task(batch)
+    output.loss.backward()
+    assert output.metrics["localisation"] == 0 and output.loss > 0
+    assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
+
+
+def test_a_region_is_learned(make_task: Callable[..., Regions]) -> None:
+    task, batch = make_task(), _batch()
+    optimizer = torch.optim.AdamW(task.parameters(), lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        task(batch).loss.backward()
+        optimizer.step()
+    boxes, scores = task._detector().eval().predict(task._coloured(batch))
+    best = boxes[0, scores[0, :, 0].argmax()]
+    torch.testing.assert_close(best, batch["boxes"][0, 0], atol=8.0, rtol=0)
+
+
+def test_the_width_is_the_one_that_fine_tuning_gives() -> None:
+    assert own_letter(build_backbone("yolo12s")) == "s"
+    assert own_letter(build_backbone("timm/test_resnet")) == "n"
+    task = Regions(build_backbone("yolo12s"), RegionsConfig())
+    assert task.neck is not None and task.neck.letter == "s"
+
+
+@pytest.mark.parametrize("classes", [1, 3, 80])
+def test_fine_tuning_starts_from_all_of_it(tmp_path: Path, classes: int) -> None:
+    torch.manual_seed(0)
+    task = Regions(build_backbone("yolo12n"), RegionsConfig())
+    save_product(tmp_path / "pretrained.safetensors", task.product(), {"task": "regions"})
+    detector = build_detector("yolo12n", classes)
+    report = load_init(detector, tmp_path / "pretrained.safetensors")
+    assert {"backbone", "neck", "head's box branch"} <= report.loaded
+    if classes == 80:  # whose class branch is wider
+        assert "class branch is left as initialised: the file's has 64 channels" in (
+            report.sentence()
+        )
+        return
+    assert "head's class branch" in report.loaded
+    picture = torch.rand(1, 3, 64, 64)
+    own = Detector(task.backbone, task.neck or torch.nn.Identity(), task.head).eval()(picture)
+    raw = detector.eval()(picture)
+    torch.testing.assert_close(raw.boxes, own.boxes)
+    spread = own.classes - float(np.log(classes))  # together the classes are the one
+    torch.testing.assert_close(raw.classes, spread.expand(-1, -1, classes))
+
+
+def test_a_size_that_no_backbone_takes_is_refused() -> None:
+    with pytest.raises(UsageError, match="multiple of 32"):
+        Regions.views(RegionsConfig(), 100)

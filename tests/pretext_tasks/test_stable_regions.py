@@ -1,0 +1,98 @@
+"""Stable regions: what stands out is found once, with its own box."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image, ImageDraw
+
+from pretext_tasks.stable_regions import RegionKeys, shared_areas, stable_regions
+
+View = npt.NDArray[np.uint8]
+
+
+def _scene(*shapes: tuple[str, tuple[int, int, int, int], str], noise: float = 2.0) -> View:
+    """Draw ellipses and rectangles on a grey ground with a little noise."""
+    image = Image.new("RGB", (192, 160), (170, 160, 150))
+    pen = ImageDraw.Draw(image)
+    for kind, box, colour in shapes:
+        getattr(pen, kind)(box, fill=colour)
+    pixels = np.asarray(image).astype(np.float64)
+    pixels += np.random.default_rng(0).normal(0, noise, pixels.shape)
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def _overlaps(boxes: npt.NDArray[np.float32], box: tuple[int, int, int, int]) -> list[float]:
+    true = np.array([[box[0], box[1], box[2] + 1, box[3] + 1]], np.float32)
+    shared = shared_areas(boxes, true)[:, 0]
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return (shared / (areas + (true[0, 2:] - true[0, :2]).prod() - shared)).tolist()
+
+
+SHAPES = (
+    ("ellipse", (20, 30, 60, 66), "#402080"),
+    ("rectangle", (90, 20, 130, 50), "#f0f0e8"),
+    ("ellipse", (100, 90, 112, 102), "#c03030"),  # 13 px
+    ("ellipse", (30, 100, 75, 140), "#b0886a"),  # of the ground's brightness, nearly
+)
+
+
+def test_every_shape_is_found_once() -> None:
+    boxes = stable_regions(_scene(*SHAPES), RegionKeys())
+    assert boxes.dtype == np.float32
+    for _, box, colour in SHAPES:
+        overlaps = sorted(_overlaps(boxes, box))
+        assert overlaps[-1] > 0.8, colour
+        assert overlaps[-2] < 0.4, colour
+
+
+def test_a_flat_picture_has_none() -> None:
+    assert stable_regions(np.full((64, 64, 3), 120, np.uint8), RegionKeys()).shape == (0, 4)
+
+
+def test_what_lies_in_a_region_is_left_out_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outer, inner, apart = (40, 30, 120, 110), (60, 50, 90, 80), (150, 10, 170, 30)
+    candidates = np.array([outer] * 9 + [inner] * 12 + [apart] * 3, np.float32)
+    candidates += np.random.default_rng(0).uniform(-1, 1, candidates.shape).astype(np.float32)
+    monkeypatch.setattr("pretext_tasks.stable_regions._candidates", lambda view, keys: candidates)
+    view = _scene()
+
+    def found(**changes: float) -> list[list[float]]:
+        return np.round(stable_regions(view, RegionKeys(votes=0, **changes))).tolist()
+
+    assert found(larger=6.0) == [list(outer), list(apart)]
+    assert found(larger=6.0, inside=1.0) == [list(outer), list(inner), list(apart)]
+    assert found(larger=0.0) == [list(inner), list(outer), list(apart)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "gone"),
+    [({"area": 0.02}, 0), ({"side": 20.0}, 2), ({"votes": 1000.0}, 0), ({"ratio": 1.05}, 1)],
+)
+def test_limits_leave_out(changes: dict[str, float], gone: int) -> None:
+    boxes = stable_regions(_scene(*SHAPES), RegionKeys(**changes))
+    assert not len(boxes) or max(_overlaps(boxes, SHAPES[gone][1])) < 0.6
+
+
+def test_no_more_than_most_and_the_best_of_them() -> None:
+    view = _scene(*SHAPES)
+    every = stable_regions(view, RegionKeys())
+    assert len(every) > 2
+    np.testing.assert_array_equal(stable_regions(view, RegionKeys(most=2)), every[:2])
+
+
+def test_boxes_stay_inside_the_view() -> None:
+    cut = (("ellipse", (-20, -20, 30, 30), "#203060"), ("ellipse", (170, 130, 215, 190), "#802010"))
+    boxes = stable_regions(_scene(*cut), RegionKeys())
+    assert len(boxes) >= 2
+    assert (boxes >= 0).all() and (boxes[:, 2] <= 192).all() and (boxes[:, 3] <= 160).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_shared_areas_by_hand() -> None:
+    first = np.array([[0, 0, 4, 4]], np.float32)
+    second = np.array([[2, 1, 6, 3], [4, 0, 6, 3], [0, 0, 4, 4]], np.float32)
+    assert shared_areas(first, second).tolist() == [[4, 0, 16]]
