@@ -66,7 +66,7 @@ def stable_regions(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
             break
         if free[row]:
             kept.append(row)
-            free &= (overlap[row] < keys.apart) & (shared[row] < keys.inside * areas)
+            free &= (overlap[row] <= keys.apart) & (shared[row] <= keys.inside * areas)
     found = [boxes[same[row]].mean(0) for row in kept]
     return np.array(found, np.float32).reshape(-1, 4)
 
