@@ -63,7 +63,7 @@ class PretextTask(nn.Module, ABC):
 
     @abstractmethod
     def product(self) -> dict[str, nn.Module]:
-        """Return what is kept: {"backbone": Backbone}, and "neck" where one is trained."""
+        """Return what is kept: {"backbone": Backbone}, and "neck" and "head" where trained."""
 
     @abstractmethod
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
