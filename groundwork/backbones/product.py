@@ -1,8 +1,9 @@
 """The one file that goes from pretraining to fine-tuning: written whole, read with care.
 
-A product is a safetensors file. Its tensors are called `backbone.*` (and `neck.*` and `head.*` where
-these were trained); its metadata has one key, `groundwork`, with JSON: format, backbone, levels, mean, std, a
-checksum of the tensors, and whatever the run has to say (task, recipe, images seen, commit).
+A product is a safetensors file. Its tensors are called `backbone.*` (and `neck.*` and `head.*`
+where these were trained); its metadata has one key, `groundwork`, with JSON: format, backbone,
+levels, mean, std, a checksum of the tensors, and whatever the run has to say (task, recipe, images
+seen, commit).
 Nothing that is read here can run code: torch's own files are read as tensors only.
 """
 
@@ -36,7 +37,7 @@ _SECTIONS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def save_product(path: Path, parts: Mapping[str, nn.Module], metadata: Mapping[str, Any]) -> None:
-    """Write parts (`backbone`, and `neck` and `head` where there are) as one safetensors file, atomically.
+    """Write parts (`backbone`; `neck`, `head` where trained) as one safetensors file, atomically.
 
     `metadata` is JSON-able and goes beside what the backbone says of itself. A reader never sees
     half a file: it is written beside its place, synced, and renamed. Raises CheckpointError where
