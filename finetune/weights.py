@@ -4,14 +4,14 @@ The file is written by groundwork.backbones.product: tensors `backbone.*`, `neck
 metadata that says how to build the detector again (`detector`), which classes it knows (`names`),
 and for which side of picture it was trained (`image_size`).
 
-A start is taken from what a file holds of five parts: backbone, neck, and the head's branches for
-boxes, classes and objectness. Each of them has to fit, or nothing is taken. Names are matched as
-groundwork.backbones.load does it, and YOLOv12's public names are known (finetune/exchange.py).
+A start is taken from what a file holds of six parts: backbone, neck, and the head's branches for
+boxes, classes (its last layers apart) and objectness. Each of them has to fit, or nothing is taken.
+Names are matched as groundwork.backbones.load does it, and YOLOv12's public names are known
+(finetune/exchange.py).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,11 +107,11 @@ def detector_from_file(path: Path) -> tuple[Detector, About]:
 _PARTS = {
     "neck": ("neck.",),
     "head's box branch": ("head.boxes.", "head.bins"),
+    "head's last class layers": tuple(f"head.classes.{level}.2." for level in range(len(STRIDES))),
     "head's class branch": ("head.classes.",),
     "head's objectness branch": ("head.objectness.",),
 }
-_CLASSES = "head's class branch"
-_LAST = "head.classes.{level}.2.{what}"  # its first axis is as long as there are classes
+_LAST, _CLASSES = "head's last class layers", "head's class branch"
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,8 @@ def load_init(detector: Detector, path: str | Path) -> DetectorInit:
 
     The file may be a pretrained.safetensors (backbone, and neck where one was trained), a
     detector.safetensors, a checkpoint of the timm model, or YOLOv12's tensors under their public
-    names. The class branch is taken where the number of classes is the same, and that of a
-    pretraining, which knows one class, any object, starts every class. BatchNorm statistics come
-    with the weights.
+    names. The last class layers are taken where the number of classes is the same, and the class
+    branch before them where it is as wide. BatchNorm statistics come with the weights.
 
     Raises CheckpointError where the file cannot be read, has no backbone, fits less than 90 % of
     the tensors of a part that it holds (BatchNorm counters do not count), or holds numbers that
@@ -150,8 +149,6 @@ def load_init(detector: Detector, path: str | Path) -> DetectorInit:
     tensors, metadata = _read(path)
     if isinstance(detector.backbone, YOLO12):
         tensors = from_ultralytics(tensors)
-    if metadata is not None and "detector" not in metadata:
-        tensors = _for_every_class(tensors, detector.head.num_classes)
     own = dict(detector.state_dict())
     body, body_tensors, chosen = _choose(detector, own, tensors)
     spread = _by_part(own, tensors)
@@ -192,17 +189,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             f"where it was made, by `torch.save(YOLO('{path.name}').model.state_dict(), "
             f"'{plain}')`, and start from {plain}."
         ) from error
-
-
-def _for_every_class(tensors: dict[str, Tensor], classes: int) -> dict[str, Tensor]:
-    """Repeat the last layers of a head of one class, so that a score is shared by all classes."""
-    spread = {}
-    for level in range(len(STRIDES)):
-        weight, bias = (_LAST.format(level=level, what=what) for what in ("weight", "bias"))
-        if weight in tensors and bias in tensors and len(tensors[bias]) == 1:
-            spread[weight] = tensors[weight].repeat(classes, 1, 1, 1)
-            spread[bias] = tensors[bias].repeat(classes) - math.log(classes)
-    return tensors | spread
 
 
 def _choose(
@@ -249,20 +235,20 @@ def _not_taken(
         return f"The file's {len(keys)} tensors of the {part} are not wanted." if keys else ""
     if not keys:
         return f"The {part} is not in the file and left as initialised."
-    if part == _CLASSES:
-        last = _LAST.format(level=0, what="weight")
-        there = next((v for k, v in keys.items() if unwrap(k, own)[0] == last), None)
-        here = own[last]
-        if there is not None and len(there) != len(here):
-            return (
-                f"The {part} is left as initialised: the file's is for {len(there)} classes, "
-                f"this one for {len(here)}."
-            )
-        if there is not None and there.shape != here.shape:  # many classes make it wider
-            return (
-                f"The {part} is left as initialised: the file's has {there.shape[1]} channels, "
-                f"this one {here.shape[1]}."
-            )
+    if part in (_LAST, _CLASSES):  # which the number of classes shapes
+        found = {unwrap(key, own)[0]: len(tensor) for key, tensor in keys.items() if tensor.ndim}
+        for name, here in names.items():
+            if here.ndim and found.get(name, len(here)) != len(here):
+                there = found[name]
+                if part == _LAST:
+                    return (
+                        f"The {part} are left as initialised: the file's have {there} classes, "
+                        f"this one's {len(here)}."
+                    )
+                return (
+                    f"The {part} is left as initialised: the file's has {there} channels, "
+                    f"this one's {len(here)}."
+                )
     return None
 
 

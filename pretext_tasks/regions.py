@@ -1,4 +1,4 @@
-"""Regions: detect, in a class of its own, whatever stands out from its surroundings.
+"""Regions: detect whatever stands out from its surroundings.
 
 A detector has three parts, and a pretext task on features trains one or two of them. Here all three
 learn: backbone, neck, and the head's branches for boxes and classes, by the second stage's own
@@ -12,8 +12,10 @@ training neck and box features with backbone helps few labels.
 Differs from DETReg:
 - A convolutional detector with dense predictions instead of DETR, and stable regions instead of
   selective search: they cost about 20 ms a view, so that every view has its own.
-- No term that pulls a box's embedding to that of a pretrained network: features that tell classes
-  apart come from a second task beside this one (`--task byol+regions`), or from the labels.
+- DETReg has one class and a term that pulls a box's embedding to that of a pretrained network, so
+  that features still tell objects apart. Here regions are of `kinds` by size and contrast, and the
+  class branch tells which: with one class for all, features forgot what tells a rare class from a
+  frequent one (LOG.md). With `kinds=false` it is one class.
 
 The regions are found in the view as it was cut and turned; the network sees it in other colours.
 """
@@ -43,7 +45,7 @@ from groundwork.data.decode import Picture
 from groundwork.modes import evaluating
 from pretext_tasks.contract import StepOutput, Views
 from pretext_tasks.crops import check_side, draw_crop, draw_turn
-from pretext_tasks.stable_regions import RegionKeys, stable_regions
+from pretext_tasks.stable_regions import KINDS, RegionKeys, kinds_of, stable_regions
 from pretext_tasks.through_neck import Letter, ThroughNeck
 from pretext_tasks.two_views import starting_from
 
@@ -59,6 +61,7 @@ class RegionsConfig(Section):
 
     # The neck's and head's width; auto: the backbone's own, as fine-tuning has it.
     neck: Letter | Literal["auto"] = "auto"
+    kinds: bool = True  # as classes; false: one class, any region
     regions: RegionKeys = RegionKeys()
     crop_scale: tuple[float, float] = (0.25, 1.0)  # part of the picture's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width to height
@@ -78,7 +81,7 @@ class RegionsViews:
     def __call__(
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, np.ndarray[Any, Any]]:
-        """Return image (uint8 H W 3), colour, boxes (float32 K 4 in its pixels) and count.
+        """Return image (uint8 H W 3), colour, boxes (float32 K 4 in its pixels), kinds K and count.
 
         The first `count` of the boxes are regions; the rest are zeros.
         """
@@ -92,16 +95,20 @@ class RegionsViews:
         found = stable_regions(image, config.regions)
         boxes = np.zeros((config.regions.most, 4), np.float32)
         boxes[: len(found)] = found
+        kinds = np.zeros(config.regions.most, np.int64)
+        if config.kinds:
+            kinds[: len(found)] = kinds_of(image, found)
         return {
             "image": image,
             "colour": colour.draw(config.colour, generator),
             "boxes": boxes,
+            "kinds": kinds,
             "count": np.array(len(found)),
         }
 
 
 class Regions(ThroughNeck):
-    """Backbone, neck and a head of one class."""
+    """Backbone, neck and head."""
 
     Config = RegionsConfig
 
@@ -109,7 +116,8 @@ class Regions(ThroughNeck):
         letter: Any = own_letter(backbone) if config.neck == "auto" else config.neck
         super().__init__(backbone, letter)
         self.config = config
-        self.head = DetectionHead([level.channels for level in self.levels], 1)
+        channels = [level.channels for level in self.levels]
+        self.head = DetectionHead(channels, KINDS if config.kinds else 1)
         self._loss = DetectionLoss(LossKeys(boxes=config.boxes))
 
     @classmethod
@@ -124,7 +132,7 @@ class Regions(ThroughNeck):
         raw = self._detector()(image)
         there = _there(batch)
         row, place = there.nonzero(as_tuple=True)
-        targets = Targets(row, batch["boxes"][row, place], torch.zeros_like(row))
+        targets = Targets(row, batch["boxes"][row, place], batch["kinds"][row, place])
         size = (image.shape[2], image.shape[3])
         with torch.autocast(image.device.type, enabled=False):
             loss = self._loss(self._detector(), raw, size, targets)
@@ -132,7 +140,7 @@ class Regions(ThroughNeck):
         return StepOutput(loss.total, {**loss.parts, "regions": found})
 
     def product(self) -> dict[str, nn.Module]:
-        """Return backbone, neck, and the head of one class."""
+        """Return backbone, neck and head."""
         return {**super().product(), "head": self.head}
 
     @torch.no_grad()

@@ -7,12 +7,16 @@ mean. An outline that holds over many thresholds and in several of these maps is
 with nearly the same box: how many boxes agree with one is its score. The best boxes stay, none of
 them much overlapped by a better one or inside it, each the mean of those that agree with it.
 
+Each region is of a kind, by four questions whose answers need no label: how large it is (below a
+sixteenth of the view's side, below an eighth, or above), whether it is darker than what is around
+it, whether it is redder, and whether it is bluer.
+
 OpenCV enters the project here and nowhere else.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -24,6 +28,10 @@ from groundwork.config import Section
 Boxes = npt.NDArray[np.float32]  # K 4: left, top, right, bottom in pixels
 Share = Annotated[float, Field(ge=0, le=1)]
 
+KINDS = 24  # three sizes, two answers to each of three questions
+
+_SIZES = (1 / 16, 1 / 8)  # of the view's side
+_AROUND = 0.3  # of a region's sides: how far beyond its box "around" goes
 _LEAST_PIXELS = 12  # of a region
 _SMOOTH = 0.6  # pixels: sigma of the Gaussian before thresholds
 _TAIL = 0.5  # percent of a map's pixels that may be clipped at either end of its 256 levels
@@ -71,6 +79,34 @@ def stable_regions(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     return np.array(found, np.float32).reshape(-1, 4)
 
 
+def kinds_of(view: npt.NDArray[np.uint8], boxes: Boxes) -> npt.NDArray[np.int64]:
+    """Return the kind of each box (K 4) of a view (H W 3): K numbers from 0 to KINDS - 1."""
+    height, width = view.shape[:2]
+    opponent = np.stack(_opponents(view), 2)
+    sums = cv2.integral(opponent)  # of everything above and left: H+1 W+1 3
+    sides = boxes[:, 2:] - boxes[:, :2]
+    limits = np.array([width, height, width, height])
+
+    def total(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        left, top, right, bottom = np.clip(rows, 0, limits).round().astype(int).T
+        area = (right - left) * (bottom - top)
+        found = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+        return found, area[:, None]
+
+    middle, grown = (
+        np.concatenate((boxes[:, :2] - share * sides, boxes[:, 2:] + share * sides), 1)
+        for share in (-0.15, _AROUND)
+    )
+    inner, own = total(middle)
+    whole, box = total(boxes)
+    outer, larger = total(grown)
+    difference = inner / np.maximum(own, 1) - (outer - whole) / np.maximum(larger - box, 1)
+    size = np.searchsorted(_SIZES, np.sqrt(sides.prod(1)) / max(height, width))
+    answers = (difference > 0).astype(np.int64) @ np.array([1, 2, 4])
+    kinds: npt.NDArray[np.int64] = size * 8 + answers
+    return kinds
+
+
 def _candidates(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     """Find the boxes of all stable regions of all maps that could be an object by their shape."""
     height, width = view.shape[:2]
@@ -101,15 +137,20 @@ def _candidates(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
 
 def _maps(view: npt.NDArray[np.uint8], local: int) -> list[npt.NDArray[np.uint8]]:
     """Return six maps H W of 256 levels: three of brightness and colour, as they are and local."""
-    red, green, blue = np.moveaxis(view.astype(np.float32), 2, 0)
     maps = []
-    for channel in ((red + green + blue) / 3, red - green, blue - (red + green) / 2):
+    for channel in _opponents(view):
         smooth = cv2.GaussianBlur(channel, (0, 0), _SMOOTH)
         for values in (smooth, smooth - cv2.blur(smooth, (local, local))):
             low, high = np.percentile(values[::2, ::2], (_TAIL, 100 - _TAIL))
             stretched = (values - low) * (255 / max(float(high - low), _LEAST_RANGE))
             maps.append(np.clip(stretched, 0, 255).astype(np.uint8))
     return maps
+
+
+def _opponents(view: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+    """Return brightness, red less green, and blue less yellow: H W each, in grey levels."""
+    red, green, blue = np.moveaxis(view.astype(np.float32), 2, 0)
+    return [(red + green + blue) / 3, red - green, blue - (red + green) / 2]
 
 
 def shared_areas(first: Boxes, second: Boxes) -> Boxes:

@@ -24,6 +24,7 @@ from groundwork.backbones.product import save_product
 from groundwork.data.decode import open_picture
 from groundwork.errors import UsageError
 from pretext_tasks.regions import Regions, RegionsConfig, own_letter
+from pretext_tasks.stable_regions import KINDS
 
 PLAIN: dict[str, Any] = {"flip": 0.0, "crop_scale": (1.0, 1.0)}
 
@@ -79,7 +80,7 @@ def test_the_loss_is_the_second_stages(make_task: Callable[..., Regions]) -> Non
     detector = Detector(task.backbone, task.neck or torch.nn.Identity(), task.head)
     image = task._coloured(batch)
     boxes = torch.cat([b[:n] for b, n in zip(batch["boxes"], batch["count"], strict=True)])
-    targets = Targets(torch.tensor([0, 1]), boxes, torch.zeros(2, dtype=torch.long))
+    targets = Targets(torch.tensor([0, 1]), boxes, batch["kinds"][:, 0])
     wanted = DetectionLoss(LossKeys())(detector, detector(image), (128, 128), targets)
     torch.testing.assert_close(output.loss, wanted.total)
     assert output.metrics["regions"] == 1
@@ -105,7 +106,7 @@ def test_a_region_is_learned(make_task: Callable[..., Regions]) -> None:
         task(batch).loss.backward()
         optimizer.step()
     boxes, scores = task._detector().eval().predict(task._coloured(batch))
-    best = boxes[0, scores[0, :, 0].argmax()]
+    best = boxes[0, scores[0].max(1).values.argmax()]
     torch.testing.assert_close(best, batch["boxes"][0, 0], atol=8.0, rtol=0)
 
 
@@ -116,26 +117,24 @@ def test_the_width_is_the_one_that_fine_tuning_gives() -> None:
     assert task.neck is not None and task.neck.letter == "s"
 
 
-@pytest.mark.parametrize("classes", [1, 3, 80])
-def test_fine_tuning_starts_from_all_of_it(tmp_path: Path, classes: int) -> None:
+@pytest.mark.parametrize("classes", [3, KINDS, 80])
+def test_fine_tuning_starts_from_all_that_fits(tmp_path: Path, classes: int) -> None:
     torch.manual_seed(0)
     task = Regions(build_backbone("yolo12n"), RegionsConfig())
     save_product(tmp_path / "pretrained.safetensors", task.product(), {"task": "regions"})
     detector = build_detector("yolo12n", classes)
-    report = load_init(detector, tmp_path / "pretrained.safetensors")
-    assert {"backbone", "neck", "head's box branch"} <= report.loaded
-    if classes == 80:  # whose class branch is wider
-        assert "class branch is left as initialised: the file's has 64 channels" in (
-            report.sentence()
-        )
-        return
-    assert "head's class branch" in report.loaded
+    loaded = load_init(detector, tmp_path / "pretrained.safetensors").loaded
+    assert {"backbone", "neck", "head's box branch"} <= loaded
+    assert ("head's class branch" in loaded) == (classes < 80)  # which have a wider one
+    assert ("head's last class layers" in loaded) == (classes == KINDS)
     picture = torch.rand(1, 3, 64, 64)
     own = Detector(task.backbone, task.neck or torch.nn.Identity(), task.head).eval()(picture)
-    raw = detector.eval()(picture)
-    torch.testing.assert_close(raw.boxes, own.boxes)
-    spread = own.classes - float(np.log(classes))  # together the classes are the one
-    torch.testing.assert_close(raw.classes, spread.expand(-1, -1, classes))
+    torch.testing.assert_close(detector.eval()(picture).boxes, own.boxes)
+
+
+def test_one_class_for_all_where_kinds_are_not_wanted() -> None:
+    assert Regions(build_backbone("yolo12n"), RegionsConfig(kinds=False)).head.num_classes == 1
+    assert not _entries(kinds=False)["kinds"].any()
 
 
 def test_a_size_that_no_backbone_takes_is_refused() -> None:

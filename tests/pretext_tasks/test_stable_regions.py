@@ -9,7 +9,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageDraw
 
-from pretext_tasks.stable_regions import RegionKeys, shared_areas, stable_regions
+from pretext_tasks.stable_regions import (
+    KINDS,
+    RegionKeys,
+    kinds_of,
+    shared_areas,
+    stable_regions,
+)
 
 View = npt.NDArray[np.uint8]
 
@@ -102,3 +108,23 @@ def test_shared_areas_by_hand() -> None:
     first = np.array([[0, 0, 4, 4]], np.float32)
     second = np.array([[2, 1, 6, 3], [4, 0, 6, 3], [0, 0, 4, 4]], np.float32)
     assert shared_areas(first, second).tolist() == [[4, 0, 16]]
+
+
+def test_kinds_by_hand() -> None:
+    """Size from 0 to 2 times 8, darker or brighter 0 or 1, redder 2, bluer 4."""
+    view = _scene(
+        ("rectangle", (10, 10, 17, 17), "#402010"),  # 8 px of 192: small; darker, redder, yellower
+        ("rectangle", (60, 40, 78, 58), "#d0d8f0"),  # 19 px: middling; brighter, greener, bluer
+        ("rectangle", (110, 80, 160, 130), "#203050"),  # 51 px: large; darker, greener, bluer
+        noise=0.0,
+    )
+    boxes = np.array([[10, 10, 18, 18], [60, 40, 79, 59], [110, 80, 161, 131]], np.float32)
+    assert kinds_of(view, boxes).tolist() == [0 + 0 + 2 + 0, 8 + 1 + 0 + 4, 16 + 0 + 0 + 4]
+
+
+def test_kinds_at_the_border_of_a_view() -> None:
+    view = _scene(("rectangle", (0, 0, 30, 30), "#101010"), noise=0.0)
+    whole = np.array([[0, 0, 31, 31], [0, 0, 192, 160]], np.float32)
+    kinds = kinds_of(view, whole)
+    assert kinds[0] % 2 == 0 and (kinds < KINDS).all()
+    assert kinds_of(view, np.zeros((0, 4), np.float32)).shape == (0,)
