@@ -22,6 +22,7 @@ from groundwork.backbones.contract import Backbone
 from groundwork.backbones.load import WRAPPERS
 from groundwork.backbones.yolo12 import YOLO12
 from groundwork.errors import UsageError
+from groundwork.necks.yolo12 import YOLO12Neck
 
 _HEAD = 21
 _BACKBONE = range(9)
@@ -65,6 +66,18 @@ def backbone_to_ultralytics(backbone: Backbone) -> dict[str, Tensor]:
         )
     items = backbone.state_dict().items()
     return {_public(f"backbone.{key}"): _plain(key, value) for key, value in items}
+
+
+def neck_to_ultralytics(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the `neck.` tensors of a product under their public names; none if it has none.
+
+    None either where they are of another width than the backbone, which has no public counterpart.
+    """
+    found = {key: value for key, value in tensors.items() if key.startswith("neck.")}
+    own = YOLO12Neck(backbone.levels, backbone.name.removeprefix("yolo12")).state_dict()
+    if any(own[key.removeprefix("neck.")].shape != value.shape for key, value in found.items()):
+        return {}
+    return {_public(key): _plain(key, value) for key, value in found.items()}
 
 
 def from_ultralytics(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.detector import Detector
-from finetune.exchange import backbone_to_ultralytics, from_ultralytics, to_ultralytics
+from finetune.exchange import (
+    backbone_to_ultralytics,
+    from_ultralytics,
+    neck_to_ultralytics,
+    to_ultralytics,
+)
 from finetune.export_backbone import Form, to_timm, to_torchvision
 from finetune.weights import About, detector_from_file
 from groundwork.backbones.contract import Backbone
@@ -167,10 +172,15 @@ def _ultralytics(weights: Path, out: Path) -> str:
     else:
         backbone = backbone_from_file(weights)
         tensors = backbone_to_ultralytics(backbone)
+        neck = neck_to_ultralytics(backbone, read_product(weights)[0])
+        tensors |= neck
         name, classes, strict = backbone.name, _PUBLIC_CLASSES, "strict=False"
         remark = (
-            "It holds the backbone (model.0 to model.8); model.9 to model.21, neck and head, are "
-            "missing and stay as they are there.\n"
+            "It holds backbone and neck (model.0 to model.20); model.21, the head, is missing and "
+            "stays as it is there.\n"
+            if neck
+            else "It holds the backbone (model.0 to model.8); model.9 to model.21, neck and head, "
+            "are missing and stay as they are there.\n"
         )
     _save_tensors(tensors, out)
     if classes == _PUBLIC_CLASSES:

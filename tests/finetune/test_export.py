@@ -136,6 +136,26 @@ def test_ultralytics_tensors_of_a_backbone_alone(
     assert "strict=False" in told
 
 
+@pytest.mark.parametrize("width", ["n", "s"])
+def test_ultralytics_tensors_of_a_pretrained_neck(
+    tmp_path: Path, width: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pretrained.safetensors"
+    source = build_detector("yolo12n", 24, width=width)
+    save_product(path, parts_of(source), {})
+    assert main([str(path), "--format", "ultralytics"]) == 0
+    found = load_file(tmp_path / "pretrained-ultralytics.safetensors")
+    told = capsys.readouterr().out
+    layers = {int(key.split(".")[1]) for key in found}
+    if width == "s":  # which no public model has with this backbone
+        assert layers == set(range(9))
+        return
+    assert layers == {*range(9), 11, 14, 15, 17, 18, 20}
+    whole = to_ultralytics(source)
+    assert all(torch.equal(value, whole[key]) for key, value in found.items())
+    assert "model.21, the head, is missing" in told
+
+
 @pytest.mark.parametrize("detector", [True, False])
 def test_timm_takes_the_backbone_of_either_file(
     tmp_path: Path, detector: bool, capsys: pytest.CaptureFixture[str]
