@@ -4,10 +4,9 @@ The file is written by groundwork.backbones.product: tensors `backbone.*`, `neck
 metadata that says how to build the detector again (`detector`), which classes it knows (`names`),
 and for which side of picture it was trained (`image_size`).
 
-A start is taken from what a file holds of six parts: backbone, neck, and the head's branches for
-boxes, classes (its last layers apart) and objectness. Each of them has to fit, or nothing is taken.
-Names are matched as groundwork.backbones.load does it, and YOLOv12's public names are known
-(finetune/exchange.py).
+A start is taken from what a file holds of five parts: backbone, neck, and the head's branches for
+boxes, classes and objectness. Each of them has to fit, or nothing is taken. Names are matched as
+groundwork.backbones.load does it, and YOLOv12's public names are known (finetune/exchange.py).
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 
 from finetune.detector import Detector, build_detector
 from finetune.exchange import from_ultralytics
-from groundwork.backbones.contract import STRIDES
 from groundwork.backbones.load import (
     ENOUGH,
     InitReport,
@@ -107,11 +105,11 @@ def detector_from_file(path: Path) -> tuple[Detector, About]:
 _PARTS = {
     "neck": ("neck.",),
     "head's box branch": ("head.boxes.", "head.bins"),
-    "head's last class layers": tuple(f"head.classes.{level}.2." for level in range(len(STRIDES))),
     "head's class branch": ("head.classes.",),
     "head's objectness branch": ("head.objectness.",),
 }
-_LAST, _CLASSES = "head's last class layers", "head's class branch"
+_CLASSES = "head's class branch"
+_LAST_BIAS = "head.classes.0.2.bias"  # as long as there are classes
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,8 @@ def load_init(detector: Detector, path: str | Path) -> DetectorInit:
 
     The file may be a pretrained.safetensors (backbone, and neck where one was trained), a
     detector.safetensors, a checkpoint of the timm model, or YOLOv12's tensors under their public
-    names. The last class layers are taken where the number of classes is the same, and the class
-    branch before them where it is as wide. BatchNorm statistics come with the weights.
+    names. The class branch is taken where the number of classes is the same. BatchNorm statistics
+    come with the weights.
 
     Raises CheckpointError where the file cannot be read, has no backbone, fits less than 90 % of
     the tensors of a part that it holds (BatchNorm counters do not count), or holds numbers that
@@ -235,20 +233,14 @@ def _not_taken(
         return f"The file's {len(keys)} tensors of the {part} are not wanted." if keys else ""
     if not keys:
         return f"The {part} is not in the file and left as initialised."
-    if part in (_LAST, _CLASSES):  # which the number of classes shapes
-        found = {unwrap(key, own)[0]: len(tensor) for key, tensor in keys.items() if tensor.ndim}
-        for name, here in names.items():
-            if here.ndim and found.get(name, len(here)) != len(here):
-                there = found[name]
-                if part == _LAST:
-                    return (
-                        f"The {part} are left as initialised: the file's have {there} classes, "
-                        f"this one's {len(here)}."
-                    )
-                return (
-                    f"The {part} is left as initialised: the file's has {there} channels, "
-                    f"this one's {len(here)}."
-                )
+    if part == _CLASSES:
+        there = next((v for k, v in keys.items() if unwrap(k, own)[0] == _LAST_BIAS), None)
+        here = own[_LAST_BIAS]
+        if there is not None and there.shape != here.shape:
+            return (
+                f"The {part} is left as initialised: the file's is for {len(there)} classes, "
+                f"this one for {len(here)}."
+            )
     return None
 
 

@@ -140,8 +140,8 @@ class Regions(ThroughNeck):
         return StepOutput(loss.total, {**loss.parts, "regions": found})
 
     def product(self) -> dict[str, nn.Module]:
-        """Return backbone, neck and head."""
-        return {**super().product(), "head": self.head}
+        """Return backbone, neck, and the head's branch for boxes."""
+        return {**super().product(), "head": _BoxBranch(self.head)}
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,6 +168,14 @@ class Regions(ThroughNeck):
         # Made when it is used: `together` may have given this task another's neck meanwhile.
         assert self.neck is not None
         return Detector(self.backbone, self.neck, self.head)
+
+
+class _BoxBranch(nn.Module):
+    """What of a head knows where objects end; which are of one class, the labels will say."""
+
+    def __init__(self, head: DetectionHead) -> None:
+        super().__init__()
+        self.boxes, self.bins = head.boxes, head.bins
 
 
 def own_letter(backbone: Backbone) -> Letter:
