@@ -5,7 +5,7 @@ Source: YOLOv12 (arXiv 2502.12524); class-aware non-maximum suppression is torch
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from groundwork.backbones.contract import Backbone
 from groundwork.backbones.yolo12 import SCALES
 from groundwork.errors import UsageError
 from groundwork.necks.yolo12 import YOLO12Neck
+
+Width = Literal["n", "s", "m", "l", "x"]
 
 # Non-maximum suppression looks at no more than this many boxes of a picture, the best ones.
 CANDIDATES = 30_000
@@ -118,7 +120,12 @@ def build_detector(
     if width is not None and width not in SCALES:
         raise UsageError(f"width={width} is not one of {', '.join(SCALES)}.")
     backbone = build_backbone(name)
-    letter = width or (name.removeprefix("yolo12") if name.startswith("yolo12") else "n")
-    neck = YOLO12Neck(backbone.levels, letter)
+    neck = YOLO12Neck(backbone.levels, width or own_width(name))
     head = DetectionHead(neck.channels, num_classes, objectness=objectness)
     return Detector(backbone, neck, head)
+
+
+def own_width(name: str) -> Width:
+    """Return the width of neck and head that goes with a backbone: its own letter, n for timm's."""
+    letter: Any = name.removeprefix("yolo12")
+    return letter if letter in SCALES else "n"

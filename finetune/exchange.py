@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from finetune.detector import Detector
+from finetune.detector import Detector, own_width
 from finetune.head import BINS
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.load import WRAPPERS
@@ -74,7 +74,7 @@ def neck_to_ultralytics(backbone: Backbone, tensors: Mapping[str, Tensor]) -> di
     None either where they are of another width than the backbone, which has no public counterpart.
     """
     found = {key: value for key, value in tensors.items() if key.startswith("neck.")}
-    own = YOLO12Neck(backbone.levels, backbone.name.removeprefix("yolo12")).state_dict()
+    own = YOLO12Neck(backbone.levels, own_width(backbone.name)).state_dict()
     if any(own[key.removeprefix("neck.")].shape != value.shape for key, value in found.items()):
         return {}
     return {_public(key): _plain(key, value) for key, value in found.items()}

@@ -41,8 +41,7 @@ from torchvision.ops import (
 )
 
 from finetune.assign import Assignment, Targets, assign
-from finetune.detector import Detector
-from finetune.head import BINS, Anchors, Raw, anchors_of
+from finetune.head import BINS, Anchors, DetectionHead, Raw, anchors_of
 from finetune.recipe import ClassificationKeys, LossKeys
 from groundwork.optim import undecayed
 
@@ -68,9 +67,14 @@ class DetectionLoss:
         self.config = config
 
     def __call__(
-        self, detector: Detector, raw: Raw, size: tuple[int, int], targets: Targets
+        self, network: nn.Module, raw: Raw, size: tuple[int, int], targets: Targets
     ) -> Loss:
-        """Compare logits of pictures of `size` (height, width) with the targets."""
+        """Compare logits of pictures of `size` (height, width) with the targets.
+
+        `network` is what made them: a detector, or what else has a DetectionHead as its `head`.
+        """
+        head = network.head
+        assert isinstance(head, DetectionHead)
         config = self.config
         raw = Raw(
             raw.boxes.float(),
@@ -78,7 +82,7 @@ class DetectionLoss:
             None if raw.objectness is None else raw.objectness.float(),
         )
         anchors = anchors_of(*size, raw.boxes)
-        boxes = detector.head.decode(raw.boxes, anchors)
+        boxes = head.decode(raw.boxes, anchors)
         found = assign(
             boxes.detach(),
             raw.classes.detach().sigmoid(),
@@ -118,7 +122,7 @@ class DetectionLoss:
                 )
             )
         if config.penalty.l2 or config.penalty.l1_scales:
-            parts["penalty"] = penalty(detector, config.penalty.l2, config.penalty.l1_scales)
+            parts["penalty"] = penalty(network, config.penalty.l2, config.penalty.l1_scales)
         total = torch.stack(list(parts.values())).sum()
         return Loss(total, {name: value.detach() for name, value in parts.items()})
 

@@ -28,17 +28,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from pydantic import Field
 from torch import Tensor, nn
 
 from finetune.assign import Targets
-from finetune.detector import Detector, suppress
-from finetune.head import DetectionHead
+from finetune.detector import own_width, suppress
+from finetune.head import DetectionHead, anchors_of
 from finetune.losses import DetectionLoss
 from finetune.recipe import LossKeys
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
-from groundwork.backbones.yolo12 import SCALES
 from groundwork.colour import Colour, Probability
 from groundwork.config import Section
 from groundwork.data.decode import Picture
@@ -68,7 +66,7 @@ class RegionsConfig(Section):
     flip: Probability = 0.5
     rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
     colour: Annotated[Colour, starting_from(COLOUR)] = COLOUR
-    boxes: Literal["score", "equal"] = Field(default="score")  # as the second stage's loss.boxes
+    boxes: Literal["score", "equal"] = "score"  # as the second stage's loss.boxes
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,9 @@ class Regions(ThroughNeck):
     Config = RegionsConfig
 
     def __init__(self, backbone: Backbone, config: RegionsConfig) -> None:
-        letter: Any = own_letter(backbone) if config.neck == "auto" else config.neck
-        super().__init__(backbone, letter)
+        super().__init__(
+            backbone, own_width(backbone.name) if config.neck == "auto" else config.neck
+        )
         self.config = config
         channels = [level.channels for level in self.levels]
         self.head = DetectionHead(channels, KINDS if config.kinds else 1)
@@ -129,13 +128,13 @@ class Regions(ThroughNeck):
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """Return the detection loss. Metrics: its parts, and regions of a view in the mean."""
         image = self._coloured(batch)
-        raw = self._detector()(image)
+        raw = self.head(self.through(self.backbone(image)))
         there = _there(batch)
         row, place = there.nonzero(as_tuple=True)
         targets = Targets(row, batch["boxes"][row, place], batch["kinds"][row, place])
         size = (image.shape[2], image.shape[3])
         with torch.autocast(image.device.type, enabled=False):
-            loss = self._loss(self._detector(), raw, size, targets)
+            loss = self._loss(self, raw, size, targets)
         found = batch["count"].float().mean()
         return StepOutput(loss.total, {**loss.parts, "regions": found})
 
@@ -149,11 +148,11 @@ class Regions(ThroughNeck):
         image = self._coloured(batch)
         seen = colour.denormalise(image, self.backbone.mean, self.backbone.std)
         there, height, width = _there(batch), image.shape[2], image.shape[3]
-        detector = self._detector()
-        with evaluating(detector):
-            predicted = detector.predict(image)
+        with evaluating(self):
+            raw = self.head(self.through(self.backbone(image)))
+        decoded = self.head.decode(raw.boxes.float(), anchors_of(height, width, raw.boxes))
         regions, found = [], []
-        for row, (boxes, scores) in enumerate(zip(*predicted, strict=True)):
+        for row, (boxes, scores) in enumerate(zip(decoded, raw.classes.sigmoid(), strict=True)):
             regions.append(_drawn(seen[row], batch["boxes"][row][there[row]]))
             best = suppress(boxes, scores, score=_SCORE, iou=0.5, most=_SHOWN)
             limits = boxes.new_tensor([width, height, width, height])
@@ -164,11 +163,6 @@ class Regions(ThroughNeck):
         backbone = self.backbone
         return colour.apply(batch["image"], batch["colour"], backbone.mean, backbone.std)
 
-    def _detector(self) -> Detector:
-        # Made when it is used: `together` may have given this task another's neck meanwhile.
-        assert self.neck is not None
-        return Detector(self.backbone, self.neck, self.head)
-
 
 class _BoxBranch(nn.Module):
     """What of a head knows where objects end; which are of one class, the labels will say."""
@@ -176,12 +170,6 @@ class _BoxBranch(nn.Module):
     def __init__(self, head: DetectionHead) -> None:
         super().__init__()
         self.boxes, self.bins = head.boxes, head.bins
-
-
-def own_letter(backbone: Backbone) -> Letter:
-    """Return the width that fine-tuning gives this backbone's neck: its own, or n for timm's."""
-    letter: Any = backbone.name.removeprefix("yolo12")
-    return letter if letter in SCALES else "n"
 
 
 def _there(batch: dict[str, Tensor]) -> Tensor:

@@ -93,6 +93,7 @@ try:
     out.write_text(json.dumps({"figures": figures, "boxes": boxes}))
 except DataError as error:
     out.write_text(str(error))
+dist.barrier()  # a process that leaves first may take the other down inside torch
 dist.destroy_process_group()
 """
 
