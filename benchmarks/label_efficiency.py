@@ -149,7 +149,7 @@ class Study:
         self, init: Init, fraction: float, seed: int, lengths: Sequence[int]
     ) -> dict[str, Any]:
         """Train at these lengths, score the best on test, and return its row of the results."""
-        found = {steps: _val_ap(self.train(init, fraction, seed, steps)) for steps in lengths}
+        found = {steps: val_ap(self.train(init, fraction, seed, steps)) for steps in lengths}
         best = max(found, key=lambda steps: (found[steps], -steps))
         where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
         for one in self.results:
@@ -203,7 +203,8 @@ def curve(run: Path) -> list[list[float]]:
     return points
 
 
-def _val_ap(run: Path) -> float:
+def val_ap(run: Path) -> float:
+    """Return what a fine-tuning reached on the validation split."""
     return float(json.loads((run / "results.json").read_text())["ap"])
 
 
@@ -260,7 +261,7 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing and write results, table and curves."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     results = json.loads(options.results.read_text()) if options.results.is_file() else []
     for data in options.data:
@@ -279,7 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the flags."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.label_efficiency")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="roots with splits")
     parser.add_argument("--work", type=Path, required=True, help="folder of runs")

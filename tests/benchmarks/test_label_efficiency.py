@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.label_efficiency import Study, _parser, inits_of, main
+from benchmarks.label_efficiency import Study, inits_of, main, parser
 from benchmarks.label_efficiency_results import draw, table
 from groundwork.errors import UsageError
 
@@ -53,7 +53,7 @@ def test_a_plan_says_what_an_init_is(tmp_path: Path) -> None:
         "  wrong: {recipee: byol}\n"
     )
     arguments = ["--inits", "scratch", "mine", "other", "byol", "--plan", str(plan)]
-    options = _parser().parse_args(_options(tmp_path / "two", tmp_path, *arguments))
+    options = parser().parse_args(_options(tmp_path / "two", tmp_path, *arguments))
     scratch, mine, other, byol = inits_of(options, tmp_path / "two")
     assert scratch.recipe is None and scratch.finetune == ("optim.lr=0.001", "optim.lr=0.002")
     assert (mine.recipe, mine.pretrain, mine.minutes) == ("aerial", ("task.neck=n",), 10.0)
@@ -71,7 +71,7 @@ def test_a_fraction_is_drawn_by_the_seed_and_a_given_list_is_taken(
     lists.mkdir()
     (lists / "labeled-05pct-seed0.txt").write_text("00.png\n")
     arguments = ["--inits", "scratch", "--lists", str(lists)]
-    study = Study(_parser().parse_args(_options(labeled, tmp_path, *arguments)), labeled)
+    study = Study(parser().parse_args(_options(labeled, tmp_path, *arguments)), labeled)
     assert study.names(5, 0) == lists / "labeled-05pct-seed0.txt"
     drawn = [study.names(50, seed) for seed in (0, 1)]
     names = [file.read_text().split() for file in drawn if file is not None]

@@ -1,0 +1,210 @@
+"""How well does what a run measures while it pretrains rank files by what they give a detector?
+
+    python -m benchmarks.indicators --data ROOT ... --work FOLDER --plan PLAN --inits NAME ... \
+        --fractions 5 --steps 500 --results docs/results/indicators.json
+
+The inits are those of `python -m benchmarks.label_efficiency`, with the same flags, and so are the
+runs: a pretraining or fine-tuning that is in --work is not done again. For every init's file the
+indicators of pretrain/probe.py are measured: spread and rank without labels, kNN and linear probe
+on crops of the labeled boxes, at 96 px, where there are two classes or more, and the detection
+probe on the labeled pictures of the fraction. Then Spearman's rank correlation of each with AP
+on the validation split after fine-tuning, over the inits of a set. `scratch` takes part, with the
+random weights that its fine-tuning began with. Of several --steps the best on val counts.
+
+Writes --results (a JSON list) and a Markdown table beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import label_efficiency
+from benchmarks.cells_knn import Crops
+from benchmarks.label_efficiency import Init, Study
+from finetune.detector import Detector, build_detector
+from finetune.weights import load_init
+from groundwork.checkpoint import write_atomically
+from groundwork.data.labels import LabeledSamples, open_labeled
+from groundwork.data.samples import open_samples
+from groundwork.settings import DetectionProbeSettings, ProbeSettings
+from pretrain.detection_probe import open_detection_probe
+from pretrain.probe import Probe, balanced_accuracy, features, fresh_statistics, knn, linear
+
+logger = logging.getLogger(__name__)
+
+RESULTS = Path("docs/results/indicators.json")
+INDICATORS = ("spread", "rankme", "rankme_centred", "knn", "linear", "ap", "ap_backbone")
+_CROP = 96
+_BATCH = 64
+
+
+class Measures:
+    """The indicators of one data set's pictures, read once."""
+
+    def __init__(self, study: Study, fraction: float) -> None:
+        options, data = study.options, study.data
+        names = study.names(fraction, 0)
+        detection = open_detection_probe(
+            DetectionProbeSettings(
+                data=str(data),
+                train_list=None if names is None else str(names),
+                image_size=options.image_size,
+            ),
+            cache=study.work,
+            cache_bytes=10**9,
+        )
+        unlabeled = str(options.unlabeled or data / "images" / "train")
+        samples = open_samples(unlabeled, cache=study.work, cache_bytes=10**9)
+        self._probe = Probe(ProbeSettings(), samples, options.image_size, detection=detection)
+        samples.close()
+        self._crops: tuple[Crops, Crops] | None = None
+        train, val = (
+            open_labeled(str(data), split, cache=study.work, cache_bytes=10**9, names_in=listed)
+            for split, listed in (("train", names), ("val", None))
+        )
+        self.classes = len(train.names)
+        if self.classes > 1:
+            self._crops = _crops(train), _crops(val)
+        train.close()
+        val.close()
+
+    def of(self, detector: Detector, with_neck: bool) -> dict[str, float]:
+        """Measure a detector's backbone, and its neck where it was pretrained."""
+        backbone = detector.backbone
+        found = self._probe.measure(backbone)
+        measured = {name.removeprefix("probe/"): value for name, value in found.items()}
+        measured["ap_backbone"] = measured["ap"]
+        if with_neck:
+            measured["ap"] = self._probe.measure(backbone, detector.neck)["probe/ap"]
+        if self._crops is not None:
+            bank, queries = self._crops
+            some = bank.pixels[:: max(1, len(bank) // 1024)]
+            with fresh_statistics(backbone, some, _BATCH):
+                known, asked = (features(backbone, one.pixels, _BATCH) for one in self._crops)
+            for name, classify in (("knn", knn), ("linear", linear)):
+                answer = classify(known, bank.labels, asked, self.classes)
+                measured[name] = balanced_accuracy(answer, queries.labels)
+        return {name: measured[name] for name in INDICATORS if name in measured}
+
+
+def row_of(study: Study, init: Init, fraction: float, measures: Measures) -> dict[str, Any]:
+    """Fine-tune unless it is done, measure, and return a row of the results."""
+    lengths = study.options.steps
+    val = {
+        steps: label_efficiency.val_ap(study.train(init, fraction, 0, steps)) for steps in lengths
+    }
+    weights = study.weights(init)
+    torch.manual_seed(0)
+    detector = build_detector("yolo12n", num_classes=measures.classes)
+    loaded = frozenset() if weights is None else load_init(detector, weights).loaded
+    return {
+        "dataset": study.data.name,
+        "init": init.name,
+        "fraction": fraction,
+        "val_ap": max(val.values()),
+        "val_ap_by_steps": {str(steps): ap for steps, ap in val.items()},
+        "indicators": measures.of(detector.to(memory_format=torch.channels_last), "neck" in loaded),
+    }
+
+
+def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, int]]:
+    """Return Spearman's rho with val_ap, and over how many rows, by indicator."""
+    found = {}
+    for name in INDICATORS:
+        pairs = [
+            (one["indicators"][name], one["val_ap"]) for one in rows if name in one["indicators"]
+        ]
+        if len(pairs) > 2:
+            found[name] = spearman(*zip(*pairs, strict=True)), len(pairs)
+    return found
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the rank correlation, ties with their mean rank; NaN where one side is constant."""
+    a, b = _ranks(first), _ranks(second)
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale else math.nan
+
+
+def _ranks(values: Sequence[float]) -> Any:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2)[inverse]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return Markdown: a table for each set, its rows by AP, and the correlations as the last."""
+    lines: list[str] = []
+    for (dataset, fraction), group in groupby(rows, lambda one: (one["dataset"], one["fraction"])):
+        found = sorted(group, key=lambda one: -one["val_ap"])
+        lines += [
+            f"| {dataset}, {fraction:g} % | AP on val | " + " | ".join(INDICATORS) + " |",
+            "|---" * (len(INDICATORS) + 2) + "|",
+        ]
+        for one in found:
+            values = [one["indicators"].get(name) for name in INDICATORS]
+            shown = ["" if value is None else f"{value:.3g}" for value in values]
+            lines.append(f"| {one['init']} | {one['val_ap']:.3f} | " + " | ".join(shown) + " |")
+        rho = correlations(found)
+        shown = [f"{rho[name][0]:+.2f}" if name in rho else "" for name in INDICATORS]
+        lines += ["| Spearman's rho with AP | | " + " | ".join(shown) + " |", ""]
+    return "\n".join(lines)
+
+
+def _crops(labeled: LabeledSamples) -> Crops:
+    """Cut every box out of its picture, as a square of its longer side moved into the picture."""
+    pixels, labels = [], []
+    for shard, size in enumerate(labeled.shard_sizes):
+        for index in range(int(size)):
+            _, picture, its = labeled.look(shard, index)
+            corners = its.boxes[~its.crowd].astype(np.float64)
+            if not len(corners):
+                continue
+            limit = float(min(picture.width, picture.height))
+            side = (corners[:, 2:] - corners[:, :2]).max(axis=1, keepdims=True).clip(1.0, limit)
+            middle = (corners[:, 2:] + corners[:, :2]) / 2
+            low = (middle - side / 2).clip(0.0, np.array([picture.width, picture.height]) - side)
+            squares = np.concatenate([low, low + side], axis=1).tolist()
+            pixels += picture.cut([tuple(square) for square in squares], _CROP)
+            labels += its.classes[~its.crowd].tolist()
+    return Crops(torch.from_numpy(np.stack(pixels)), torch.tensor(labels, dtype=torch.int64))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing and write results and table."""
+    parser = label_efficiency.parser()
+    parser.prog = "python -m benchmarks.indicators"
+    parser.set_defaults(results=RESULTS)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rows = json.loads(options.results.read_text()) if options.results.is_file() else []
+    for data in options.data:
+        study = Study(options, data)
+        for fraction in options.fractions:
+            measures = Measures(study, fraction)
+            for init in label_efficiency.inits_of(options, data):
+                where = {"dataset": data.name, "init": init.name, "fraction": fraction}
+                if any(where.items() <= one.items() for one in rows):
+                    continue
+                rows.append(row_of(study, init, fraction, measures))
+                rows.sort(key=lambda one: (one["dataset"], one["fraction"], one["init"]))
+                options.results.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(options.results, json.dumps(rows, indent=1) + "\n")
+                write_atomically(options.results.with_suffix(".md"), table(rows))
+                logger.info("%s: %s", init.name, rows[-1]["indicators"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Rank correlations worked by hand, and one small study from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.indicators import correlations, main, spearman, table
+
+
+def test_spearman_is_that_of_hand_worked_ranks() -> None:
+    assert spearman([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+    assert spearman([3, 2, 1], [0.1, 0.2, 0.3]) == pytest.approx(-1)
+    # A tie has the mean rank: 1.5, 1.5, 3 against 1, 2, 3.
+    assert spearman([5, 5, 6], [1, 2, 3]) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
+    assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
+
+
+def test_the_table_is_sorted_by_ap_and_ends_with_the_correlations() -> None:
+    rows = [
+        {"dataset": "cells", "init": f"init{k}", "fraction": 5.0, "val_ap": ap, "indicators": seen}
+        for k, (ap, seen) in enumerate(
+            [
+                (0.2, {"spread": 0.5, "ap": 0.1}),
+                (0.4, {"spread": 0.4, "ap": 0.3}),
+                (0.3, {"spread": 0.6, "ap": 0.2}),
+            ]
+        )
+    ]
+    found = correlations(rows)
+    assert list(found) == ["spread", "ap"] and all(number == 3 for _, number in found.values())
+    assert [rho for rho, _ in found.values()] == pytest.approx([-0.5, 1.0])
+    lines = table(rows).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| init1", "| init2", "| init0"]
+    assert lines[5].startswith("| Spearman's rho with AP | | -0.50 |") and "+1.00" in lines[5]
+
+
+@pytest.mark.slow
+def test_every_init_is_fine_tuned_and_measured_once(labeled: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    keys = ["threads=1", "data.workers=0"]
+    arguments = [
+        "--data", str(labeled), "--work", str(work), "--results", str(work / "found.json"),
+        "--inits", "scratch", "inpainting", "--fractions", "50", "--steps", "1",
+        "--image-size", "64", "--batch-size", "2", "--pretrain-minutes", "0.02",
+        "--pretrain", "image_size=64", "batch_size=2", "probe.times=0", "report=false",
+        "task.neck=n", *keys, "--finetune", *keys,
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    rows = json.loads((work / "found.json").read_text())
+    assert [one["init"] for one in rows] == ["inpainting", "scratch"]
+    for one in rows:
+        assert {"spread", "rankme", "rankme_centred", "ap", "ap_backbone"} <= set(one["indicators"])
+    stamp = (work / "found.json").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (work / "found.json").stat().st_mtime_ns == stamp
