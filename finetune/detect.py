@@ -138,7 +138,7 @@ def _decoded(
 
     def shown(number: int, sample: Sample) -> _Shown:
         try:
-            picture = open_picture(sample.image, max_pixels=labeled.max_pixels)
+            picture = open_picture(sample.image, labeled.reading)
             truth = Truth(labeled.annotations(sample, picture), picture.width, picture.height)
             frame = frame_of(picture.width, picture.height, image_size)
             pixels = show(picture, whole_of(picture), frame)

@@ -26,7 +26,7 @@ from finetune.metrics import Results, score, to_rows
 from groundwork.checkpoint import write_atomically
 from groundwork.command import log_to_standard_output
 from groundwork.config import Section, parse_overrides, validate
-from groundwork.data.decode import MAX_PIXELS
+from groundwork.data.bands import MAX_PIXELS, Reading
 from groundwork.data.labels import LabeledSamples, open_labeled
 from groundwork.errors import DataError, GroundworkError, UsageError
 from groundwork.settings import Count, Data, Fraction
@@ -82,6 +82,9 @@ class Sets(Section):
     workers: int | None = Field(default=None, ge=0)  # threads that decode; null: as many as cores
     cache: str | None = None  # for drawn scenes, remote shards, foreign indexes
     max_pixels: Count = MAX_PIXELS  # a larger picture is refused before it is decoded
+    # How pictures are read (docs/data.md); null: as in training.
+    bands: tuple[Count, Count, Count] | None = None
+    value_range: tuple[float, float] | None = None
 
 
 class Keys(Section):
@@ -123,7 +126,7 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     detector, about = detector_from_file(weights)
     detector = detector.to("cuda" if torch.cuda.is_available() else "cpu")
     source = str(keys.data.val or keys.data.test)
-    labeled = _open(source, split, keys.data)
+    labeled = _open(source, split, keys.data, about.reading())
     cores = len(os.sched_getaffinity(0))
     try:
         seen = detect_all(
@@ -147,11 +150,13 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     logger.info("In %s: results.json, detections.json, precision-recall.png, confusion.png", folder)
 
 
-def _open(source: str, split: str, sets: Sets) -> LabeledSamples:
+def _open(source: str, split: str, sets: Sets, trained: Reading) -> LabeledSamples:
     data = Data(cache=sets.cache)
     return open_labeled(
         source, split, cache=data.cache_folder(), cache_bytes=int(data.cache_gb * 1e9),
-        max_pixels=sets.max_pixels,
+        reading=Reading(
+            sets.max_pixels, sets.bands or trained.bands, sets.value_range or trained.value_range
+        ),
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from finetune.draw import TEXT, colour_of, draw_box, draw_tag
 from groundwork.data.annotations import Annotations
+from groundwork.data.bands import Reading
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
 from groundwork.errors import DataError, GroundworkError
@@ -107,6 +108,20 @@ def _parser() -> argparse.ArgumentParser:
         default=16,
         help="pictures on the sheet (default %(default)s; 0: no sheet)",
     )
+    parser.add_argument(
+        "--bands",
+        metavar=("RED", "GREEN", "BLUE"),
+        nargs=3,
+        type=int,
+        help="the bands that are red, green and blue, from 1 (default: the format's colours)",
+    )
+    parser.add_argument(
+        "--value-range",
+        metavar=("LOW", "HIGH"),
+        nargs=2,
+        type=float,
+        help="stored values that become 0 and 255 (default: by the format's rules)",
+    )
     return parser
 
 
@@ -122,6 +137,10 @@ def _show(given: argparse.Namespace) -> None:
     if given.split is not None:
         splits = (given.split,)
     settings = Data()
+    reading = Reading(
+        bands=None if given.bands is None else tuple(given.bands),
+        value_range=None if given.value_range is None else tuple(given.value_range),
+    )
     opened: dict[str | None, LabeledSamples] = {}
     for split in splits:
         samples = open_labeled(
@@ -129,6 +148,7 @@ def _show(given: argparse.Namespace) -> None:
             split,
             cache=settings.cache_folder(),
             cache_bytes=int(settings.cache_gb * 1e9),
+            reading=reading,
         )
         if not opened:
             _say("\n".join(_heading(given.data, samples)))
@@ -180,7 +200,7 @@ def _survey(
     for shard, index in places:
         sample = samples.read(shard, index)
         try:
-            picture = open_picture(sample.image, max_pixels=samples.max_pixels)
+            picture = open_picture(sample.image, samples.reading)
         except DataError as error:
             samples.defects.add(UNREADABLE, sample.source, f"{sample.key}: {error}")
             continue
@@ -271,7 +291,7 @@ def _tiles(opened: dict[str | None, LabeledSamples], count: int) -> Iterator[Ima
             index = number - int(ends[shard] - samples.shard_sizes[shard])
             sample = samples.read(shard, index)
             try:
-                picture = open_picture(sample.image, max_pixels=samples.max_pixels)
+                picture = open_picture(sample.image, samples.reading)
                 annotations = samples.annotations(sample, picture)
                 tile = _draw(picture, annotations, samples.names)
             except DataError:

@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from groundwork.backbones.from_timm import synchronised
 from groundwork.checkpoint import Checkpoint, write_atomically
 from groundwork.clock import StopRequest, agree, host_group, told_by_main
 from groundwork.console import Display, minutes
+from groundwork.data.bands import MAX_PIXELS
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled
 from groundwork.data.loader import Loader
 from groundwork.data.order import Order
@@ -113,13 +114,16 @@ def open_sets(recipe: Recipe) -> Sets:
     cache, cache_bytes = data.cache_folder(), int(data.cache_gb * 1e9)
     names_in = None if data.train_list is None else Path(data.train_list)
     split = "train" if has_split(data.train, "train") else None
-    train = open_labeled(data.train, split, cache=cache, cache_bytes=cache_bytes, names_in=names_in)
+    where: dict[str, Any] = {
+        "cache": cache, "cache_bytes": cache_bytes, "reading": data.reading(),
+    }  # fmt: skip
+    train = open_labeled(data.train, split, names_in=names_in, **where)
 
     def other(given: str | None, split: str) -> LabeledSamples | None:
         if given is None and not has_split(data.train, split):
             return None
         source = given or data.train
-        found = open_labeled(source, split, cache=cache, cache_bytes=cache_bytes)
+        found = open_labeled(source, split, **where)
         if found.names != train.names:
             raise DataError(
                 f"The classes of {source} ({', '.join(found.names)}) are not those of {data.train} "
@@ -162,7 +166,15 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         objectness=recipe.detector.objectness,
     )
     if init is not None:
-        logger.info("%s", load_init(detector, init).sentence())
+        begun = load_init(detector, init)
+        logger.info("%s", begun.sentence())
+        own = recipe.data.reading()
+        if begun.reading is not None and begun.reading != replace(own, max_pixels=MAX_PIXELS):
+            logger.warning(
+                "%s was trained on pictures read with data.bands=%s and data.value_range=%s; with "
+                "%s and %s it sees other colours than it knows.",
+                init, begun.reading.bands, begun.reading.value_range, own.bands, own.value_range,
+            )  # fmt: skip
     regularize(detector, recipe.regularize)
     scale_learning_rates(detector, recipe.optim)
     # Faster on a CPU, too: 1.36 times on yolo12n (LOG.md).
@@ -233,7 +245,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             start=position.samples,
             workers=data_workers(recipe.data.workers),
             on_error=recipe.data.on_error,
-            max_pixels=recipe.data.max_pixels,
+            reading=recipe.data.reading(),
             pin_memory=device.type == "cuda",
         )
 

@@ -40,6 +40,7 @@ from finetune.finder import (
 from finetune.predictions import Drawings, Writer
 from finetune.tiles import find_in_tiles, needs_tiles
 from finetune.weights import About, detector_from_file
+from groundwork.data.bands import PLAIN, Reading
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.samples import open_samples
 from groundwork.data.shards import Sample, Samples, ShardSamples
@@ -114,6 +115,7 @@ def predict(
     names: Sequence[str],
     *,
     pictures: bool = True,
+    reading: Reading = PLAIN,
 ) -> str:
     """Write what is found in all pictures into a folder, drawn too if `pictures`; sum it up.
 
@@ -130,7 +132,7 @@ def predict(
                 if drawings.made(sample.source):
                     continue
                 name = _file_name(samples, sample, shard, index)
-                picture, found = _found(predictor, sample, name)
+                picture, found = _found(predictor, sample, name, reading)
             except DataError as error:
                 unreadable += 1
                 bar.write(_shown(f"Left out: {error}"), file=sys.stderr)
@@ -160,8 +162,9 @@ def _run(options: argparse.Namespace) -> None:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         told = predict(
-            predictor, samples, options.out, about.names, pictures=not options.no_pictures
-        )
+            predictor, samples, options.out, about.names, pictures=not options.no_pictures,
+            reading=about.reading(),
+        )  # fmt: skip
     except OSError as error:
         raise DataError(
             f"{error.filename or options.out} cannot be written ({error.strerror}): choose another "
@@ -199,9 +202,11 @@ def _file_name(samples: Samples, sample: Sample, shard: int, index: int) -> str:
     return sample.key + suffix if picture_suffix(sample.source) else sample.key
 
 
-def _found(predictor: Predictor, sample: Sample, name: str) -> tuple[Picture, Detections]:
+def _found(
+    predictor: Predictor, sample: Sample, name: str, reading: Reading
+) -> tuple[Picture, Detections]:
     try:
-        picture = open_picture(sample.image)
+        picture = open_picture(sample.image, reading)
         return picture, predictor.find(picture)
     except DataError as error:
         raise DataError(f"{name} of {sample.source}: {error}.") from error

@@ -15,9 +15,9 @@ from finetune.losses import DetectionLoss, Loss
 from finetune.recipe import LossKeys, Optim
 from groundwork import colour
 from groundwork.data.decode import Picture
+from groundwork.data.labels import LabeledSamples
 from groundwork.data.loader import Arrays, Loader
 from groundwork.data.order import Order
-from groundwork.data.shards import Samples
 from groundwork.modes import evaluating
 from groundwork.precise_batchnorm import measure_statistics
 
@@ -100,7 +100,9 @@ def scale_learning_rates(detector: Detector, optim: Optim) -> None:
 
 
 @torch.no_grad()
-def measure_batchnorm(detector: Detector, samples: Samples, order: Order, image_size: int) -> None:
+def measure_batchnorm(
+    detector: Detector, samples: LabeledSamples, order: Order, image_size: int
+) -> None:
     """Give BatchNorm of backbone and neck the statistics of the labeled pictures, as shown.
 
     What they were pretrained on (views, masked pictures, another size) has other statistics. Every
@@ -108,7 +110,10 @@ def measure_batchnorm(detector: Detector, samples: Samples, order: Order, image_
     """
     device = next(detector.parameters()).device
     count = min(MEASURED, len(samples))
-    loader = Loader(samples, order, _Whole(image_size), seed=0, batch_size=min(_AT_ONCE, count))
+    loader = Loader(
+        samples, order, _Whole(image_size), seed=0, batch_size=min(_AT_ONCE, count),
+        reading=samples.reading,
+    )  # fmt: skip
     backbone = detector.backbone
     measured = nn.ModuleList([backbone, detector.neck])
 

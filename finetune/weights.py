@@ -32,6 +32,7 @@ from groundwork.backbones.load import (
 )
 from groundwork.backbones.product import read_product, read_tensors, save_product
 from groundwork.backbones.yolo12 import YOLO12
+from groundwork.data.bands import Reading
 from groundwork.errors import CheckpointError
 
 
@@ -42,6 +43,19 @@ class About:
     names: tuple[str, ...]
     image_size: int
     metadata: Mapping[str, Any]
+
+    def reading(self) -> Reading:
+        """Return how pictures were read in training: bands and values, of any size."""
+        return _reading_of(self.metadata)
+
+
+def _reading_of(metadata: Mapping[str, Any]) -> Reading:
+    data = dict(metadata.get("recipe") or {}).get("data", {})
+    bands, values = data.get("bands"), data.get("value_range")
+    return Reading(
+        bands=None if bands is None else (int(bands[0]), int(bands[1]), int(bands[2])),
+        value_range=None if values is None else (float(values[0]), float(values[1])),
+    )
 
 
 def parts_of(detector: Detector) -> dict[str, nn.Module]:
@@ -119,6 +133,7 @@ class DetectorInit:
     path: Path
     parts: tuple[InitReport, ...]
     left: tuple[str, ...]
+    reading: Reading | None = None  # how its pictures were read, where the file says so
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -171,7 +186,8 @@ def load_init(detector: Detector, path: str | Path) -> DetectorInit:
     taken = {f"backbone.{name}": body_tensors[key] for name, key in body.items()}
     taken |= {name: tensors[key] for name, key in chosen.items()}
     take(own, taken, {name: name for name in taken}, path)
-    return DetectorInit(path, tuple(reports), tuple(left))
+    read = _reading_of(metadata) if metadata is not None and metadata.get("recipe") else None
+    return DetectorInit(path, tuple(reports), tuple(left), read)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from groundwork.config import Section
+from groundwork.data.bands import Reading
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -138,6 +139,20 @@ class Data(Section):
     on_error: Literal["skip", "raise"] = "skip"  # what an unreadable picture does
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the pictures of the data
     max_pixels: Count = 100_000_000  # a larger picture is refused before it is decoded
+    # Which bands become red, green and blue, from 1; null: the format's own colours.
+    bands: tuple[Count, Count, Count] | None = None
+    # Stored values that become 0 and 255; null: by the format's rules (groundwork/data/bands.py).
+    value_range: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _reading_is_a_mapping(self) -> Self:
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError("value_range must be two numbers, the smaller first")
+        return self
+
+    def reading(self) -> Reading:
+        """Return how pictures are read."""
+        return Reading(self.max_pixels, self.bands, self.value_range)
 
     def cache_folder(self) -> Path:
         """Return the folder for what is made or fetched once."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from finetune.metrics import Found, Truth, score
 from finetune.recipe import LossKeys
 from groundwork.backbones.contract import Backbone
 from groundwork.data.annotations import Annotations
+from groundwork.data.bands import PLAIN, Reading
 from groundwork.data.decode import open_picture
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled
 from groundwork.errors import DataError
@@ -174,7 +176,7 @@ def read_pictures(labeled: LabeledSamples, limit: int, side: int) -> LabeledPict
     for shard, index in evenly(labeled.shard_sizes, limit):
         sample = labeled.read(shard, index)
         try:
-            picture = open_picture(sample.image, max_pixels=labeled.max_pixels)
+            picture = open_picture(sample.image, labeled.reading)
             its = labeled.annotations(sample, picture)
             frame, geometry = letterboxed(picture, (side, side))
         except DataError as error:
@@ -188,7 +190,11 @@ def read_pictures(labeled: LabeledSamples, limit: int, side: int) -> LabeledPict
 
 
 def open_detection_probe(
-    settings: DetectionProbeSettings, *, cache: Path, cache_bytes: int
+    settings: DetectionProbeSettings,
+    *,
+    cache: Path,
+    cache_bytes: int,
+    reading: Reading = PLAIN,
 ) -> DetectionProbe | None:
     """Open what the settings name; None where they name nothing.
 
@@ -203,8 +209,9 @@ def open_detection_probe(
             f"{settings.data} has no validation split for the detection probe: give one as "
             "probe.detection.val."
         )
-    train = open_labeled(settings.data, split, cache=cache, cache_bytes=cache_bytes, names_in=names)
-    val = open_labeled(settings.val or settings.data, "val", cache=cache, cache_bytes=cache_bytes)
+    where: dict[str, Any] = {"cache": cache, "cache_bytes": cache_bytes, "reading": reading}
+    train = open_labeled(settings.data, split, names_in=names, **where)
+    val = open_labeled(settings.val or settings.data, "val", **where)
     try:
         return DetectionProbe(settings, train, val)
     finally:

@@ -139,8 +139,9 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     probe = None
     if accelerator.is_main_process and recipe.probe.times:
         probe = open_probe(
-            recipe.probe, samples, recipe.image_size, cache=cache, cache_bytes=cache_bytes
-        )
+            recipe.probe, samples, recipe.image_size, cache=cache, cache_bytes=cache_bytes,
+            reading=recipe.data.reading(),
+        )  # fmt: skip
         if position.probe:
             alarm.load(position.probe["alarm"])
 
@@ -171,7 +172,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         start=position.samples,
         workers=data_workers(recipe.data.workers),
         on_error=recipe.data.on_error,
-        max_pixels=recipe.data.max_pixels,
+        reading=recipe.data.reading(),
         pin_memory=device.type == "cuda",
     )
     sheet = _first_views(recipe, task_class.views(config, recipe.image_size), samples, order)
@@ -450,7 +451,10 @@ def _roll_back(
 
 def _first_views(recipe: Recipe, views: Views, samples: Samples, order: Order) -> dict[str, Tensor]:
     """Make the views of the first samples of the stream, for the sheets."""
-    loader = Loader(samples, order, views, seed=recipe.seed, batch_size=min(PICTURES, len(samples)))
+    loader = Loader(
+        samples, order, views, seed=recipe.seed, batch_size=min(PICTURES, len(samples)),
+        reading=recipe.data.reading(),
+    )  # fmt: skip
     try:
         return next(iter(loader)).views
     finally:

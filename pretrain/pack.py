@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from groundwork.data.decode import MAX_PIXELS
+from groundwork.data.bands import MAX_PIXELS
 from groundwork.data.label_lookup import LabelLookup, open_lookup
 from groundwork.data.write_shards import write_file
 from groundwork.errors import GroundworkError, UsageError
@@ -141,6 +141,22 @@ def _pack_parser() -> argparse.ArgumentParser:
         help="leave out exact copies (same bytes) of an earlier picture; noted in "
         f"{DUPLICATES_NAME}",
     )
+    parser.add_argument(
+        "--bands",
+        metavar=("RED", "GREEN", "BLUE"),
+        nargs=3,
+        type=_positive,
+        help="which bands are read as red, green and blue, from 1 (default: the format's colours)",
+    )
+    parser.add_argument(
+        "--value-range",
+        metavar=("LOW", "HIGH"),
+        nargs=2,
+        type=float,
+        help="stored values that are read as 0 and 255 (default: by the format's rules); --tiles "
+        "and --resize write what was read so, other pictures keep their bytes and are to be "
+        "trained on with the same data.bands and data.value_range",
+    )
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument(
         "--labels",
@@ -245,7 +261,10 @@ def _pack(arguments: argparse.Namespace) -> int:
         labeled=lookup is not None,
         tiles=arguments.tiles,
         overlap=arguments.overlap,
+        bands=None if arguments.bands is None else tuple(arguments.bands),
+        value_range=None if arguments.value_range is None else tuple(arguments.value_range),
     )
+    reading = options.reading()
     plan = plan_shards(
         pictures,
         prefix="shard",
@@ -255,6 +274,7 @@ def _pack(arguments: argparse.Namespace) -> int:
             options,
             *(["labeled"] if options.labeled else []),
             *([] if options.tiles is None else ["tiles", options.tiles, options.overlap]),
+            *([reading.bands, reading.value_range] if reading.stated else []),
         ],
     )
     with tqdm(total=len(pictures), unit=" pictures", desc="Packing", smoothing=0.1) as bar:

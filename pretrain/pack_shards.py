@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from groundwork.data.bands import Reading
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.label_policy import Defects
 from groundwork.data.shard_index import (
@@ -70,6 +71,12 @@ class Options:
     labeled: bool = field(default=False, repr=False)
     tiles: int | None = field(default=None, repr=False)  # side in pixels; None cuts nothing
     overlap: float = field(default=0.0, repr=False)  # of a tile's side, that neighbours share
+    bands: tuple[int, int, int] | None = field(default=None, repr=False)
+    value_range: tuple[float, float] | None = field(default=None, repr=False)
+
+    def reading(self) -> Reading:
+        """Return how the pictures are read."""
+        return Reading(self.max_pixels, self.bands, self.value_range)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,7 @@ def _entries(picture: Source, options: Options, defects: Defects) -> list[Entry]
         content = Path(picture.file).read_bytes()
     except OSError as error:
         raise DataError(f"it cannot be read: {error.strerror}") from error
-    opened = open_picture(content, max_pixels=options.max_pixels)
+    opened = open_picture(content, options.reading())
     if options.tiles is not None and max(opened.width, opened.height) > options.tiles:
         return _tiles(picture, opened, options.tiles, options.overlap)
     size = opened.height, opened.width

@@ -35,6 +35,7 @@ from torch.nn import functional
 
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import normalise
+from groundwork.data.bands import PLAIN, Reading
 from groundwork.data.samples import open_samples
 from groundwork.data.scenes import open_scene_objects
 from groundwork.data.shards import Samples
@@ -140,16 +141,17 @@ class Probe:
         labeled: Samples | None = None,
         val: Samples | None = None,
         detection: DetectionProbe | None = None,
+        reading: Reading = PLAIN,
     ) -> None:
         self._detection = detection
         side = settings.image_size or image_size
         self._batch_size = settings.batch_size
-        self._train = read_unlabeled(train, settings.pictures, side)
+        self._train = read_unlabeled(train, settings.pictures, side, reading)
         self._bank: Pictures | None = None
         self._queries: Pictures | None = None
         self._classes: list[str] = []
         if labeled is not None:
-            pixels, names = read_labeled(labeled, settings.pictures, side)
+            pixels, names = read_labeled(labeled, settings.pictures, side, reading)
             self._classes = sorted(set(names))
             if len(self._classes) < 2:
                 raise DataError(
@@ -159,7 +161,7 @@ class Probe:
             if val is None:
                 self._bank, self._queries = hold_out(bank, labeled.name)
             else:
-                pixels, names = read_labeled(val, settings.pictures, side)
+                pixels, names = read_labeled(val, settings.pictures, side, reading)
                 self._bank = bank
                 self._queries = Pictures(pixels, number(names, self._classes, val.name))
 
@@ -195,9 +197,17 @@ class Probe:
 
 
 def open_probe(
-    settings: ProbeSettings, train: Samples, image_size: int, *, cache: Path, cache_bytes: int
+    settings: ProbeSettings,
+    train: Samples,
+    image_size: int,
+    *,
+    cache: Path,
+    cache_bytes: int,
+    reading: Reading = PLAIN,
 ) -> Probe:
     """Open what the settings name and build the probe; `scenes` are the drawn objects.
+
+    All pictures are read as those of training, but for the drawn ones.
 
     Raises DataError where labels are missing, or of one class only.
     """
@@ -213,9 +223,11 @@ def open_probe(
         else:
             opened.append(None)
     try:
-        detection = open_detection_probe(settings.detection, cache=cache, cache_bytes=cache_bytes)
+        detection = open_detection_probe(
+            settings.detection, cache=cache, cache_bytes=cache_bytes, reading=reading
+        )
         labeled, held_out = opened
-        return Probe(settings, train, image_size, labeled, held_out, detection)
+        return Probe(settings, train, image_size, labeled, held_out, detection, reading)
     finally:
         for samples in opened:
             if samples is not None:

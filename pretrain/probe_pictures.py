@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from groundwork.data.bands import PLAIN, Reading
 from groundwork.data.decode import open_picture
 from groundwork.data.shards import Samples
 from groundwork.errors import DataError
@@ -37,13 +38,13 @@ class Pictures:
         return Pictures(self.pixels[index], self.labels[index])
 
 
-def read_unlabeled(samples: Samples, limit: int, side: int) -> Pictures:
+def read_unlabeled(samples: Samples, limit: int, side: int, reading: Reading = PLAIN) -> Pictures:
     """Read up to `limit` pictures, evenly over a few shards; unreadable ones are left out."""
     kept = []
     places = evenly_over_shards(samples.shard_sizes, limit)
     for shard, index in places:
         try:
-            kept.append(_whole(samples.read(shard, index).image, side))
+            kept.append(_whole(samples.read(shard, index).image, side, reading))
         except DataError as error:
             logger.warning("The probe leaves out a picture of %s: %s", samples.name, error)
     if len(kept) < 2:
@@ -54,7 +55,9 @@ def read_unlabeled(samples: Samples, limit: int, side: int) -> Pictures:
     return Pictures(torch.from_numpy(np.stack(kept)))
 
 
-def read_labeled(samples: Samples, limit: int, side: int) -> tuple[Tensor, list[str]]:
+def read_labeled(
+    samples: Samples, limit: int, side: int, reading: Reading = PLAIN
+) -> tuple[Tensor, list[str]]:
     """Read up to `limit` pictures, evenly over all: uint8 N side side 3, and their labels.
 
     Raises DataError where a picture cannot be read or has no label.
@@ -69,7 +72,7 @@ def read_labeled(samples: Samples, limit: int, side: int) -> tuple[Tensor, list[
                 "a folder for each class, or shards with .cls members."
             )
         try:
-            pixels.append(_whole(sample.image, side))
+            pixels.append(_whole(sample.image, side, reading))
         except DataError as error:
             raise DataError(f"{sample.key} of {sample.source}: {error}") from error
         labels.append(sample.label.strip())
@@ -131,6 +134,6 @@ def hold_out(pictures: Pictures, where: str) -> tuple[Pictures, Pictures]:
     return pictures.take(bank), pictures.take(queries)
 
 
-def _whole(data: bytes, side: int) -> npt.NDArray[np.uint8]:
-    picture = open_picture(data)
+def _whole(data: bytes, side: int, reading: Reading) -> npt.NDArray[np.uint8]:
+    picture = open_picture(data, reading)
     return picture.cut([(0.0, 0.0, float(picture.width), float(picture.height))], side)[0]

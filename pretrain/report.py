@@ -183,7 +183,7 @@ def _features(run: Path, recipe: Recipe) -> str:
         backbone = backbone_from_file(run / "pretrained.safetensors")
         cache, cache_bytes = recipe.data.cache_folder(), int(recipe.data.cache_gb * 1e9)
         samples = open_samples(recipe.data.train, cache=cache, cache_bytes=cache_bytes)
-        pixels = read_unlabeled(samples, _LOOKED_AT, _SIDE).pixels
+        pixels = read_unlabeled(samples, _LOOKED_AT, _SIDE, recipe.data.reading()).pixels
         samples.close()
     except GroundworkError as error:
         return f"<p>Not shown: {html.escape(str(error))}</p>"

@@ -152,6 +152,20 @@ class SplitStage(nn.Module):
         return out
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention, scale 32^-0.5; on a CPU in float32.
+
+    The fused kernel's backward takes four to five times as long there in bfloat16 (LOG.md).
+    """
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu":
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with torch.autocast("cpu", enabled=False):
+        mixed = functional.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), attn_mask=mask
+        )
+    return mixed.to(query.dtype)
+
+
 class AreaAttention(nn.Module):
     """Self-attention within each of `area` runs of positions, plus a 7x7 look around (paper 3.1).
 
@@ -189,9 +203,7 @@ class AreaAttention(nn.Module):
         tokens = tokens.reshape(batch * self.area, -1, self.heads, 3 * HEAD_WIDTH).transpose(1, 2)
         query, key, value = tokens.split(HEAD_WIDTH, -1)  # (N area) heads (H W / area) 32
         mask = self._mask(batch, height, width)
-        mixed = functional.scaled_dot_product_attention(  # scale 32^-0.5
-            query, key, value, attn_mask=mask
-        )
+        mixed = _attend(query, key, value, mask)
         mixed, value = (
             part.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
             for part in (mixed, value)

@@ -21,6 +21,8 @@ The defined answers, all of them RGB uint8:
 - Float: stretched from the smallest finite value to the largest. A constant picture, and pixels
   that are not finite, are mid-grey (128). A picture without one finite value is refused.
 - Animations, multi-page and multi-picture files: the first frame.
+- More bands than Pillow has a mode for: as a `Reading` states (groundwork/data/bands.py), which
+  also chooses bands, and the values that become 0 and 255, of any other picture.
 - EXIF that cannot be read, or an orientation outside 1..8: the picture is taken as upright.
 
 Pictures of `max_pixels` or more are refused from the header. Pillow's own limit
@@ -34,7 +36,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -53,18 +55,19 @@ from PIL import (  # noqa: F401 (importing a plugin registers its format)
     WebPImagePlugin,
 )
 
+from groundwork.data.bands import MID_GREY, PLAIN, BandFile, Reading, is_tiff, rgb_of
 from groundwork.data.resize import Box, cut_boxes
 from groundwork.errors import DataError
 
-MAX_PIXELS = 100_000_000
-
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM")
 
+Stored = ImageFile.ImageFile | BandFile
 Result = TypeVar("Result")
 
-_MID_GREY = 128
 _DRAFT_SCALES = (8, 4, 2)  # what libjpeg's scaled inverse DCT offers through Pillow
 _BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
+_SAMPLES_PER_PIXEL, _PLANES, _SEPARATE = 277, 284, 2
+_BANDED = ("L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")  # stored as bands of bytes
 # A box may leave the picture by this many pixels: the rounding of a float32 coordinate.
 _ROUNDING = 0.01
 
@@ -83,9 +86,10 @@ class Picture:
     pixels are asked for: `cut` and `pixels` raise DataError too.
     """
 
-    def __init__(self, data: bytes, image: ImageFile.ImageFile, orientation: int) -> None:
+    def __init__(self, data: bytes, image: Stored, orientation: int, reading: Reading) -> None:
         self._data = data
-        self._fresh: ImageFile.ImageFile | None = image  # as the header left it, for one decode
+        self._reading = reading
+        self._fresh: Stored | None = image  # as the header left it, for one decode
         self.orientation = orientation
         self._decoded: Image.Image | None = None
         self._scale = 0  # the scale of _decoded: 1, 2, 4, 8
@@ -165,10 +169,10 @@ class Picture:
     def _decode(self, scale: int) -> Image.Image:
         """Decode as stored, in RGB, at 1/scale of the size (above 1: JPEG only)."""
         if self._decoded is None or self._scale != scale:
-            image = self._fresh or _guard(lambda: _open(self._data))
+            image = self._fresh or _guard(lambda: _open(self._data, self._reading))
             self._fresh = None
             self._decoded = None  # so that two sizes of one picture are never held at once
-            self._decoded = _guard(lambda: _decode(image, scale))
+            self._decoded = _guard(lambda: _decode(image, scale, self._reading))
             self._scale = scale
             self._check_decoded()
         return self._decoded
@@ -182,27 +186,50 @@ class Picture:
             raise DataError(f"its header promises {width} x {height} pixels, it holds {shown}")
 
 
-def open_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
+def open_picture(data: bytes, reading: Reading = PLAIN) -> Picture:
     """Read a picture's header.
 
     Raises DataError with the reason alone (no name: the caller knows it) for bytes that are no
-    picture of a known format, and for a picture of `max_pixels` or more, before it is decoded.
+    picture of a known format, and for a picture of `reading.max_pixels` or more, before it is
+    decoded.
     """
-    image = _guard(lambda: _open(data))
+    image = _guard(lambda: _open(data, reading))
     width, height = image.size
     if width < 1 or height < 1:
         raise DataError(f"its header says {width} x {height} pixels")
-    if width * height >= max_pixels:
+    if width * height >= reading.max_pixels:
         raise DataError(
-            f"it has {width} x {height} pixels; fewer than {max_pixels} (max_pixels) are allowed"
+            f"it has {width} x {height} pixels; fewer than {reading.max_pixels} (max_pixels) are "
+            "allowed"
         )
+    if isinstance(image, BandFile):
+        return Picture(data, image, image.orientation, reading)
     if image.format == "PNG" and "exif" not in image.info and b"eXIf" in data:
         _guard(image.load)  # PNG allows eXIf behind the pixels, where only decoding finds it
-    return Picture(data, image, _orientation(image))
+    return Picture(data, image, _orientation(image), reading)
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes, reading: Reading) -> Stored:
     """Let the first format that knows these bytes read the header, as Image.open does."""
+    if not is_tiff(data):
+        return _by_pillow(data)
+    why = "of a TIFF only tifffile reads single bands"
+    try:
+        if reading.bands is None and not _loses_planes(found := _by_pillow(data)):
+            return found
+    except Exception as error:  # a mode that Pillow does not have, or damage
+        why = f"Pillow cannot read this TIFF ({error}); tifffile might"
+    return BandFile(data, why)
+
+
+def _loses_planes(image: ImageFile.ImageFile) -> bool:
+    """Tell a TIFF whose bands are stored one after the other, of which Pillow reads the first."""
+    assert isinstance(image, TiffImagePlugin.TiffImageFile)
+    samples = int(image.tag_v2.get(_SAMPLES_PER_PIXEL, 1))
+    return image.tag_v2.get(_PLANES, 1) == _SEPARATE and samples > len(image.getbands())
+
+
+def _by_pillow(data: bytes) -> ImageFile.ImageFile:
     if not data:
         raise DataError("the file is empty (0 bytes)")
     prefix = data[:16]
@@ -264,51 +291,57 @@ def _divided(box: Box, scale: int) -> Box:
     return left / scale, top / scale, right / scale, bottom / scale
 
 
-def _decode(image: ImageFile.ImageFile, scale: int) -> Image.Image:
+def _decode(image: Stored, scale: int, reading: Reading) -> Image.Image:
+    if isinstance(image, BandFile):
+        values, data = image.numbers()
+        return Image.fromarray(rgb_of(values, reading, data=data))
     if scale > 1:
         # Rounded down, the size asked for makes Pillow choose this very scale.
         image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
-    return _to_rgb(image)
+    return _to_rgb(image, reading)
 
 
-def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _to_rgb(image: ImageFile.ImageFile, reading: Reading) -> Image.Image:
     """Decode and convert to RGB by the rules of the module's docstring."""
+    if reading.value_range is not None and _halved(image):
+        raise DataError(
+            "of a PNG with 16-bit colours 8 bits are read, too few for a range of values: store it "
+            "as TIFF"
+        )
     image.load()
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(rgb_of(np.asarray(image)[..., None], reading, white=_white(image)))
+    if not reading.stated:
+        return _coloured(image)
+    if reading.bands is None or image.mode not in _BANDED:
+        bands: Image.Image = _coloured(image)
+    else:
+        bands = image
+    values = np.asarray(bands)
+    return Image.fromarray(rgb_of(values[..., None] if values.ndim == 2 else values, reading))
+
+
+def _coloured(image: ImageFile.ImageFile) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return _from_numbers(image)
     if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, (_MID_GREY, _MID_GREY, _MID_GREY, 255))
+        opaque = Image.new("RGBA", image.size, (MID_GREY, MID_GREY, MID_GREY, 255))
         return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def _from_numbers(image: ImageFile.ImageFile) -> Image.Image:
-    """Bring integers of more than 8 bits, and floats, to 0..255."""
-    values: npt.NDArray[Any] = np.asarray(image)
-    wide = image.mode == "I" and (values.min() < 0 or values.max() > 65535)
-    if wide or values.dtype.kind == "f":
-        levels = _stretched(values)
-    else:
-        white = 65535
-        if isinstance(image, TiffImagePlugin.TiffImageFile):
-            bits = int(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0])
-            white = (1 << bits) - 1 if 8 < bits < 16 else white
-        levels = np.rint(values.astype(np.float32) * np.float32(255 / white)).astype(np.uint8)
-    return Image.fromarray(levels).convert("RGB")
-
-
-def _stretched(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    finite = np.isfinite(values)
-    if not finite.any():
-        raise DataError("it holds no finite value")
-    # In float64, whose range no float32 or int32 difference leaves.
-    low, high = float(values[finite].min()), float(values[finite].max())
-    if low == high:
-        return np.full(values.shape, _MID_GREY, np.uint8)
-    unit = (np.where(finite, values, low).astype(np.float64) - low) / (high - low)
-    levels: npt.NDArray[np.uint8] = np.where(finite, np.rint(unit * 255), _MID_GREY).astype(
-        np.uint8
+def _halved(image: ImageFile.ImageFile) -> bool:
+    """Tell a PNG of 16-bit colours, before it is loaded: Pillow keeps the high bytes."""
+    return (
+        image.format == "PNG"
+        and any("16B" in str(tile.args) for tile in image.tile)
+        and (image.mode in ("RGB", "RGBA", "LA"))
     )
-    return levels
+
+
+def _white(image: ImageFile.ImageFile) -> int:
+    """Return what white is among a picture's integers: a TIFF of 9 to 15 bits has its own."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = int(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0])
+        return (1 << bits) - 1 if 8 < bits < 16 else 65535
+    return 65535

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from groundwork.data.annotations import Annotations
-from groundwork.data.decode import MAX_PIXELS, Picture, open_picture
+from groundwork.data.bands import PLAIN, Reading
+from groundwork.data.decode import Picture, open_picture
 from groundwork.data.label_policy import LISTED_TWICE, MISSING_PICTURE, Defects, Labels, settle
 from groundwork.data.label_roots import Root, find_root
 from groundwork.data.label_shard_sets import SCENES, find_shards, open_shard_labels
@@ -47,7 +48,7 @@ class LabeledSamples:
         form: str,
         splits: Sequence[str],
         notes: Sequence[str] = (),
-        max_pixels: int = MAX_PIXELS,
+        reading: Reading = PLAIN,
     ) -> None:
         self.name = pictures.name
         self.shard_sizes = pictures.shard_sizes
@@ -57,7 +58,7 @@ class LabeledSamples:
         self.form = form
         self.splits = tuple(splits)
         self.notes = tuple(notes)
-        self.max_pixels = max_pixels
+        self.reading = reading
         self._pictures = pictures
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class LabeledSamples:
         """Read a sample, open its picture, and settle its labels. Raises DataError naming it."""
         sample = self.read(shard, index)
         try:
-            picture = open_picture(sample.image, max_pixels=self.max_pixels)
+            picture = open_picture(sample.image, self.reading)
         except DataError as error:
             raise DataError(f"The picture {sample.key} of {sample.source}: {error}.") from error
         return sample, picture, self.annotations(sample, picture)
@@ -137,7 +138,7 @@ def open_labeled(
     cache: Path,
     cache_bytes: int,
     names_in: Path | None = None,
-    max_pixels: int = MAX_PIXELS,
+    reading: Reading = PLAIN,
 ) -> LabeledSamples:
     """Open a labeled data set, or one split of it.
 
@@ -157,12 +158,10 @@ def open_labeled(
             data, shards, split, cache=cache, cache_bytes=cache_bytes, names_in=names_in
         )
         form = "drawn scenes" if data == SCENES else "labeled shards"
-        return LabeledSamples(
-            samples, names, Defects(), form=form, splits=splits, max_pixels=max_pixels
-        )
+        return LabeledSamples(samples, names, Defects(), form=form, splits=splits, reading=reading)
     root = find_root(data)
     _check_split(data, split, root.splits())
-    return _open_files(data, split, root, names_in, max_pixels)
+    return _open_files(data, split, root, names_in, reading)
 
 
 def _check_split(data: str, split: str | None, splits: Sequence[str]) -> None:
@@ -177,7 +176,7 @@ def _check_split(data: str, split: str | None, splits: Sequence[str]) -> None:
 
 
 def _open_files(
-    data: str, split: str | None, root: Root, names_in: Path | None, max_pixels: int
+    data: str, split: str | None, root: Root, names_in: Path | None, reading: Reading
 ) -> LabeledSamples:
     defects = Defects()
     tables = root.read(split, defects)
@@ -194,7 +193,7 @@ def _open_files(
         form=root.form,
         splits=root.splits(),
         notes=root.notes,
-        max_pixels=max_pixels,
+        reading=reading,
     )
 
 

@@ -38,7 +38,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from groundwork.data.decode import MAX_PIXELS, Picture, open_picture
+from groundwork.data.bands import PLAIN, Reading
+from groundwork.data.decode import Picture, open_picture
 from groundwork.data.order import Order, sample_generator
 from groundwork.data.shards import Sample, Samples
 from groundwork.errors import DataError, GroundworkError, UsageError
@@ -147,7 +148,7 @@ class Loader:
         start: int = 0,
         workers: int = 0,
         on_error: str = "skip",
-        max_pixels: int = MAX_PIXELS,
+        reading: Reading = PLAIN,
         pin_memory: bool = False,
     ) -> None:
         if batch_size < 1 or batch_size % (world * accumulate):
@@ -163,7 +164,7 @@ class Loader:
         sampler = _MicroBatches(
             samples, order, batch_size, rank=rank, world=world, accumulate=accumulate, start=start
         )
-        dataset = _Positions(samples, order, views, seed, on_error == "skip", max_pixels)
+        dataset = _Positions(samples, order, views, seed, on_error == "skip", reading)
         # The kernel's notice is of the end of the thread that forked, not of its process.
         dies_with = threading.current_thread() is threading.main_thread()
         with _without_warnings():
@@ -284,14 +285,14 @@ class _Positions(Dataset[Any]):
         views: Views | PlaceViews,
         seed: int,
         skip: bool,
-        max_pixels: int,
+        reading: Reading,
     ) -> None:
         self._samples = samples
         self._order = order
         self._views = views
         self._seed = seed
         self._skip = skip
-        self._max_pixels = max_pixels
+        self._reading = reading
         self._clock: float | None = None
 
     def __getitem__(self, position: int) -> Any:
@@ -346,7 +347,7 @@ class _Positions(Dataset[Any]):
         try:
             sample = self._samples.read(shard, index)
             source, key, offset = sample.source, sample.key, sample.offset
-            picture = open_picture(sample.image, max_pixels=self._max_pixels)
+            picture = open_picture(sample.image, self._reading)
             generator = sample_generator(self._seed, position)
             if isinstance(self._views, PlaceViews):
                 neighbour = partial(self._neighbour, position)
@@ -365,7 +366,7 @@ class _Positions(Dataset[Any]):
         for place in range(first, first + min(len(self._order), _LONGEST_DAMAGE)):
             try:
                 sample = self._samples.read(*self._order[place])
-                return sample, open_picture(sample.image, max_pixels=self._max_pixels)
+                return sample, open_picture(sample.image, self._reading)
             except DataError as error:
                 reason = error
         raise DataError(f"No picture can be read from position {first} of the stream on: {reason}")

@@ -49,12 +49,13 @@ SHAPES = (
 )
 
 
-def test_every_shape_is_found_once() -> None:
-    boxes = stable_regions(_scene(*SHAPES), RegionKeys())
+@pytest.mark.parametrize(("shrink", "least"), [(1.0, 0.8), (0.7, 0.7)])
+def test_every_shape_is_found_once(shrink: float, least: float) -> None:
+    boxes = stable_regions(_scene(*SHAPES), RegionKeys(shrink=shrink))
     assert boxes.dtype == np.float32
     for _, box, colour in SHAPES:
         overlaps = sorted(_overlaps(boxes, box))
-        assert overlaps[-1] > 0.8, colour
+        assert overlaps[-1] > least, colour
         assert overlaps[-2] < 0.4, colour
 
 
@@ -96,9 +97,10 @@ def test_no_more_than_most_and_the_best_of_them() -> None:
     np.testing.assert_array_equal(stable_regions(view, RegionKeys(most=2)), every[:2])
 
 
-def test_boxes_stay_inside_the_view() -> None:
+@pytest.mark.parametrize("shrink", [1.0, 0.7, 0.33])
+def test_boxes_stay_inside_the_view(shrink: float) -> None:
     cut = (("ellipse", (-20, -20, 30, 30), "#203060"), ("ellipse", (170, 130, 215, 190), "#802010"))
-    boxes = stable_regions(_scene(*cut), RegionKeys())
+    boxes = stable_regions(_scene(*cut), RegionKeys(shrink=shrink))
     assert len(boxes) >= 2
     assert (boxes >= 0).all() and (boxes[:, 2] <= 192).all() and (boxes[:, 3] <= 160).all()
     assert (boxes[:, 2:] > boxes[:, :2]).all()

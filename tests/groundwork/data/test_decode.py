@@ -17,7 +17,8 @@ import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from groundwork.data import decode
-from groundwork.data.decode import MAX_PIXELS, Picture, open_picture
+from groundwork.data.bands import MAX_PIXELS, Reading
+from groundwork.data.decode import Picture, open_picture
 from groundwork.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
@@ -405,9 +406,9 @@ def test_one_cut_decodes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
     original = decode._decode
 
-    def counted(image: Any, scale: int) -> Image.Image:
+    def counted(image: Any, scale: int, reading: Reading) -> Image.Image:
         decoded.append(scale)
-        return original(image, scale)
+        return original(image, scale, reading)
 
     monkeypatch.setattr(decode, "_decode", counted)
     picture = open_picture(saved(smooth(640, 480), "JPEG"))
@@ -491,7 +492,7 @@ def test_random_damage_gives_pixels_or_a_data_error(make_jpeg: Callable[..., byt
         for position in generator.integers(0, len(data), 8):
             data[position] = generator.integers(0, 256)
         try:
-            assert open_picture(bytes(data), max_pixels=1_000_000).pixels().dtype == np.uint8
+            assert open_picture(bytes(data), Reading(1_000_000)).pixels().dtype == np.uint8
         except DataError as error:
             refused += 1
             assert str(error)
@@ -539,9 +540,9 @@ def test_a_picture_under_the_limit_is_opened_without_a_warning() -> None:
 
 def test_max_pixels_is_the_first_size_refused() -> None:
     data = saved(Image.new("RGB", (30, 20)), "PNG")
-    assert open_picture(data, max_pixels=601).width == 30
+    assert open_picture(data, Reading(601)).width == 30
     with pytest.raises(DataError, match=r"30 x 20.*600"):
-        open_picture(data, max_pixels=600)
+        open_picture(data, Reading(600))
 
 
 def test_pillows_global_limit_is_left_alone() -> None:

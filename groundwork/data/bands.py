@@ -1,0 +1,205 @@
+"""Stored numbers -> RGB bytes: which bands become red, green and blue, and which values 0 and 255.
+
+What: a `Reading` states how pictures are read. With nothing stated a format's own rules hold, as
+groundwork.data.decode lists them. Why so: scenes of satellites and drones have more than three
+bands, scanners and microscopes more than 8 bits, and of both only a person knows which of them
+matter; a network sees what this mapping leaves.
+
+- `bands`, three numbers from 1: what becomes red, green and blue (GDAL's numbering). Transparency
+  is then a band like another.
+- `value_range`, low and high: stored values that become 0 and 255, what lies outside is clipped.
+  Of a computed tomography in Hounsfield units, window centre less and plus half the window width.
+- Where no range is stated, 16-bit values are divided by 257, bytes stay, and other numbers are
+  stretched from the smallest to the largest of the picture.
+- What is not finite, or is the picture's own "no data" (GDAL's TIFF tag), becomes mid-grey (128).
+
+TIFFs that Pillow has no mode for (four bands of 16 bits, eight of 32) are read by tifffile, which
+`pip install 'groundwork[tiff]'` brings; so is every TIFF once bands are stated.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from groundwork.errors import DataError, UsageError
+
+MAX_PIXELS = 100_000_000
+MID_GREY = 128
+
+_TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # the last two: BigTIFF
+_ORIENTATION, _GDAL_NODATA = 274, 42113  # tags
+
+Levels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How stored pictures become RGB, see the module's docstring.
+
+    Pictures of `max_pixels` or more are refused. Raises UsageError for bands or a range that say
+    nothing.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    bands: tuple[int, int, int] | None = None
+    value_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bands is not None and (len(self.bands) != 3 or min(self.bands) < 1):
+            raise UsageError(f"bands={list(self.bands)} must be three numbers from 1 up.")
+        if self.value_range is not None:
+            low, high = self.value_range
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise UsageError(
+                    f"value_range={list(self.value_range)} must be two numbers, the smaller first."
+                )
+
+    @property
+    def stated(self) -> bool:
+        """Whether anything but the size is stated."""
+        return self.bands is not None or self.value_range is not None
+
+
+PLAIN = Reading()
+
+
+def is_tiff(data: bytes) -> bool:
+    """Tell a TIFF or BigTIFF by its first bytes."""
+    return data[:4] in _TIFF
+
+
+class BandFile:
+    """A TIFF's first page by tifffile, as bands of numbers: header read, numbers not yet.
+
+    `size` is width and height as they are stored, `orientation` EXIF's. Raises DataError where
+    tifffile is not installed, saying `why` it is wanted; what tifffile raises for damaged bytes
+    passes through.
+    """
+
+    def __init__(self, data: bytes, why: str) -> None:
+        try:
+            import tifffile
+        except ImportError as error:
+            raise DataError(f"{why}: pip install 'groundwork[tiff]'") from error
+        self._page: Any = tifffile.TiffFile(io.BytesIO(data)).pages.first
+        self.size: tuple[int, int] = (self._page.imagewidth, self._page.imagelength)
+        found = self._tag(_ORIENTATION)
+        self.orientation = found if found in range(1, 9) else 1
+
+    def numbers(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+        """Return the stored numbers, H W bands, and which of them are data; None: all are."""
+        values: npt.NDArray[Any] = self._page.asarray()
+        axes = self._page.axes
+        if axes == "YX":
+            values = values[..., None]
+        elif axes == "SYX":
+            values = values.transpose(1, 2, 0)
+        elif axes != "YXS":
+            raise DataError(f"its first page has the axes {axes}, not rows, columns and bands")
+        return values, self._data(values)
+
+    def _data(self, values: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
+        try:
+            nothing = float(str(self._tag(_GDAL_NODATA)).strip("\x00 "))
+        except ValueError:
+            return None
+        found: npt.NDArray[np.bool_] = values != nothing
+        return found
+
+    def _tag(self, code: int) -> Any:
+        tag = self._page.tags.get(code)
+        return None if tag is None else tag.value
+
+
+def rgb_of(
+    values: npt.NDArray[Any],
+    reading: Reading,
+    *,
+    data: npt.NDArray[np.bool_] | None = None,
+    white: int = 65535,
+) -> Levels:
+    """Bring numbers (H W bands) to RGB bytes, H W 3. `white` is what 16-bit values have for white.
+
+    Raises DataError where a band that is asked for is not there, where there are neither one nor
+    three bands and none is asked for, and for a picture without one number.
+    """
+    count = values.shape[2]
+    if reading.bands is not None:
+        if max(reading.bands) > count:
+            raise DataError(f"band {max(reading.bands)} is asked for, and it has {count}")
+        chosen = [band - 1 for band in reading.bands]
+    elif count in (1, 3):
+        chosen = list(range(count))
+    else:
+        raise DataError(
+            f"it has {count} bands: say which of them are to be red, green and blue, as "
+            "data.bands=[3,2,1]"
+        )
+    different = sorted(set(chosen))
+    part = values[:, :, different]
+    levels = _levels(part, None if data is None else data[:, :, different], reading, white)
+    return np.ascontiguousarray(
+        np.broadcast_to(levels, (*levels.shape[:2], 3))
+        if len(chosen) == 1
+        else levels[:, :, [different.index(band) for band in chosen]]
+    )
+
+
+def _levels(
+    values: npt.NDArray[Any],
+    data: npt.NDArray[np.bool_] | None,
+    reading: Reading,
+    white: int,
+) -> Levels:
+    known = _known(values, data)
+    if reading.value_range is not None:
+        low, high = reading.value_range
+    elif values.dtype == np.uint8:
+        low, high = 0.0, 255.0
+    elif values.dtype == np.uint16 or (values.dtype.kind in "iu" and _in_16_bits(values, known)):
+        low, high = 0.0, float(white)
+    else:
+        low, high = _ends(values, known)
+        if low == high:
+            return np.full(values.shape, MID_GREY, np.uint8)
+    if values.dtype == np.uint8 and (low, high) == (0.0, 255.0) and known is None:
+        return values
+    if known is not None and not known.any():
+        raise DataError("it holds no finite value")
+    # Where the difference might leave float32's range or precision, in float64.
+    numbers: Any = values if known is None else np.where(known, values, low)
+    numbers = numbers.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+    scaled = (numbers - low) * (255 / (high - low))
+    levels: Levels = np.rint(scaled).clip(0, 255).astype(np.uint8)
+    if known is not None:
+        levels[~known] = MID_GREY
+    return levels
+
+
+def _known(
+    values: npt.NDArray[Any], data: npt.NDArray[np.bool_] | None
+) -> npt.NDArray[np.bool_] | None:
+    """Return which numbers are finite and data; None: all are."""
+    known = data
+    if values.dtype.kind == "f":
+        finite: npt.NDArray[np.bool_] = np.isfinite(values)
+        known = finite if data is None else finite & data
+    return None if known is None or known.all() else known
+
+
+def _in_16_bits(values: npt.NDArray[Any], known: npt.NDArray[np.bool_] | None) -> bool:
+    low, high = _ends(values, known)
+    return low >= 0 and high <= 65535
+
+
+def _ends(values: npt.NDArray[Any], known: npt.NDArray[np.bool_] | None) -> tuple[float, float]:
+    chosen = values if known is None else values[known]
+    if not chosen.size:
+        raise DataError("it holds no finite value")
+    return float(chosen.min()), float(chosen.max())

@@ -1,0 +1,246 @@
+"""Bands and ranges of values: worked by hand, and through files of both stages."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tifffile
+from PIL import Image
+
+from groundwork.data.bands import PLAIN, Reading, rgb_of
+from groundwork.data.decode import open_picture
+from groundwork.errors import DataError, UsageError
+
+
+def _tiff(values: npt.NDArray[Any], **more: Any) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, photometric="minisblack", **more)
+    return file.getvalue()
+
+
+def _five(kind: str = "uint16") -> npt.NDArray[Any]:
+    """Five bands, 40 x 60: band b is b * 1000 on the left half and 0 on the right."""
+    values = np.zeros((40, 60, 5), kind)
+    values[:, :30] = np.arange(1, 6) * 1000
+    return values
+
+
+def test_bands_are_chosen_and_a_range_is_stretched() -> None:
+    values = np.array([[[0, 100, 200, 300]]], np.uint16)
+    reading = Reading(bands=(4, 2, 2), value_range=(100, 300))
+    assert rgb_of(values, reading).tolist() == [[[255, 0, 0]]]
+    reading = Reading(bands=(1, 3, 4), value_range=(-100, 300))  # (0 + 100) / 400 * 255 = 63.75
+    assert rgb_of(values, reading).tolist() == [[[64, 191, 255]]]
+    # Without a range 16 bits are divided by 257, and bytes stay as they are.
+    assert rgb_of(values, Reading(bands=(4, 3, 2))).tolist() == [[[1, 1, 0]]]
+    plain = np.array([[[7, 8, 9]]], np.uint8)
+    assert rgb_of(plain, Reading(bands=(3, 2, 1))).tolist() == [[[9, 8, 7]]]
+
+
+def test_one_band_is_grey_and_what_is_no_number_is_mid_grey() -> None:
+    values = np.array([[[np.nan], [0.0], [0.5], [2.0]]], np.float32)
+    one = rgb_of(values, Reading(value_range=(0, 1)))
+    assert one[0, :, 0].tolist() == [128, 0, 128, 255] and (one == one[..., :1]).all()
+    assert rgb_of(values, PLAIN)[0, :, 0].tolist() == [128, 0, 64, 255]  # stretched from 0 to 2
+    data = values != 2.0
+    assert rgb_of(values, PLAIN, data=data)[0, :, 0].tolist() == [128, 0, 255, 128]
+    with pytest.raises(DataError, match="no finite value"):
+        rgb_of(np.full((2, 2, 1), np.nan, np.float32), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [("contig", "uint16"), ("separate", "uint16"), ("contig", "int16"), ("contig", "float32")],
+)
+@pytest.mark.parametrize("compression", [None, "lzw", "deflate"])
+def test_a_tiff_of_five_bands_is_read(form: str, kind: str, compression: str | None) -> None:
+    values = _five(kind)
+    stored = values.transpose(2, 0, 1) if form == "separate" else values
+    data = _tiff(stored, planarconfig=form, compression=compression)
+    with pytest.raises(DataError, match=r"5 bands: say which .* data\.bands=\[3,2,1\]"):
+        open_picture(data).pixels()
+    picture = open_picture(data, Reading(bands=(5, 3, 1), value_range=(0, 5000)))
+    assert (picture.width, picture.height) == (60, 40)
+    pixels = picture.pixels()
+    assert (pixels[:, :30] == [255, 153, 51]).all() and not pixels[:, 30:].any()
+    [crop] = picture.cut([(0.0, 0.0, 30.0, 40.0)], 8)
+    assert crop.shape == (8, 8, 3) and (crop == [255, 153, 51]).all()
+    with pytest.raises(DataError, match="band 6 is asked for, and it has 5"):
+        open_picture(data, Reading(bands=(6, 2, 1))).pixels()
+
+
+def test_no_data_of_gdal_is_mid_grey() -> None:
+    values = _five("int16")
+    values[:20] = -9999
+    data = _tiff(values, planarconfig="contig", extratags=[(42113, "s", 0, "-9999", True)])
+    pixels = open_picture(data, Reading(bands=(5, 3, 1), value_range=(0, 5000))).pixels()
+    assert (pixels[:20] == 128).all() and (pixels[20:, :30] == [255, 153, 51]).all()
+
+
+def test_a_tiff_is_turned_upright_by_its_tag() -> None:
+    data = _tiff(_five(), planarconfig="contig", extratags=[(274, "H", 1, 6, True)])
+    picture = open_picture(data, Reading(bands=(5, 3, 1), value_range=(0, 5000)))
+    assert (picture.width, picture.height) == (40, 60)
+    pixels = picture.pixels()  # turned by a quarter to the right: the left half is on top
+    assert (pixels[:30] == [255, 153, 51]).all() and not pixels[30:].any()
+
+
+def test_three_bands_of_16_bits_need_nothing_stated() -> None:
+    values = np.full((8, 9, 3), (257, 514, 65535), np.uint16)
+    assert (open_picture(_tiff(values, planarconfig="contig")).pixels() == [1, 2, 255]).all()
+
+
+def test_a_window_of_a_16_bit_grey_picture_is_all_that_is_seen() -> None:
+    values = np.array([[1000, 1100, 1200, 40000]], np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    picture = open_picture(file.getvalue(), Reading(value_range=(1000, 1200)))
+    assert picture.pixels()[0, :, 1].tolist() == [0, 128, 255, 255]
+
+
+def test_bands_of_a_picture_with_transparency_are_bands() -> None:
+    values = np.full((4, 4, 4), (10, 20, 30, 40), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    assert (open_picture(file.getvalue(), Reading(bands=(4, 1, 3))).pixels() == [40, 10, 30]).all()
+    palette = io.BytesIO()
+    Image.fromarray(values[..., :3]).quantize(4).save(palette, "PNG")
+    pixels = open_picture(palette.getvalue(), Reading(bands=(3, 2, 1))).pixels()
+    assert (pixels == [30, 20, 10]).all()
+
+
+def test_a_jpeg_is_read_at_its_scale_and_mapped() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (160, 160), (50, 100, 150)).save(file, "JPEG", quality=95)
+    picture = open_picture(file.getvalue(), Reading(bands=(3, 2, 1), value_range=(50, 150)))
+    [crop] = picture.cut([(0.0, 0.0, 160.0, 160.0)], 20)
+    assert np.abs(crop.astype(int) - [255, 128, 0]).max() <= 5
+
+
+def test_a_png_of_16_bit_colours_has_too_few_bits_for_a_range() -> None:
+    import cv2
+
+    values = np.full((4, 5, 3), 3000, np.uint16)
+    _, encoded = cv2.imencode(".png", values)
+    data = encoded.tobytes()
+    assert open_picture(data).pixels().max() == 3000 >> 8
+    with pytest.raises(DataError, match="store it as TIFF"):
+        open_picture(data, Reading(value_range=(0, 4000))).pixels()
+
+
+@pytest.mark.parametrize("damage", [200, 3000])
+def test_a_damaged_tiff_is_a_data_error(damage: int) -> None:
+    data = _tiff(_five(), planarconfig="contig", compression="deflate")
+    with pytest.raises(DataError):
+        open_picture(data[: len(data) - damage], Reading(bands=(3, 2, 1))).pixels()
+
+
+def test_without_tifffile_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(DataError, match=r"cannot read this TIFF .*'groundwork\[tiff\]'"):
+        open_picture(_tiff(_five(), planarconfig="contig"))
+    with pytest.raises(DataError, match=r"reads single bands: pip install"):
+        open_picture(_tiff(_five()[..., 0]), Reading(bands=(1, 1, 1)))
+
+
+def test_a_mapping_that_says_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="numbers from 1 up"):
+        Reading(bands=(0, 1, 2))
+    with pytest.raises(UsageError, match="the smaller first"):
+        Reading(value_range=(5, 5))
+
+
+@pytest.fixture
+def spectral(tmp_path: Path) -> Path:
+    """A COCO set of five-band TIFFs, each with a square that only band 5 shows."""
+    root = tmp_path / "spectral"
+    (root / "annotations").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (root / "images" / split).mkdir(parents=True)
+        images, boxes = [], []
+        for number in range(4):
+            values = generator.integers(900, 1100, (64, 64, 5), dtype=np.uint16)
+            left, top = (int(place) for place in generator.integers(4, 36, 2))
+            values[top : top + 20, left : left + 20, 4] = 4000
+            name = f"{number}.tif"
+            data = _tiff(values, planarconfig="contig")
+            (root / "images" / split / name).write_bytes(data)
+            images.append({"id": number, "file_name": name, "width": 64, "height": 64})
+            boxes.append(
+                {
+                    "id": number, "image_id": number, "category_id": 1, "area": 400, "iscrowd": 0,
+                    "bbox": [left, top, 20, 20],
+                }
+            )  # fmt: skip
+        table = {
+            "images": images, "annotations": boxes, "categories": [{"id": 1, "name": "field"}],
+        }  # fmt: skip
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(table))
+    return root
+
+
+@pytest.mark.slow
+def test_both_stages_read_bands_and_the_detector_remembers_them(
+    spectral: Path, tmp_path: Path
+) -> None:
+    from finetune.evaluate import main as evaluate
+    from finetune.labels import main as labels
+    from finetune.predict import main as predict
+    from finetune.run import main as finetune
+    from pretrain.pack import main as pack
+    from pretrain.run import main as pretrain
+
+    mapping = ["data.bands=[5,2,1]", "data.value_range=[0,4000]"]
+    common = ["threads=1", "data.workers=0", "batch_size=2", "image_size=64"]
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    pictures = spectral / "images" / "train"
+    assert (
+        pretrain(
+            [
+                "--task", "inpainting", "--out", str(run), f"data.train={pictures}",
+                "budget.minutes=null", "budget.steps=1", "probe.labeled=null", "probe.pictures=32",
+                f"probe.detection.data={spectral}", "probe.detection.steps=1",
+                "probe.detection.image_size=64", *mapping, *common,
+            ]
+        )
+        == 0
+    )  # fmt: skip
+    assert (
+        finetune(
+            [
+                "--out", str(tuned), "--init", str(run / "pretrained.safetensors"),
+                f"data.train={spectral}", "budget.epochs=null", "budget.steps=1", *mapping, *common,
+            ]
+        )
+        == 0
+    )  # fmt: skip
+    detector = str(tuned / "detector.safetensors")
+    assert evaluate([detector, f"data.val={spectral}", "data.workers=0"]) == 0
+    out = tmp_path / "found"
+    assert predict([detector, str(pictures), "--out", str(out), "--score", "0"]) == 0
+    drawn = np.asarray(Image.open(next((out / "pictures").glob("*.jpg"))))
+    assert drawn[..., 0].max() > 200  # the square of band 5 is red
+    # Tiles are written as they were read.
+    assert (
+        pack(
+            [
+                str(pictures), str(tmp_path / "tiles"), "--tiles", "48", "--bands", "5", "2", "1",
+                "--value-range", "0", "4000",
+            ]
+        )
+        == 0
+    )  # fmt: skip
+    assert (tmp_path / "tiles" / "index.json").is_file()
+    sheet = tmp_path / "labels.png"
+    assert (
+        labels([str(spectral), "--out", str(sheet), "--bands", "5", "2", "1"]) == 0
+        and sheet.is_file()
+    )
