@@ -122,6 +122,14 @@ def _pack_parser() -> argparse.ArgumentParser:
         "%(default)s)",
     )
     parser.add_argument(
+        "--min-visible",
+        metavar="SHARE",
+        type=_fraction,
+        default=0.25,
+        help="with --tiles and --labels: a box of which a tile shows less is marked as a crowd, "
+        "which training and scoring pass over (default %(default)s)",
+    )
+    parser.add_argument(
         "--shard-size",
         metavar="PICTURES",
         type=_positive,
@@ -238,12 +246,10 @@ def _pack(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.shards
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"SHARDS must be a folder, and {str(folder)!r} is a file.")
-    if arguments.tiles is not None and (
-        arguments.resize is not None or arguments.labels or arguments.class_folders
-    ):
+    if arguments.tiles is not None and (arguments.resize is not None or arguments.class_folders):
         raise UsageError(
-            "--tiles is for pictures without labels, at their own size: leave out --resize, "
-            "--labels and --class-folders."
+            "--tiles is for pictures at their own size, without a class for the whole: leave out "
+            "--resize and --class-folders."
         )
     findings = find_pictures(arguments.images, class_folders=arguments.class_folders)
     pictures: Sequence[Source] = findings.pictures
@@ -261,6 +267,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         labeled=lookup is not None,
         tiles=arguments.tiles,
         overlap=arguments.overlap,
+        min_visible=arguments.min_visible,
         bands=None if arguments.bands is None else tuple(arguments.bands),
         value_range=None if arguments.value_range is None else tuple(arguments.value_range),
     )
@@ -274,6 +281,7 @@ def _pack(arguments: argparse.Namespace) -> int:
             options,
             *(["labeled"] if options.labeled else []),
             *([] if options.tiles is None else ["tiles", options.tiles, options.overlap]),
+            *([options.min_visible] if options.tiles is not None and options.labeled else []),
             *([reading.bands, reading.value_range] if reading.stated else []),
         ],
     )

@@ -2,7 +2,11 @@
 
 What: `with_labels` gives every picture what the labels say of it; `labeled_member` makes the
 `.json` member that is packed beside it (groundwork.data.label_shards), cleaned by the policy of
-groundwork.data.label_policy; `summary` tells what was mended.
+groundwork.data.label_policy; `tile_member` that of one tile of it; `summary` tells what was mended.
+
+A box that a tile cuts ends at the tile's edge. Where less than `min_visible` of it is left it is
+marked as a crowd: training does not use it, and evaluation counts no detection there as wrong.
+Tiles that overlap by the size of an object show each object whole in one of them.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from groundwork.data.decode import Picture
 from groundwork.data.label_lookup import LabelLookup
 from groundwork.data.label_policy import Defects, Labels, settle
 from groundwork.data.label_shards import to_json
+from groundwork.data.tiles import Tile
 from groundwork.errors import DataError
 from pretrain.pack_plan import Source
 
@@ -60,13 +65,29 @@ def labeled_member(
 
     Raises DataError for a picture that the labels do not name.
     """
-    if labels is None:
-        raise DataError(UNNAMED)
-    found = settle(labels, picture, defects)
+    found = settled(labels, picture, defects)
     height, width = size
     scale = np.array([width / picture.width, height / picture.height] * 2, np.float64)
     scaled = (found.boxes * scale).clip(0, np.array([width, height] * 2, np.float64))
     return to_json(Annotations.of(scaled, found.classes, found.crowd), names)
+
+
+def settled(labels: Labels | None, picture: Picture, defects: Defects) -> Annotations:
+    """Return what is labeled in a picture. Raises DataError where the labels do not name it."""
+    if labels is None:
+        raise DataError(UNNAMED)
+    return settle(labels, picture, defects)
+
+
+def tile_member(found: Annotations, tile: Tile, names: Sequence[str], min_visible: float) -> bytes:
+    """Make the member for one tile of a picture, in the tile's own pixels."""
+    corners = found.boxes.astype(np.float64)
+    inside = corners.clip(tile[:2] * 2, tile[2:] * 2)
+    area, seen = ((box[:, 2:] - box[:, :2]).clip(0).prod(1) for box in (corners, inside))
+    there = seen > 0
+    crowd = found.crowd | (seen < min_visible * area)
+    moved = inside - np.array(tile[:2] * 2)
+    return to_json(Annotations.of(moved[there], found.classes[there], crowd[there]), names)
 
 
 def summary(mended: Sequence[Sequence[str]], lookup: LabelLookup, where: str) -> Iterator[str]:

@@ -51,7 +51,7 @@ from groundwork.data.write_shards import (
     write_shard,
 )
 from groundwork.errors import DataError, UsageError
-from pretrain.pack_labels import DEFECTS_NAME, labeled_member
+from pretrain.pack_labels import DEFECTS_NAME, labeled_member, settled, tile_member
 from pretrain.pack_plan import PlannedShard, Source
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -71,6 +71,7 @@ class Options:
     labeled: bool = field(default=False, repr=False)
     tiles: int | None = field(default=None, repr=False)  # side in pixels; None cuts nothing
     overlap: float = field(default=0.0, repr=False)  # of a tile's side, that neighbours share
+    min_visible: float = field(default=0.25, repr=False)  # of a box that a tile cuts
     bands: tuple[int, int, int] | None = field(default=None, repr=False)
     value_range: tuple[float, float] | None = field(default=None, repr=False)
 
@@ -148,7 +149,7 @@ def _entries(picture: Source, options: Options, defects: Defects) -> list[Entry]
         raise DataError(f"it cannot be read: {error.strerror}") from error
     opened = open_picture(content, options.reading())
     if options.tiles is not None and max(opened.width, opened.height) > options.tiles:
-        return _tiles(picture, opened, options.tiles, options.overlap)
+        return _tiles(picture, opened, options, defects)
     size = opened.height, opened.width
     if options.resize is not None and min(size) > options.resize:
         size = _resized_to(opened, options.resize)
@@ -165,14 +166,19 @@ def _entries(picture: Source, options: Options, defects: Defects) -> list[Entry]
     return [Entry(picture.key, members, picture.path, picture.label)]
 
 
-def _tiles(picture: Source, opened: Picture, side: int, overlap: float) -> list[Entry]:
+def _tiles(picture: Source, opened: Picture, options: Options, defects: Defects) -> list[Entry]:
     """Cut a large picture; a tile's key and path say where it lies: scene_x512_y1024."""
+    assert options.tiles is not None
+    found = settled(picture.labels, opened, defects) if options.labeled else None
     pixels = opened.pixels()
     stem, _, ending = picture.path.rpartition(".")
     entries = []
-    for left, top, right, bottom in tiles_of(opened.width, opened.height, side, overlap):
+    for tile in tiles_of(opened.width, opened.height, options.tiles, options.overlap):
+        left, top, right, bottom = tile
         place = f"_x{left}_y{top}"
         members = {"jpg": _jpeg(pixels[top:bottom, left:right])}
+        if found is not None:
+            members["json"] = tile_member(found, tile, options.classes, options.min_visible)
         entries.append(Entry(f"{picture.key}{place}", members, f"{stem}{place}.{ending}"))
     return entries
 

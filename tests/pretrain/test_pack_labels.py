@@ -191,3 +191,45 @@ def test_without_labels_nothing_of_a_packing_changes(root: Path, tmp_path: Path)
     assert shards.samples(0).json_offsets is None
     assert b"json" not in next((tmp_path / "shards").glob("*.samples.json")).read_bytes()
     assert not (tmp_path / "shards" / "label-defects.jsonl").exists()
+
+
+def test_tiles_have_their_boxes_cut_at_their_edges(tmp_path: Path) -> None:
+    """Two tiles of 64 on 112 x 40, at 0 and 48: what they show of four boxes, by hand."""
+    root = tmp_path / "root"
+    (root / "images").mkdir(parents=True)
+    Image.new("RGB", (112, 40), (9, 90, 200)).save(root / "images" / "scene.png")
+    boxes = {
+        "whole in the first": (4, 4, 20, 20),
+        "whole in both": (50, 10, 60, 20),
+        "cut by the first, whole in the second": (56, 0, 76, 10),  # 8 of 20 pixels in the first
+        "nearly all in the second": (62, 20, 92, 40),  # 2 of 30 pixels in the first
+    }
+    lines = [
+        f"{number % 2} {(left + right) / 224} {(top + bottom) / 80} "
+        f"{(right - left) / 112} {(bottom - top) / 40}"
+        for number, (left, top, right, bottom) in enumerate(boxes.values())
+    ]
+    write(root / "labels" / "scene.txt", "\n".join(lines))
+    write(root / "classes.txt", "car\nboat\n")
+    arguments = [root / "images", tmp_path / "shards", "--labels", root, "--tiles", 64]
+    assert pack(*arguments, "--overlap", 0.2) == 0
+    samples = open_(tmp_path / "shards")
+    found = all_boxes(samples)
+    first, second = found["scene_x0_y0"], found["scene_x48_y0"]
+    assert first[0] == [
+        [4, 4, 20, 20], [50, 10, 60, 20], [56, 0, 64, 10], [62, 20, 64, 40],
+    ]  # fmt: skip
+    assert first[1] == [0, 1, 0, 1]
+    assert second[0] == [[2, 10, 12, 20], [8, 0, 28, 10], [14, 20, 44, 40]]
+    assert second[1] == [1, 0, 1]
+    crowds = {
+        sample.key: annotations.crowd.tolist()
+        for sample, _, annotations in (samples.look(0, index) for index in range(2))
+    }
+    assert crowds == {
+        "scene_x0_y0": [False, False, False, True], "scene_x48_y0": [False, False, False],
+    }  # fmt: skip
+    assert samples.names == ("car", "boat")
+    # Another share is another packing; the same goes on where it was.
+    assert pack(*arguments, "--overlap", 0.2) == 0
+    assert pack(*arguments, "--overlap", 0.2, "--min-visible", 0.5) == 2
