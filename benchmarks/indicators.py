@@ -195,8 +195,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measures = Measures(study, fraction)
             for init in label_efficiency.inits_of(options, data):
                 where = {"dataset": data.name, "init": init.name, "fraction": fraction}
-                if any(where.items() <= one.items() for one in rows):
+                asked = {str(steps) for steps in options.steps}
+                done = [one for one in rows if where.items() <= one.items()]
+                if any(asked == set(one["val_ap_by_steps"]) for one in done):
                     continue
+                rows[:] = [one for one in rows if one not in done]
                 rows.append(row_of(study, init, fraction, measures))
                 rows.sort(key=lambda one: (one["dataset"], one["fraction"], one["init"]))
                 options.results.parent.mkdir(parents=True, exist_ok=True)

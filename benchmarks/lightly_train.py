@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     quiet = {
         **os.environ, "YOLO_CONFIG_DIR": str(options.work.resolve()), "YOLO_OFFLINE": "true",
-        "LIGHTLY_TRAIN_POSTHOG_KEY": "", "OMP_NUM_THREADS": str(options.threads),
+        "LIGHTLY_TRAIN_EVENTS_DISABLED": "1", "OMP_NUM_THREADS": str(options.threads),
     }  # fmt: skip
     program = options.work / "program.py"  # a file: its data workers import it
     program.write_text(PROGRAM)

@@ -82,7 +82,7 @@ class Sets(Section):
     workers: int | None = Field(default=None, ge=0)  # threads that decode; null: as many as cores
     cache: str | None = None  # for drawn scenes, remote shards, foreign indexes
     max_pixels: Count = MAX_PIXELS  # a larger picture is refused before it is decoded
-    # How pictures are read (docs/data.md); null: as in training.
+    # How pictures are read (docs/data.md); not said: as in training, null: as their format says.
     bands: tuple[Count, Count, Count] | None = None
     value_range: tuple[float, float] | None = None
 
@@ -155,7 +155,9 @@ def _open(source: str, split: str, sets: Sets, trained: Reading) -> LabeledSampl
     return open_labeled(
         source, split, cache=data.cache_folder(), cache_bytes=int(data.cache_gb * 1e9),
         reading=Reading(
-            sets.max_pixels, sets.bands or trained.bands, sets.value_range or trained.value_range
+            sets.max_pixels,
+            sets.bands if "bands" in sets.model_fields_set else trained.bands,
+            sets.value_range if "value_range" in sets.model_fields_set else trained.value_range,
         ),
     )  # fmt: skip
 

@@ -171,8 +171,8 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         own = recipe.data.reading()
         if begun.reading is not None and begun.reading != replace(own, max_pixels=MAX_PIXELS):
             logger.warning(
-                "%s was trained on pictures read with data.bands=%s and data.value_range=%s; with "
-                "%s and %s it sees other colours than it knows.",
+                "%s was trained with data.bands=%s and data.value_range=%s, here they are %s and "
+                "%s: it sees other colours than it knows, unless one of the two was packed so.",
                 init, begun.reading.bands, begun.reading.value_range, own.bands, own.value_range,
             )  # fmt: skip
     regularize(detector, recipe.regularize)

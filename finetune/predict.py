@@ -40,7 +40,7 @@ from finetune.finder import (
 from finetune.predictions import Drawings, Writer
 from finetune.tiles import find_in_tiles, needs_tiles
 from finetune.weights import About, detector_from_file
-from groundwork.data.bands import PLAIN, Reading
+from groundwork.data.bands import MAX_PIXELS, PLAIN, Reading
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.samples import open_samples
 from groundwork.data.shards import Sample, Samples, ShardSamples
@@ -163,7 +163,7 @@ def _run(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         told = predict(
             predictor, samples, options.out, about.names, pictures=not options.no_pictures,
-            reading=about.reading(),
+            reading=_reading(options, about.reading()),
         )  # fmt: skip
     except OSError as error:
         raise DataError(
@@ -173,6 +173,17 @@ def _run(options: argparse.Namespace) -> None:
     finally:
         samples.close()
     sys.stdout.write(_shown(f"{told}: {options.out}\n"))
+
+
+def _reading(options: argparse.Namespace, trained: Reading) -> Reading:
+    """Return how pictures are read: as in training, but for what is said."""
+    if options.plain:
+        return Reading(options.max_pixels)
+    return Reading(
+        options.max_pixels,
+        trained.bands if options.bands is None else tuple(options.bands),
+        trained.value_range if options.value_range is None else tuple(options.value_range),
+    )
 
 
 def _detector(weights: Path) -> tuple[Detector, About]:
@@ -247,6 +258,30 @@ def _parser() -> argparse.ArgumentParser:
         default=0.2,
         help="the share of a tile's side that neighbours share (%(default)s); objects up to that "
         "size are seen whole",
+    )
+    add(
+        "--bands",
+        metavar=("RED", "GREEN", "BLUE"),
+        nargs=3,
+        type=_count,
+        help="the bands that are red, green and blue, from 1 (default: as in training)",
+    )
+    add(
+        "--value-range",
+        metavar=("LOW", "HIGH"),
+        nargs=2,
+        type=float,
+        help="stored values that become 0 and 255 (default: as in training)",
+    )
+    add(
+        "--plain", action="store_true", help="read pictures as their format says, whatever training"
+    )
+    add(
+        "--max-pixels",
+        metavar="PIXELS",
+        type=_count,
+        default=MAX_PIXELS,
+        help="pictures of so many pixels or more are left out (default %(default)s)",
     )
     add("--no-pictures", action="store_true", help="write the json files alone")
     return parser

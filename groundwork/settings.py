@@ -148,6 +148,9 @@ class Data(Section):
     def _reading_is_a_mapping(self) -> Self:
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError("value_range must be two numbers, the smaller first")
+        trained = (self.train,) if isinstance(self.train, str) else self.train
+        if "scenes" in trained and (self.bands or self.value_range):
+            raise ValueError("scenes are drawn in colours: bands and value_range are of data.train")
         return self
 
     def reading(self) -> Reading:

@@ -20,7 +20,7 @@ import numpy as np
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import Picture
 from groundwork.data.label_lookup import LabelLookup
-from groundwork.data.label_policy import Defects, Labels, settle
+from groundwork.data.label_policy import SMALLEST_SIDE, Defects, Labels, settle
 from groundwork.data.label_shards import to_json
 from groundwork.data.tiles import Tile
 from groundwork.errors import DataError
@@ -84,7 +84,7 @@ def tile_member(found: Annotations, tile: Tile, names: Sequence[str], min_visibl
     corners = found.boxes.astype(np.float64)
     inside = corners.clip(tile[:2] * 2, tile[2:] * 2)
     area, seen = ((box[:, 2:] - box[:, :2]).clip(0).prod(1) for box in (corners, inside))
-    there = seen > 0
+    there = (inside[:, 2:] - inside[:, :2] >= SMALLEST_SIDE).all(1)
     crowd = found.crowd | (seen < min_visible * area)
     moved = inside - np.array(tile[:2] * 2)
     return to_json(Annotations.of(moved[there], found.classes[there], crowd[there]), names)

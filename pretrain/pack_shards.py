@@ -154,6 +154,9 @@ def _entries(picture: Source, options: Options, defects: Defects) -> list[Entry]
     if options.resize is not None and min(size) > options.resize:
         size = _resized_to(opened, options.resize)
         content, suffix = _resized(opened, size), "jpg"
+    elif options.reading().stated and (options.resize or options.tiles):
+        # One set, one mapping: all of it as it was read, and nothing as it was stored.
+        content, suffix = _jpeg(opened.pixels()), "jpg"
     else:
         _check_pixels(opened)
         suffix = picture.path.rpartition(".")[2]

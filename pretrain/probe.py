@@ -142,6 +142,7 @@ class Probe:
         val: Samples | None = None,
         detection: DetectionProbe | None = None,
         reading: Reading = PLAIN,
+        labeled_reading: Reading = PLAIN,
     ) -> None:
         self._detection = detection
         side = settings.image_size or image_size
@@ -151,7 +152,7 @@ class Probe:
         self._queries: Pictures | None = None
         self._classes: list[str] = []
         if labeled is not None:
-            pixels, names = read_labeled(labeled, settings.pictures, side, reading)
+            pixels, names = read_labeled(labeled, settings.pictures, side, labeled_reading)
             self._classes = sorted(set(names))
             if len(self._classes) < 2:
                 raise DataError(
@@ -161,7 +162,7 @@ class Probe:
             if val is None:
                 self._bank, self._queries = hold_out(bank, labeled.name)
             else:
-                pixels, names = read_labeled(val, settings.pictures, side, reading)
+                pixels, names = read_labeled(val, settings.pictures, side, labeled_reading)
                 self._bank = bank
                 self._queries = Pictures(pixels, number(names, self._classes, val.name))
 
@@ -227,7 +228,8 @@ def open_probe(
             settings.detection, cache=cache, cache_bytes=cache_bytes, reading=reading
         )
         labeled, held_out = opened
-        return Probe(settings, train, image_size, labeled, held_out, detection, reading)
+        theirs = PLAIN if settings.labeled == "scenes" else reading
+        return Probe(settings, train, image_size, labeled, held_out, detection, reading, theirs)
     finally:
         for samples in opened:
             if samples is not None:

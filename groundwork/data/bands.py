@@ -9,17 +9,20 @@ matter; a network sees what this mapping leaves.
   is then a band like another.
 - `value_range`, low and high: stored values that become 0 and 255, what lies outside is clipped.
   Of a computed tomography in Hounsfield units, window centre less and plus half the window width.
-- Where no range is stated, 16-bit values are divided by 257, bytes stay, and other numbers are
-  stretched from the smallest to the largest of the picture.
-- What is not finite, or is the picture's own "no data" (GDAL's TIFF tag), becomes mid-grey (128).
+- Where no range is stated, bytes stay and 16-bit values are divided by 257 (of 9 to 15 bits, by
+  their own white); wider and signed integers count as 16 bits where the whole picture lies in
+  0..65535, and all other numbers are stretched from the picture's smallest to its largest.
+- What is not finite becomes mid-grey (128); once something is stated so does the picture's own "no
+  data" (GDAL's TIFF tag), where all bands that are read have it.
 
-TIFFs that Pillow has no mode for (four bands of 16 bits, eight of 32) are read by tifffile, which
-`pip install 'groundwork[tiff]'` brings; so is every TIFF once bands are stated.
+TIFFs that Pillow has no mode for (four bands of 16 bits, eight of 32), or whose numbers it changes,
+are read by tifffile, which `pip install 'groundwork[tiff]'` brings; so are bands of any TIFF.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +36,7 @@ MAX_PIXELS = 100_000_000
 MID_GREY = 128
 
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # the last two: BigTIFF
-_ORIENTATION, _GDAL_NODATA = 274, 42113  # tags
+_ORIENTATION, GDAL_NODATA = 274, 42113  # tags
 
 Levels = npt.NDArray[np.uint8]
 
@@ -87,13 +90,26 @@ class BandFile:
             import tifffile
         except ImportError as error:
             raise DataError(f"{why}: pip install 'groundwork[tiff]'") from error
+        # It tells of every tag that it cannot make sense of, picture by picture.
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)
         self._page: Any = tifffile.TiffFile(io.BytesIO(data)).pages.first
         self.size: tuple[int, int] = (self._page.imagewidth, self._page.imagelength)
         found = self._tag(_ORIENTATION)
         self.orientation = found if found in range(1, 9) else 1
 
-    def numbers(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
-        """Return the stored numbers, H W bands, and which of them are data; None: all are."""
+    @property
+    def white(self) -> int:
+        """What integers have for white: those of 9 to 15 bits their own."""
+        bits = int(self._page.bitspersample)
+        return (1 << bits) - 1 if 8 < bits < 16 else 65535
+
+    @property
+    def nodata(self) -> float | None:
+        """The number that stands for no data."""
+        return nodata_of(self._tag(GDAL_NODATA))
+
+    def numbers(self) -> npt.NDArray[Any]:
+        """Return the stored numbers, H W bands."""
         values: npt.NDArray[Any] = self._page.asarray()
         axes = self._page.axes
         if axes == "YX":
@@ -102,32 +118,32 @@ class BandFile:
             values = values.transpose(1, 2, 0)
         elif axes != "YXS":
             raise DataError(f"its first page has the axes {axes}, not rows, columns and bands")
-        return values, self._data(values)
-
-    def _data(self, values: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
-        try:
-            nothing = float(str(self._tag(_GDAL_NODATA)).strip("\x00 "))
-        except ValueError:
-            return None
-        found: npt.NDArray[np.bool_] = values != nothing
-        return found
+        return values
 
     def _tag(self, code: int) -> Any:
         tag = self._page.tags.get(code)
         return None if tag is None else tag.value
 
 
+def nodata_of(tag: Any) -> float | None:
+    """Read GDAL's tag: a number as text. None where there is none."""
+    try:
+        return float(str(tag).strip("\x00 "))
+    except ValueError:
+        return None
+
+
 def rgb_of(
     values: npt.NDArray[Any],
     reading: Reading,
     *,
-    data: npt.NDArray[np.bool_] | None = None,
+    nodata: float | None = None,
     white: int = 65535,
 ) -> Levels:
     """Bring numbers (H W bands) to RGB bytes, H W 3. `white` is what 16-bit values have for white.
 
     Raises DataError where a band that is asked for is not there, where there are neither one nor
-    three bands and none is asked for, and for a picture without one number.
+    three bands and none is asked for, and for a picture without one finite number.
     """
     count = values.shape[2]
     if reading.bands is not None:
@@ -139,11 +155,17 @@ def rgb_of(
     else:
         raise DataError(
             f"it has {count} bands: say which of them are to be red, green and blue, as "
-            "data.bands=[3,2,1]"
+            "data.bands=[3,2,1] or --bands 3 2 1"
         )
     different = sorted(set(chosen))
     part = values[:, :, different]
-    levels = _levels(part, None if data is None else data[:, :, different], reading, white)
+    data = None
+    if nodata is not None:
+        with np.errstate(over="ignore"):  # a double in a picture of floats
+            data = np.broadcast_to((part != nodata).any(axis=2, keepdims=True), part.shape)
+        if not data.any():
+            return np.full((*values.shape[:2], 3), MID_GREY, np.uint8)
+    levels = _levels(part, data, reading, white)
     return np.ascontiguousarray(
         np.broadcast_to(levels, (*levels.shape[:2], 3))
         if len(chosen) == 1
@@ -157,12 +179,16 @@ def _levels(
     reading: Reading,
     white: int,
 ) -> Levels:
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8) * np.uint8(255)
     known = _known(values, data)
     if reading.value_range is not None:
         low, high = reading.value_range
     elif values.dtype == np.uint8:
         low, high = 0.0, 255.0
-    elif values.dtype == np.uint16 or (values.dtype.kind in "iu" and _in_16_bits(values, known)):
+    elif values.dtype == np.uint16 or (
+        values.dtype.kind in "iu" and values.dtype.itemsize > 1 and _in_16_bits(values, known)
+    ):
         low, high = 0.0, float(white)
     else:
         low, high = _ends(values, known)

@@ -55,7 +55,16 @@ from PIL import (  # noqa: F401 (importing a plugin registers its format)
     WebPImagePlugin,
 )
 
-from groundwork.data.bands import MID_GREY, PLAIN, BandFile, Reading, is_tiff, rgb_of
+from groundwork.data.bands import (
+    GDAL_NODATA,
+    MID_GREY,
+    PLAIN,
+    BandFile,
+    Reading,
+    is_tiff,
+    nodata_of,
+    rgb_of,
+)
 from groundwork.data.resize import Box, cut_boxes
 from groundwork.errors import DataError
 
@@ -67,6 +76,8 @@ Result = TypeVar("Result")
 _DRAFT_SCALES = (8, 4, 2)  # what libjpeg's scaled inverse DCT offers through Pillow
 _BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
 _SAMPLES_PER_PIXEL, _PLANES, _SEPARATE = 277, 284, 2
+_SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 339, 1, 2
+_CODED = ("1", "P", "PA", "YCbCr", "LAB")  # whose numbers are no levels, or of one bit
 _BANDED = ("L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")  # stored as bands of bytes
 # A box may leave the picture by this many pixels: the rounding of a float32 coordinate.
 _ROUNDING = 0.01
@@ -212,21 +223,60 @@ def open_picture(data: bytes, reading: Reading = PLAIN) -> Picture:
 def _open(data: bytes, reading: Reading) -> Stored:
     """Let the first format that knows these bytes read the header, as Image.open does."""
     if not is_tiff(data):
-        return _by_pillow(data)
-    why = "of a TIFF only tifffile reads single bands"
+        image = _by_pillow(data)
+        if reading.value_range is not None and _rescaled(image, data):
+            raise DataError(
+                f"Pillow rescales the more than 8 bits of this {image.format}, so that a range of "
+                "stored values has no meaning: store it as TIFF"
+            )
+        return image
     try:
-        if reading.bands is None and not _loses_planes(found := _by_pillow(data)):
+        found = _by_pillow(data)
+        assert isinstance(found, TiffImagePlugin.TiffImageFile)
+        if not _wants_tifffile(found, reading):
             return found
+        why = "Pillow does not give the stored numbers of this TIFF; tifffile does"
     except Exception as error:  # a mode that Pillow does not have, or damage
         why = f"Pillow cannot read this TIFF ({error}); tifffile might"
     return BandFile(data, why)
 
 
-def _loses_planes(image: ImageFile.ImageFile) -> bool:
-    """Tell a TIFF whose bands are stored one after the other, of which Pillow reads the first."""
-    assert isinstance(image, TiffImagePlugin.TiffImageFile)
-    samples = int(image.tag_v2.get(_SAMPLES_PER_PIXEL, 1))
-    return image.tag_v2.get(_PLANES, 1) == _SEPARATE and samples > len(image.getbands())
+def _wants_tifffile(image: TiffImagePlugin.TiffImageFile, reading: Reading) -> bool:
+    """Tell a TIFF of which Pillow gives less than is asked for, by what its header says."""
+    if image.mode in _CODED:
+        return False
+    tags = image.tag_v2
+    samples = int(tags.get(_SAMPLES_PER_PIXEL, 1))
+    bits, form = (int(max(tags.get(tag, (1,)))) for tag in (_BITS_PER_SAMPLE, _SAMPLE_FORMAT))
+    deep = bits > 8 or form != _UNSIGNED
+    if tags.get(_PLANES, 1) == _SEPARATE and samples > 1:
+        # Of bands that are stored one after the other Pillow may read the first alone.
+        return deep or samples > len(image.getbands()) or reading.bands is not None
+    if not reading.stated:
+        return False
+    if samples > 1:
+        return deep or reading.bands is not None
+    # Pillow takes 32 bits for signed and 8 for unsigned, whatever they are.
+    return (bits, form) in ((32, _UNSIGNED), (8, _SIGNED))
+
+
+def _rescaled(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Tell a picture, no TIFF, whose numbers are not those that Pillow gives.
+
+    PNG of 16-bit colours: the high bytes. PPM and PGM: stretched to 8 or 16 bits. JPEG 2000 of
+    more than 8 bits: shifted to 16, or to 8.
+    """
+    if image.format == "PNG":
+        several = image.mode in ("RGB", "RGBA", "LA")
+        return several and any("16B" in str(tile.args) for tile in image.tile)
+    if image.format == "PPM":
+        return any(tile.codec_name.startswith("ppm") for tile in image.tile)
+    if image.format == "JPEG2000":
+        # The first component's depth in the codestream's SIZ marker (ISO 15444-1, A.5.1).
+        start = data.find(b"\xff\x4f\xff\x51")
+        depth = data[start + 42] if 0 <= start < len(data) - 42 else 0
+        return depth not in (7, 15) or (depth == 15 and not image.mode.startswith("I"))
+    return False
 
 
 def _by_pillow(data: bytes) -> ImageFile.ImageFile:
@@ -293,8 +343,9 @@ def _divided(box: Box, scale: int) -> Box:
 
 def _decode(image: Stored, scale: int, reading: Reading) -> Image.Image:
     if isinstance(image, BandFile):
-        values, data = image.numbers()
-        return Image.fromarray(rgb_of(values, reading, data=data))
+        return Image.fromarray(
+            rgb_of(image.numbers(), reading, nodata=image.nodata, white=image.white)
+        )
     if scale > 1:
         # Rounded down, the size asked for makes Pillow choose this very scale.
         image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
@@ -303,40 +354,43 @@ def _decode(image: Stored, scale: int, reading: Reading) -> Image.Image:
 
 def _to_rgb(image: ImageFile.ImageFile, reading: Reading) -> Image.Image:
     """Decode and convert to RGB by the rules of the module's docstring."""
-    if reading.value_range is not None and _halved(image):
-        raise DataError(
-            "of a PNG with 16-bit colours 8 bits are read, too few for a range of values: store it "
-            "as TIFF"
-        )
     image.load()
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(rgb_of(np.asarray(image)[..., None], reading, white=_white(image)))
+        nodata = _nodata(image) if reading.stated else None
+        return Image.fromarray(
+            rgb_of(np.asarray(image)[..., None], reading, nodata=nodata, white=_white(image))
+        )
     if not reading.stated:
         return _coloured(image)
-    if reading.bands is None or image.mode not in _BANDED:
-        bands: Image.Image = _coloured(image)
-    else:
-        bands = image
-    values = np.asarray(bands)
-    return Image.fromarray(rgb_of(values[..., None] if values.ndim == 2 else values, reading))
+    if reading.bands is not None and image.mode in _BANDED:
+        values = np.asarray(image)
+        return Image.fromarray(rgb_of(values[..., None] if values.ndim == 2 else values, reading))
+    if not image.has_transparency_data:
+        return Image.fromarray(rgb_of(np.asarray(image.convert("RGB")), reading))
+    # What is hidden under transparent pixels stays mid-grey, whatever the mapping.
+    shown = image.convert("RGBA")
+    mapped = Image.fromarray(rgb_of(np.asarray(shown)[..., :3], reading))
+    mapped.putalpha(shown.getchannel("A"))
+    return _over_grey(mapped)
 
 
 def _coloured(image: ImageFile.ImageFile) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, (MID_GREY, MID_GREY, MID_GREY, 255))
-        return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
+        return _over_grey(image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def _halved(image: ImageFile.ImageFile) -> bool:
-    """Tell a PNG of 16-bit colours, before it is loaded: Pillow keeps the high bytes."""
-    return (
-        image.format == "PNG"
-        and any("16B" in str(tile.args) for tile in image.tile)
-        and (image.mode in ("RGB", "RGBA", "LA"))
-    )
+def _over_grey(image: Image.Image) -> Image.Image:
+    opaque = Image.new("RGBA", image.size, (MID_GREY, MID_GREY, MID_GREY, 255))
+    return Image.alpha_composite(opaque, image).convert("RGB")
+
+
+def _nodata(image: ImageFile.ImageFile) -> float | None:
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return nodata_of(image.tag_v2.get(GDAL_NODATA))
+    return None
 
 
 def _white(image: ImageFile.ImageFile) -> int:

@@ -158,6 +158,8 @@ def open_labeled(
             data, shards, split, cache=cache, cache_bytes=cache_bytes, names_in=names_in
         )
         form = "drawn scenes" if data == SCENES else "labeled shards"
+        # Scenes are drawn in colours: no mapping of other pictures is theirs.
+        reading = Reading(reading.max_pixels) if data == SCENES else reading
         return LabeledSamples(samples, names, Defects(), form=form, splits=splits, reading=reading)
     root = find_root(data)
     _check_split(data, split, root.splits())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from groundwork.backbones import build_backbone
 from groundwork.backbones.contract import Backbone, Level, Pyramid
 from groundwork.colour import normalise
+from groundwork.data.bands import Reading
 from groundwork.data.shards import Sample
 from groundwork.errors import DataError
 from groundwork.settings import ProbeSettings
@@ -429,3 +430,11 @@ def test_the_drawn_objects_are_labeled_pictures(tmp_path: Path) -> None:
     found = probe.measure(Means())
     assert 0.2 < found["probe/knn"] <= 1
     assert 0.2 < found["probe/linear"] <= 1
+    # They are drawn in colours, and read so whatever the mapping of the training pictures.
+    mapped = open_probe(
+        settings, coloured(40), 64, cache=tmp_path, cache_bytes=10**9,
+        reading=Reading(bands=(3, 2, 1), value_range=(0, 4000)),
+    )  # fmt: skip
+    assert probe._bank is not None and mapped._bank is not None
+    assert torch.equal(mapped._bank.pixels, probe._bank.pixels)
+    assert not torch.equal(mapped._train.pixels, probe._train.pixels)

@@ -105,3 +105,18 @@ def test_shipped_recipes_say_only_what_differs() -> None:
         values = read_yaml(path)
         assert "threads" not in values
         assert "seed" not in values
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.bands=[3,2,1]", "scenes are drawn in colours"),
+        ("data.bands=[3,2]", r"data\.bands"),
+        ("data.bands=[0,2,1]", r"data\.bands"),
+        ("data.value_range=[5,5]", "the smaller first"),
+    ],
+)
+def test_a_mapping_that_makes_no_sense_is_refused(override: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        recipes.resolve("byol", None, [override])
+    assert recipes.resolve("byol", None, ["data.train=there", "data.bands=[3,2,1]"]).data.bands

@@ -16,12 +16,19 @@ from PIL import Image
 
 from groundwork.data.bands import PLAIN, Reading, rgb_of
 from groundwork.data.decode import open_picture
+from groundwork.data.samples import open_samples
 from groundwork.errors import DataError, UsageError
 
 
-def _tiff(values: npt.NDArray[Any], **more: Any) -> bytes:
+def _tiff(values: npt.NDArray[Any], photometric: str = "minisblack", **more: Any) -> bytes:
     file = io.BytesIO()
-    tifffile.imwrite(file, values, photometric="minisblack", **more)
+    tifffile.imwrite(file, values, photometric=photometric, **more)
+    return file.getvalue()
+
+
+def _saved(image: Image.Image, form: str, **more: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **more)
     return file.getvalue()
 
 
@@ -49,8 +56,8 @@ def test_one_band_is_grey_and_what_is_no_number_is_mid_grey() -> None:
     one = rgb_of(values, Reading(value_range=(0, 1)))
     assert one[0, :, 0].tolist() == [128, 0, 128, 255] and (one == one[..., :1]).all()
     assert rgb_of(values, PLAIN)[0, :, 0].tolist() == [128, 0, 64, 255]  # stretched from 0 to 2
-    data = values != 2.0
-    assert rgb_of(values, PLAIN, data=data)[0, :, 0].tolist() == [128, 0, 255, 128]
+    assert rgb_of(values, PLAIN, nodata=2.0)[0, :, 0].tolist() == [128, 0, 255, 128]
+    assert (rgb_of(values, PLAIN, nodata=-1.8e308) == rgb_of(values, PLAIN)).all()
     with pytest.raises(DataError, match="no finite value"):
         rgb_of(np.full((2, 2, 1), np.nan, np.float32), PLAIN)
 
@@ -74,6 +81,75 @@ def test_a_tiff_of_five_bands_is_read(form: str, kind: str, compression: str | N
     assert crop.shape == (8, 8, 3) and (crop == [255, 153, 51]).all()
     with pytest.raises(DataError, match="band 6 is asked for, and it has 5"):
         open_picture(data, Reading(bands=(6, 2, 1))).pixels()
+
+
+def test_a_range_is_of_the_stored_numbers_whatever_the_file_calls_them() -> None:
+    values = np.full((8, 9, 4), (1000, 2000, 3000, 0), np.uint16)
+    reading = Reading(value_range=(0, 3000))
+    data = _tiff(values[..., :3], "rgb", planarconfig="contig")
+    assert (open_picture(data, reading).pixels() == [85, 170, 255]).all()
+    planes = _tiff(values[..., :3].transpose(2, 0, 1), "rgb", planarconfig="separate")
+    assert (open_picture(planes, reading).pixels() == [85, 170, 255]).all()
+    assert (open_picture(planes).pixels() == [4, 8, 12]).all()  # of 257
+    four = _tiff(values, "rgb", planarconfig="contig", extrasamples=["unspecified"])
+    reading = Reading(bands=(4, 3, 1), value_range=(0, 3000))
+    assert (open_picture(four, reading).pixels() == [0, 255, 85]).all()
+    wide = _tiff(np.full((4, 4), 4_000_000_000, np.uint32))
+    assert (open_picture(wide, Reading(value_range=(0, 4e9))).pixels() == 255).all()
+    signed = _tiff(np.array([[-100, 0, 100]], np.int8))
+    found = open_picture(signed, Reading(value_range=(-100, 100))).pixels()
+    assert found[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_12_bits_have_their_own_white_with_bands_as_without() -> None:
+    values = np.full((8, 16), 2000, np.uint16)
+    data = _tiff(values, bitspersample=12)
+    assert (open_picture(data).pixels() == 125).all()  # 2000 / 4095 * 255
+    assert (open_picture(data, Reading(bands=(1, 1, 1))).pixels() == 125).all()
+
+
+def test_pictures_that_pillow_rescales_have_no_range() -> None:
+    reading = Reading(value_range=(0, 3000))
+    grey = Image.fromarray(np.full((16, 16), 3000, np.uint16))
+    assert (open_picture(_saved(grey, "JPEG2000"), reading).pixels() == 255).all()
+    pgm = b"P5 2 1 65535\n" + np.array([3000, 0], ">u2").tobytes()
+    assert open_picture(pgm, reading).pixels()[0, :, 0].tolist() == [255, 0]
+    for data in (
+        b"P5 2 1 4095\n" + np.array([3000, 0], ">u2").tobytes(),
+        b"P6 1 1 65535\n" + np.array([3000, 0, 0], ">u2").tobytes(),
+    ):
+        with pytest.raises(DataError, match=r"rescales .* PPM.* store it as TIFF"):
+            open_picture(data, reading)
+    bytes_ = _saved(Image.new("RGB", (16, 16), (50, 0, 0)), "JPEG2000", irreversible=False)
+    assert (open_picture(bytes_, Reading(value_range=(0, 50))).pixels() == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize("form", ["TIFF", "PNG"])
+def test_a_palette_is_colours_with_bands_too(form: str) -> None:
+    image = Image.new("RGB", (6, 6), (10, 20, 30)).quantize(4)
+    data = _saved(image, form)
+    assert (open_picture(data, Reading(bands=(3, 2, 1))).pixels() == [30, 20, 10]).all()
+
+
+def test_what_is_transparent_stays_mid_grey_under_a_range() -> None:
+    image = Image.fromarray(np.array([[[200, 0, 0, 0], [200, 50, 0, 255]]], np.uint8))
+    pixels = open_picture(_saved(image, "PNG"), Reading(value_range=(0, 100))).pixels()
+    assert pixels.tolist() == [[[128, 128, 128], [255, 128, 0]]]
+
+
+def test_no_data_is_where_all_bands_that_are_read_have_it() -> None:
+    nothing: dict[str, Any] = {"extratags": [(42113, "s", 0, "0", True)]}
+    values = np.array([[[255, 0, 0], [0, 0, 0], [9, 9, 9]]], np.uint8)
+    data = _tiff(values, "rgb", planarconfig="contig", **nothing)
+    pixels = open_picture(data, Reading(bands=(1, 2, 3))).pixels()
+    assert pixels.tolist() == [[[255, 0, 0], [128, 128, 128], [9, 9, 9]]]
+    empty = _tiff(np.zeros((4, 4, 5), np.uint16), planarconfig="contig", **nothing)
+    assert (open_picture(empty, Reading(bands=(3, 2, 1))).pixels() == 128).all()
+    # One band, which Pillow reads: once something is stated.
+    values = np.array([[-9999, 5, 10]], np.float32)
+    data = _tiff(values, extratags=[(42113, "s", 0, "-9999", True)])
+    found = open_picture(data, Reading(value_range=(0, 10))).pixels()
+    assert found[0, :, 0].tolist() == [128, 128, 255]
 
 
 def test_no_data_of_gdal_is_mid_grey() -> None:
@@ -131,8 +207,8 @@ def test_a_png_of_16_bit_colours_has_too_few_bits_for_a_range() -> None:
     _, encoded = cv2.imencode(".png", values)
     data = encoded.tobytes()
     assert open_picture(data).pixels().max() == 3000 >> 8
-    with pytest.raises(DataError, match="store it as TIFF"):
-        open_picture(data, Reading(value_range=(0, 4000))).pixels()
+    with pytest.raises(DataError, match=r"PNG.* store it as TIFF"):
+        open_picture(data, Reading(value_range=(0, 4000)))
 
 
 @pytest.mark.parametrize("damage", [200, 3000])
@@ -146,8 +222,10 @@ def test_without_tifffile_it_is_said_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(DataError, match=r"cannot read this TIFF .*'groundwork\[tiff\]'"):
         open_picture(_tiff(_five(), planarconfig="contig"))
-    with pytest.raises(DataError, match=r"reads single bands: pip install"):
-        open_picture(_tiff(_five()[..., 0]), Reading(bands=(1, 1, 1)))
+    colours = _tiff(_five("uint8")[..., :3], "rgb", planarconfig="contig")
+    assert open_picture(colours).width == 60
+    with pytest.raises(DataError, match=r"tifffile does: pip install"):
+        open_picture(colours, Reading(bands=(3, 2, 1)))
 
 
 def test_a_mapping_that_says_nothing_is_refused() -> None:
@@ -228,7 +306,12 @@ def test_both_stages_read_bands_and_the_detector_remembers_them(
     assert predict([detector, str(pictures), "--out", str(out), "--score", "0"]) == 0
     drawn = np.asarray(Image.open(next((out / "pictures").glob("*.jpg"))))
     assert drawn[..., 0].max() > 200  # the square of band 5 is red
-    # Tiles are written as they were read.
+    arguments = [detector, f"data.val={spectral}", "data.workers=0"]
+    assert evaluate([*arguments, "data.bands=null"]) == 3  # five bands, and none stated
+    assert predict([detector, str(pictures), "--out", str(tmp_path / "none"), "--plain"]) == 3
+    # Tiles are written as they were read, and so are pictures that are no larger.
+    values = np.full((40, 40, 5), 4000, np.uint16)
+    (pictures / "small.tif").write_bytes(_tiff(values, planarconfig="contig"))
     assert (
         pack(
             [
@@ -238,7 +321,10 @@ def test_both_stages_read_bands_and_the_detector_remembers_them(
         )
         == 0
     )  # fmt: skip
-    assert (tmp_path / "tiles" / "index.json").is_file()
+    tiles = open_samples(str(tmp_path / "tiles"), cache=tmp_path, cache_bytes=10**9)
+    assert len(tiles) == 4 * 4 + 1
+    for index in range(len(tiles)):
+        assert open_picture(tiles.read(0, index).image).pixels().shape[2] == 3
     sheet = tmp_path / "labels.png"
     assert (
         labels([str(spectral), "--out", str(sheet), "--bands", "5", "2", "1"]) == 0
