@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from groundwork.checkpoint import write_atomically
 
 Results = Sequence[dict[str, Any]]
+Curve = npt.NDArray[np.float64]
 
 
 def write(results: list[dict[str, Any]], file: Path) -> None:
@@ -29,23 +31,56 @@ def write(results: list[dict[str, Any]], file: Path) -> None:
 def table(results: Results) -> str:
     """Return a Markdown table: a row for each set, fraction and init; AP as mean and spread."""
     lines = [
-        "| data set | labels | init | minutes | steps | seeds | AP | AP50 | over scratch |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| data set | labels | init | minutes | steps | seeds | AP | AP50 | over scratch "
+        "| there at step | pays after |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (dataset, fraction), cells in _by(results, "dataset", "fraction"):
         rows = {init: list(found) for (init,), found in _by(cells, "init")}
         # Of several baselines the best one: pretraining is to beat scratch at its best.
         baselines = [np.mean([one["ap"] for one in rows[init]]) for init in rows
                      if init.startswith("scratch")]  # fmt: skip
+        curves = {init: _mean_curve(found) for init, found in rows.items()}
+        scratch = [curve for init, curve in curves.items() if init.startswith("scratch")]
         for init, found in rows.items():
             aps = [one["ap"] for one in found]
             gain = f"{100 * (np.mean(aps) - max(baselines)):+.1f}" if baselines else ""
             lines.append(
                 f"| {dataset} | {fraction:g} % | {init} | {found[0]['pretrain_minutes']:g} "
                 f"| {found[0]['steps']} | {len(found)} | {_spread(aps)} "
-                f"| {_spread([one['ap50'] for one in found])} | {gain} |"
+                f"| {_spread([one['ap50'] for one in found])} | {gain} "
+                f"| {_there(curves[init], scratch, found[0]['pretrain_minutes'])} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _mean_curve(found: Results) -> Curve:
+    """Return steps, minutes and AP on val, P 3: the mean over seeds, of what all of them have."""
+    length = min(len(one["val_curve"]) for one in found)
+    curve: Curve = np.array([one["val_curve"][:length] for one in found]).mean(0).reshape(-1, 3)
+    return curve
+
+
+def _there(curve: Curve, baselines: Sequence[Curve], minutes: float) -> str:
+    """Say at which step scratch's best AP on val is reached, and after how many fine-tunings.
+
+    These are what the minutes of pretraining, spent once, are worth in minutes of fine-tuning that
+    are saved each time. Two cells; empty where there is no baseline.
+    """
+    baselines = [one for one in baselines if len(one)]
+    if not baselines or not len(curve):
+        return " |"
+    best = max(baselines, key=lambda one: one[:, 2].max())
+    goal = best[best[:, 2].argmax()]
+    reached = np.flatnonzero(curve[:, 2] >= goal[2])
+    if not len(reached):
+        return "never |"
+    step, spent, _ = curve[reached[0]]
+    if not minutes:
+        return f"{step:g} |"
+    saved = goal[1] - spent
+    pays = f"{minutes / saved:.1f} fine-tunings" if saved > 0 else "never"
+    return f"{step:g} of {goal[0]:g} | {pays}"
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -55,7 +90,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for (init,), found in _by(cells, "init"):
-            # Runs that stopped early have shorter curves: the mean is over what all of them have.
+            # Runs that stopped early have shorter curves.
             length = min(len(one["val_curve"]) for one in found)
             curves = np.array([one["val_curve"][:length] for one in found])
             if not length:

@@ -28,9 +28,13 @@ def test_the_table_has_mean_spread_and_what_is_over_scratch(tmp_path: Path) -> N
     lines = table(results).splitlines()
     assert lines[2] == (
         "| cells | 5 % | byol | 10 | 20 | 2 | 0.350 (0.300 to 0.400) | 0.350 (0.300 to 0.400) "
-        "| +15.0 |"
+        "| +15.0 | 20 of 20 | never |"
     )
-    assert lines[3].startswith("| cells | 5 % | scratch | 0 | 20 | 1 | 0.200 | 0.200 | +0.0 |")
+    assert lines[3] == "| cells | 5 % | scratch | 0 | 20 | 1 | 0.200 | 0.200 | +0.0 | 20 | |"
+    # BYOL with twice its APs is where scratch ends after one minute instead of two.
+    twice = [_one("scratch", 0, 0.2), _one("byol", 0, 0.4)]
+    assert table(twice).splitlines()[2].endswith("| +20.0 | 10 of 20 | 10.0 fine-tunings |")
+    assert table(twice[1:]).splitlines()[2].endswith("|  |  | |")
     results[1]["val_curve"].pop()  # it stopped early
     [file] = draw(results, tmp_path)
     assert file.name == "label_efficiency-cells-5pct.png" and file.stat().st_size > 5000
