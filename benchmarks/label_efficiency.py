@@ -154,6 +154,7 @@ class Study:
         where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
         for one in self.results:
             if where.items() <= one.items() and one["steps"] == best:
+                one["val_ap_by_steps"] |= {str(steps): ap for steps, ap in found.items()}
                 return one
         run = self.train(init, fraction, seed, best)
         file = run / "detector.safetensors"
