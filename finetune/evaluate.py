@@ -26,8 +26,8 @@ from finetune.metrics import Results, score, to_rows
 from groundwork.checkpoint import write_atomically
 from groundwork.command import log_to_standard_output
 from groundwork.config import Section, parse_overrides, validate
-from groundwork.data.bands import MAX_PIXELS, Reading
 from groundwork.data.labels import LabeledSamples, open_labeled
+from groundwork.data.reading import MAX_PIXELS, Reading
 from groundwork.errors import DataError, GroundworkError, UsageError
 from groundwork.settings import Count, Data, Fraction
 

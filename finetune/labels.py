@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from finetune.draw import TEXT, colour_of, draw_box, draw_tag
 from groundwork.data.annotations import Annotations
-from groundwork.data.bands import Reading
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
+from groundwork.data.reading import Reading
 from groundwork.errors import DataError, GroundworkError
 from groundwork.settings import Data
 

@@ -41,10 +41,10 @@ from groundwork.backbones.from_timm import synchronised
 from groundwork.checkpoint import Checkpoint, write_atomically
 from groundwork.clock import StopRequest, agree, host_group, told_by_main
 from groundwork.console import Display, minutes
-from groundwork.data.bands import MAX_PIXELS
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled
 from groundwork.data.loader import Loader
 from groundwork.data.order import Order
+from groundwork.data.reading import MAX_PIXELS
 from groundwork.ema import Ema
 from groundwork.errors import CheckpointError, DataError, DivergedError, StoppedError, UsageError
 from groundwork.optim import (

@@ -40,8 +40,8 @@ from finetune.finder import (
 from finetune.predictions import Drawings, Writer
 from finetune.tiles import find_in_tiles, needs_tiles
 from finetune.weights import About, detector_from_file
-from groundwork.data.bands import MAX_PIXELS, PLAIN, Reading
 from groundwork.data.decode import Picture, open_picture
+from groundwork.data.reading import MAX_PIXELS, PLAIN, Reading
 from groundwork.data.samples import open_samples
 from groundwork.data.shards import Sample, Samples, ShardSamples
 from groundwork.data.tar_format import picture_suffix

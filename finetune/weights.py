@@ -32,7 +32,7 @@ from groundwork.backbones.load import (
 )
 from groundwork.backbones.product import read_product, read_tensors, save_product
 from groundwork.backbones.yolo12 import YOLO12
-from groundwork.data.bands import Reading
+from groundwork.data.reading import Reading
 from groundwork.errors import CheckpointError
 
 

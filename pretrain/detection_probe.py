@@ -29,9 +29,9 @@ from finetune.metrics import Found, Truth, score
 from finetune.recipe import LossKeys
 from groundwork.backbones.contract import Backbone
 from groundwork.data.annotations import Annotations
-from groundwork.data.bands import PLAIN, Reading
 from groundwork.data.decode import open_picture
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled
+from groundwork.data.reading import PLAIN, Reading
 from groundwork.errors import DataError
 from groundwork.modes import evaluating
 from groundwork.necks.yolo12 import Features

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from groundwork.data.bands import MAX_PIXELS
 from groundwork.data.label_lookup import LabelLookup, open_lookup
+from groundwork.data.reading import MAX_PIXELS
 from groundwork.data.write_shards import write_file
 from groundwork.errors import GroundworkError, UsageError
 from pretrain.pack_labels import DEFECTS_NAME, summary, with_labels

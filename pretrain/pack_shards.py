@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from groundwork.data.bands import Reading
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.label_policy import Defects
+from groundwork.data.reading import Reading
 from groundwork.data.shard_index import (
     INDEX_NAME,
     SampleIndex,

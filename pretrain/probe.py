@@ -35,7 +35,7 @@ from torch.nn import functional
 
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import normalise
-from groundwork.data.bands import PLAIN, Reading
+from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.samples import open_samples
 from groundwork.data.scenes import open_scene_objects
 from groundwork.data.shards import Samples

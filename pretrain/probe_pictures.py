@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from groundwork.data.bands import PLAIN, Reading
 from groundwork.data.decode import open_picture
+from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shards import Samples
 from groundwork.errors import DataError
 

@@ -23,53 +23,20 @@ from __future__ import annotations
 
 import io
 import logging
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from groundwork.errors import DataError, UsageError
+from groundwork.data.reading import Reading
+from groundwork.errors import DataError
 
-MAX_PIXELS = 100_000_000
 MID_GREY = 128
 
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # the last two: BigTIFF
 _ORIENTATION, GDAL_NODATA = 274, 42113  # tags
 
 Levels = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How stored pictures become RGB, see the module's docstring.
-
-    Pictures of `max_pixels` or more are refused. Raises UsageError for bands or a range that say
-    nothing.
-    """
-
-    max_pixels: int = MAX_PIXELS
-    bands: tuple[int, int, int] | None = None
-    value_range: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        if self.bands is not None and (len(self.bands) != 3 or min(self.bands) < 1):
-            raise UsageError(f"bands={list(self.bands)} must be three numbers from 1 up.")
-        if self.value_range is not None:
-            low, high = self.value_range
-            if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise UsageError(
-                    f"value_range={list(self.value_range)} must be two numbers, the smaller first."
-                )
-
-    @property
-    def stated(self) -> bool:
-        """Whether anything but the size is stated."""
-        return self.bands is not None or self.value_range is not None
-
-
-PLAIN = Reading()
 
 
 def is_tiff(data: bytes) -> bool:

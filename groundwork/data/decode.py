@@ -55,16 +55,8 @@ from PIL import (  # noqa: F401 (importing a plugin registers its format)
     WebPImagePlugin,
 )
 
-from groundwork.data.bands import (
-    GDAL_NODATA,
-    MID_GREY,
-    PLAIN,
-    BandFile,
-    Reading,
-    is_tiff,
-    nodata_of,
-    rgb_of,
-)
+from groundwork.data.bands import GDAL_NODATA, MID_GREY, BandFile, is_tiff, nodata_of, rgb_of
+from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.resize import Box, cut_boxes
 from groundwork.errors import DataError
 

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from groundwork.data.annotations import Annotations
-from groundwork.data.bands import PLAIN, Reading
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.label_policy import LISTED_TWICE, MISSING_PICTURE, Defects, Labels, settle
 from groundwork.data.label_roots import Root, find_root
 from groundwork.data.label_shard_sets import SCENES, find_shards, open_shard_labels
 from groundwork.data.label_table import LabelTable, choose
+from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.samples import PictureFiles
 from groundwork.data.shard_index import sha256_text
 from groundwork.data.shards import Sample, Samples

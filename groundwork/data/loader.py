@@ -38,9 +38,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from groundwork.data.bands import PLAIN, Reading
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.order import Order, sample_generator
+from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shards import Sample, Samples
 from groundwork.errors import DataError, GroundworkError, UsageError
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from groundwork.backbones import build_backbone
 from groundwork.backbones.contract import Backbone, Level, Pyramid
 from groundwork.colour import normalise
-from groundwork.data.bands import Reading
+from groundwork.data.reading import Reading
 from groundwork.data.shards import Sample
 from groundwork.errors import DataError
 from groundwork.settings import ProbeSettings

@@ -14,8 +14,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from groundwork.data.bands import PLAIN, Reading, rgb_of
+from groundwork.data.bands import rgb_of
 from groundwork.data.decode import open_picture
+from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.samples import open_samples
 from groundwork.errors import DataError, UsageError
 

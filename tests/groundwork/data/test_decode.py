@@ -17,8 +17,8 @@ import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from groundwork.data import decode
-from groundwork.data.bands import MAX_PIXELS, Reading
 from groundwork.data.decode import Picture, open_picture
+from groundwork.data.reading import MAX_PIXELS, Reading
 from groundwork.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
