@@ -2,14 +2,14 @@
 
     python -m benchmarks.cells_knn --data DIR --weights run/pretrained.safetensors ...
 
-DIR has images/{train,val}, YOLO labels in labels/{train,val}/*.txt and names in labels/classes.txt.
-Every box is cut out as a square of its longer side times `--context` (moved inside the picture) and
-resized. Crops of train are the bank, crops of val the queries; 20 neighbours by cosine, weighted as
-in pretrain/probe.py; the figure is the mean recall over classes. Each file of weights is compared
-with raw pixels (32 x 32) and with the random initialisation of the same backbone. `centred` is the
-same after the bank's mean was taken off: it says how much of a gain is only a moved origin.
-BatchNorm's statistics are those in the file (0 and 1 for random weights), or with `--fresh` those
-of 1,024 crops of the bank, for every row alike.
+DIR is the root of a labeled data set with the splits train and val (docs/finetune.md). Every box is
+cut out as a square of its longer side times `--context` (moved inside the picture) and resized.
+Crops of train are the bank, crops of val the queries; 20 neighbours by cosine, weighted as in
+pretrain/probe.py; the figure is the mean recall over classes. Each file of weights is compared with
+raw pixels (32 x 32) and with the random initialisation of the same backbone. `centred` is the same
+after the bank's mean was taken off: it says how much of a gain is only a moved origin. BatchNorm's
+statistics are those in the file (0 and 1 for random weights), or with `--fresh` those of 1,024
+crops of the bank, for every row alike.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from torch.nn import functional
 
 from groundwork.backbones import build_backbone
 from groundwork.backbones.product import backbone_from_file
-from groundwork.data.decode import open_picture
+from groundwork.data.labels import LabeledSamples, open_labeled
+from groundwork.data.resize import Box
 from groundwork.errors import DataError, GroundworkError
+from groundwork.settings import Data
 from pretrain.probe import balanced_accuracy, features, fresh_statistics, knn
 
 PIXEL_SIDE = 32
-ENDINGS = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -61,60 +62,40 @@ class Score(NamedTuple):
     centred: float
 
 
-def square(
-    box: tuple[float, float, float, float], context: float, width: int, height: int
-) -> tuple[float, float, float, float]:
-    """Turn a YOLO box (centre and sides as shares) into a square inside the picture, in pixels."""
-    x, y, w, h = box
-    side = min(max(w * width, h * height) * context, width, height)
-    left = min(max(x * width - side / 2, 0.0), width - side)
-    top = min(max(y * height - side / 2, 0.0), height - side)
+def square(box: Sequence[float], context: float, width: int, height: int) -> Box:
+    """Turn a box (left, top, right, bottom) into a square inside the picture, all in pixels."""
+    left, top, right, bottom = box
+    side = min(max(right - left, bottom - top) * context, width, height)
+    left = min(max((left + right - side) / 2, 0.0), width - side)
+    top = min(max((top + bottom - side) / 2, 0.0), height - side)
     return left, top, left + side, top + side
 
 
-def read_labels(path: Path, classes: int) -> list[tuple[int, tuple[float, float, float, float]]]:
-    """Read one YOLO file; boxes without an area are left out. Raises DataError."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            name, x, y, w, h = line.split()
-            label, box = int(name), (float(x), float(y), float(w), float(h))
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not 'class x y width height'.") from error
-        if not 0 <= label < classes:
-            raise DataError(f"{path}, line {number}: class {label} of {classes} classes.")
-        if box[2] > 0 and box[3] > 0:
-            found.append((label, box))
-    return found
+def read_crops(labeled: LabeledSamples, side: int, context: float = 1.0, threads: int = 1) -> Crops:
+    """Cut every box out of its picture, in the order of the pictures; crowds are left out.
 
+    Raises DataError where a picture cannot be read, or there is no box.
+    """
+    places = [
+        (shard, index)
+        for shard, size in enumerate(labeled.shard_sizes.tolist())
+        for index in range(size)
+    ]
 
-def read_crops(
-    data: Path, split: str, side: int, context: float, classes: int, threads: int
-) -> Crops:
-    """Cut every box of a split out of its picture, in the order of the files' names."""
-    folder = data / "labels" / split
-    paths = sorted(folder.glob("*.txt"))
-    if not paths:
-        raise DataError(f"{folder} has no .txt labels.")
-
-    def cut(path: Path) -> tuple[list[npt.NDArray[np.uint8]], list[int]]:
-        labeled = read_labels(path, classes)
-        pictures = [data / "images" / split / (path.stem + ending) for ending in ENDINGS]
-        file = next((one for one in pictures if one.is_file()), None)
-        if file is None:
-            raise DataError(f"{path} has no picture {pictures[0].with_suffix('')} beside it.")
-        picture = open_picture(file.read_bytes())
-        boxes = [square(box, context, picture.width, picture.height) for _, box in labeled]
-        return (picture.cut(boxes, side) if boxes else []), [label for label, _ in labeled]
+    def cut(place: tuple[int, int]) -> tuple[list[npt.NDArray[np.uint8]], list[int]]:
+        _, picture, its = labeled.look(*place)
+        boxes = [
+            square(box, context, picture.width, picture.height)
+            for box in its.boxes[~its.crowd].tolist()
+        ]
+        return (picture.cut(boxes, side) if boxes else []), its.classes[~its.crowd].tolist()
 
     with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(cut, paths))
+        parts = list(pool.map(cut, places))
     pixels = [crop for crops, _ in parts for crop in crops]
     labels = [label for _, some in parts for label in some]
     if not pixels:
-        raise DataError(f"{folder} has no boxes.")
+        raise DataError(f"{labeled.name} has no boxes.")
     return Crops(torch.from_numpy(np.stack(pixels)), torch.tensor(labels, dtype=torch.int64))
 
 
@@ -172,17 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Read the crops, compute every kind of features, and score them."""
-    try:
-        names = (options.data / "labels" / "classes.txt").read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"The names of the classes cannot be read: {error}") from error
-    classes = [name.strip() for name in names.splitlines() if name.strip()]
-    bank, queries = (
-        read_crops(
-            options.data, split, options.image_size, options.context, len(classes), options.threads
-        )
-        for split in ("train", "val")
-    )
+    cache = Data().cache_folder()
+    parts = []
+    for split in ("train", "val"):
+        labeled = open_labeled(str(options.data), split, cache=cache, cache_bytes=10**9)
+        parts.append(read_crops(labeled, options.image_size, options.context, options.threads))
+        labeled.close()
+    bank, queries = parts
+    classes = list(labeled.names)
     if options.bank_per_class is not None:
         bank = balanced(bank, options.bank_per_class, seed=0)
     rows: list[dict[str, Any]] = []

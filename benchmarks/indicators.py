@@ -29,12 +29,13 @@ import numpy as np
 import torch
 
 from benchmarks import label_efficiency
-from benchmarks.cells_knn import Crops
+from benchmarks.cells_knn import Crops, read_crops
 from benchmarks.label_efficiency import Init, Study
 from finetune.detector import Detector, build_detector
 from finetune.weights import load_init
 from groundwork.checkpoint import write_atomically
-from groundwork.data.labels import LabeledSamples, open_labeled
+from groundwork.config import read_yaml
+from groundwork.data.labels import open_labeled
 from groundwork.data.samples import open_samples
 from groundwork.settings import DetectionProbeSettings, ProbeSettings
 from pretrain.detection_probe import open_detection_probe
@@ -65,7 +66,9 @@ class Measures:
         )
         unlabeled = str(options.unlabeled or data / "images" / "train")
         samples = open_samples(unlabeled, cache=study.work, cache_bytes=10**9)
-        self._probe = Probe(ProbeSettings(), samples, options.image_size, detection=detection)
+        assert detection is not None
+        self._detection = detection
+        self._probe = Probe(ProbeSettings(), samples, options.image_size)
         samples.close()
         self._crops: tuple[Crops, Crops] | None = None
         train, val = (
@@ -74,18 +77,18 @@ class Measures:
         )
         self.classes = len(train.names)
         if self.classes > 1:
-            self._crops = _crops(train), _crops(val)
+            self._crops = read_crops(train, _CROP), read_crops(val, _CROP)
         train.close()
         val.close()
 
     def of(self, detector: Detector, with_neck: bool) -> dict[str, float]:
         """Measure a detector's backbone, and its neck where it was pretrained."""
         backbone = detector.backbone
-        found = self._probe.measure(backbone)
+        found = self._probe.measure(backbone) | self._detection.measure(backbone)
         measured = {name.removeprefix("probe/"): value for name, value in found.items()}
         measured["ap_backbone"] = measured["ap"]
         if with_neck:
-            measured["ap"] = self._probe.measure(backbone, detector.neck)["probe/ap"]
+            measured["ap"] = self._detection.measure(backbone, detector.neck)["probe/ap"]
         if self._crops is not None:
             bank, queries = self._crops
             some = bank.pixels[:: max(1, len(bank) // 1024)]
@@ -99,13 +102,12 @@ class Measures:
 
 def row_of(study: Study, init: Init, fraction: float, measures: Measures) -> dict[str, Any]:
     """Fine-tune unless it is done, measure, and return a row of the results."""
-    lengths = study.options.steps
-    val = {
-        steps: label_efficiency.val_ap(study.train(init, fraction, 0, steps)) for steps in lengths
-    }
+    runs = {steps: study.train(init, fraction, 0, steps) for steps in study.options.steps}
+    val = {steps: label_efficiency.val_ap(run) for steps, run in runs.items()}
     weights = study.weights(init)
-    torch.manual_seed(0)
-    detector = build_detector("yolo12n", num_classes=measures.classes)
+    recipe = read_yaml(next(iter(runs.values())) / "recipe.yaml")
+    torch.manual_seed(recipe["seed"])
+    detector = build_detector(recipe["backbone"]["name"], num_classes=measures.classes)
     loaded = frozenset() if weights is None else load_init(detector, weights).loaded
     return {
         "dataset": study.data.name,
@@ -160,25 +162,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         shown = [f"{rho[name][0]:+.2f}" if name in rho else "" for name in INDICATORS]
         lines += ["| Spearman's rho with AP | | " + " | ".join(shown) + " |", ""]
     return "\n".join(lines)
-
-
-def _crops(labeled: LabeledSamples) -> Crops:
-    """Cut every box out of its picture, as a square of its longer side moved into the picture."""
-    pixels, labels = [], []
-    for shard, size in enumerate(labeled.shard_sizes):
-        for index in range(int(size)):
-            _, picture, its = labeled.look(shard, index)
-            corners = its.boxes[~its.crowd].astype(np.float64)
-            if not len(corners):
-                continue
-            limit = float(min(picture.width, picture.height))
-            side = (corners[:, 2:] - corners[:, :2]).max(axis=1, keepdims=True).clip(1.0, limit)
-            middle = (corners[:, 2:] + corners[:, :2]) / 2
-            low = (middle - side / 2).clip(0.0, np.array([picture.width, picture.height]) - side)
-            squares = np.concatenate([low, low + side], axis=1).tolist()
-            pixels += picture.cut([tuple(square) for square in squares], _CROP)
-            labels += its.classes[~its.crowd].tolist()
-    return Crops(torch.from_numpy(np.stack(pixels)), torch.tensor(labels, dtype=torch.int64))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,8 +40,9 @@ def table(results: Results) -> str:
         # Of several baselines the best one: pretraining is to beat scratch at its best.
         baselines = [np.mean([one["ap"] for one in rows[init]]) for init in rows
                      if init.startswith("scratch")]  # fmt: skip
-        curves = {init: _mean_curve(found) for init, found in rows.items()}
+        curves = {init: _curves(found).mean(0) for init, found in rows.items()}
         scratch = [curve for init, curve in curves.items() if init.startswith("scratch")]
+        pace = _pace(cells)
         for init, found in rows.items():
             aps = [one["ap"] for one in found]
             gain = f"{100 * (np.mean(aps) - max(baselines)):+.1f}" if baselines else ""
@@ -49,23 +50,31 @@ def table(results: Results) -> str:
                 f"| {dataset} | {fraction:g} % | {init} | {found[0]['pretrain_minutes']:g} "
                 f"| {found[0]['steps']} | {len(found)} | {_spread(aps)} "
                 f"| {_spread([one['ap50'] for one in found])} | {gain} "
-                f"| {_there(curves[init], scratch, found[0]['pretrain_minutes'])} |"
+                f"| {_there(curves[init], scratch, found[0]['pretrain_minutes'] * pace)} |"
             )
     return "\n".join(lines) + "\n"
 
 
-def _mean_curve(found: Results) -> Curve:
-    """Return steps, minutes and AP on val, P 3: the mean over seeds, of what all of them have."""
+def _curves(found: Results) -> Curve:
+    """Return steps, minutes and AP on val of each seed, S P 3, of the points that all of them have.
+
+    Runs that stopped early have shorter curves.
+    """
     length = min(len(one["val_curve"]) for one in found)
-    curve: Curve = np.array([one["val_curve"][:length] for one in found]).mean(0).reshape(-1, 3)
-    return curve
+    return np.array([one["val_curve"][:length] for one in found]).reshape(len(found), -1, 3)
 
 
-def _there(curve: Curve, baselines: Sequence[Curve], minutes: float) -> str:
+def _pace(found: Results) -> float:
+    """Return steps a minute of the run that was least disturbed: all train the same network."""
+    ends = [one["val_curve"][-1] for one in found if one["val_curve"]]
+    return max((steps / minutes for steps, minutes, _ in ends), default=0.0)
+
+
+def _there(curve: Curve, baselines: Sequence[Curve], spent: float) -> str:
     """Say at which step scratch's best AP on val is reached, and after how many fine-tunings.
 
-    These are what the minutes of pretraining, spent once, are worth in minutes of fine-tuning that
-    are saved each time. Two cells; empty where there is no baseline.
+    `spent` is the time of pretraining, in steps of fine-tuning: it is paid once by the steps that
+    every fine-tuning saves. Two cells; empty where there is no baseline.
     """
     baselines = [one for one in baselines if len(one)]
     if not baselines or not len(curve):
@@ -75,11 +84,11 @@ def _there(curve: Curve, baselines: Sequence[Curve], minutes: float) -> str:
     reached = np.flatnonzero(curve[:, 2] >= goal[2])
     if not len(reached):
         return "never |"
-    step, spent, _ = curve[reached[0]]
-    if not minutes:
+    step = curve[reached[0], 0]
+    if not spent:
         return f"{step:g} |"
-    saved = goal[1] - spent
-    pays = f"{minutes / saved:.1f} fine-tunings" if saved > 0 else "never"
+    saved = goal[0] - step
+    pays = f"{spent / saved:.1f} fine-tunings" if saved > 0 else "never"
     return f"{step:g} of {goal[0]:g} | {pays}"
 
 
@@ -90,10 +99,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for (init,), found in _by(cells, "init"):
-            # Runs that stopped early have shorter curves.
-            length = min(len(one["val_curve"]) for one in found)
-            curves = np.array([one["val_curve"][:length] for one in found])
-            if not length:
+            curves = _curves(found)
+            if not curves.size:
                 continue
             steps, minutes, ap = curves[0, :, 0], curves[:, :, 1].mean(0), curves[:, :, 2]
             for axes, x in ((left, steps), (right, minutes + found[0]["pretrain_minutes"])):

@@ -31,7 +31,7 @@ from finetune.draw import TEXT, colour_of, draw_box, draw_tag
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
-from groundwork.data.reading import Reading
+from groundwork.data.reading import add_flags, stated_by
 from groundwork.errors import DataError, GroundworkError
 from groundwork.settings import Data
 
@@ -108,20 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         default=16,
         help="pictures on the sheet (default %(default)s; 0: no sheet)",
     )
-    parser.add_argument(
-        "--bands",
-        metavar=("RED", "GREEN", "BLUE"),
-        nargs=3,
-        type=int,
-        help="the bands that are red, green and blue, from 1 (default: the format's colours)",
-    )
-    parser.add_argument(
-        "--value-range",
-        metavar=("LOW", "HIGH"),
-        nargs=2,
-        type=float,
-        help="stored values that become 0 and 255 (default: by the format's rules)",
-    )
+    add_flags(parser, "as the format says")
     return parser
 
 
@@ -137,10 +124,7 @@ def _show(given: argparse.Namespace) -> None:
     if given.split is not None:
         splits = (given.split,)
     settings = Data()
-    reading = Reading(
-        bands=None if given.bands is None else tuple(given.bands),
-        value_range=None if given.value_range is None else tuple(given.value_range),
-    )
+    reading = stated_by(given.bands, given.value_range)
     opened: dict[str | None, LabeledSamples] = {}
     for split in splits:
         samples = open_labeled(

@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ from groundwork.console import Display, minutes
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled
 from groundwork.data.loader import Loader
 from groundwork.data.order import Order
-from groundwork.data.reading import MAX_PIXELS
 from groundwork.ema import Ema
 from groundwork.errors import CheckpointError, DataError, DivergedError, StoppedError, UsageError
 from groundwork.optim import (
@@ -168,12 +167,12 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     if init is not None:
         begun = load_init(detector, init)
         logger.info("%s", begun.sentence())
-        own = recipe.data.reading()
-        if begun.reading is not None and begun.reading != replace(own, max_pixels=MAX_PIXELS):
+        own = sets.train.reading.mapping
+        if begun.reading is not None and begun.reading.mapping != own:
             logger.warning(
                 "%s was trained with data.bands=%s and data.value_range=%s, here they are %s and "
                 "%s: it sees other colours than it knows, unless one of the two was packed so.",
-                init, begun.reading.bands, begun.reading.value_range, own.bands, own.value_range,
+                init, *begun.reading.mapping, *own,
             )  # fmt: skip
     regularize(detector, recipe.regularize)
     scale_learning_rates(detector, recipe.optim)
@@ -245,7 +244,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             start=position.samples,
             workers=data_workers(recipe.data.workers),
             on_error=recipe.data.on_error,
-            reading=recipe.data.reading(),
+            reading=sets.train.reading,
             pin_memory=device.type == "cuda",
         )
 

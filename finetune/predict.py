@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ from finetune.predictions import Drawings, Writer
 from finetune.tiles import find_in_tiles, needs_tiles
 from finetune.weights import About, detector_from_file
 from groundwork.data.decode import Picture, open_picture
-from groundwork.data.reading import MAX_PIXELS, PLAIN, Reading
+from groundwork.data.reading import MAX_PIXELS, PLAIN, Reading, add_flags, stated_by
 from groundwork.data.samples import open_samples
 from groundwork.data.shards import Sample, Samples, ShardSamples
 from groundwork.data.tar_format import picture_suffix
@@ -177,13 +177,8 @@ def _run(options: argparse.Namespace) -> None:
 
 def _reading(options: argparse.Namespace, trained: Reading) -> Reading:
     """Return how pictures are read: as in training, but for what is said."""
-    if options.plain:
-        return Reading(options.max_pixels)
-    return Reading(
-        options.max_pixels,
-        trained.bands if options.bands is None else tuple(options.bands),
-        trained.value_range if options.value_range is None else tuple(options.value_range),
-    )
+    otherwise = replace(PLAIN if options.plain else trained, max_pixels=options.max_pixels)
+    return stated_by(options.bands, options.value_range, otherwise)
 
 
 def _detector(weights: Path) -> tuple[Detector, About]:
@@ -259,20 +254,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the share of a tile's side that neighbours share (%(default)s); objects up to that "
         "size are seen whole",
     )
-    add(
-        "--bands",
-        metavar=("RED", "GREEN", "BLUE"),
-        nargs=3,
-        type=_count,
-        help="the bands that are red, green and blue, from 1 (default: as in training)",
-    )
-    add(
-        "--value-range",
-        metavar=("LOW", "HIGH"),
-        nargs=2,
-        type=float,
-        help="stored values that become 0 and 255 (default: as in training)",
-    )
+    add_flags(parser, "as in training")
     add(
         "--plain", action="store_true", help="read pictures as their format says, whatever training"
     )

@@ -32,7 +32,7 @@ from groundwork.backbones.load import (
 )
 from groundwork.backbones.product import read_product, read_tensors, save_product
 from groundwork.backbones.yolo12 import YOLO12
-from groundwork.data.reading import Reading
+from groundwork.data.reading import Reading, stated_by
 from groundwork.errors import CheckpointError
 
 
@@ -51,11 +51,7 @@ class About:
 
 def _reading_of(metadata: Mapping[str, Any]) -> Reading:
     data = dict(metadata.get("recipe") or {}).get("data", {})
-    bands, values = data.get("bands"), data.get("value_range")
-    return Reading(
-        bands=None if bands is None else (int(bands[0]), int(bands[1]), int(bands[2])),
-        value_range=None if values is None else (float(values[0]), float(values[1])),
-    )
+    return stated_by(data.get("bands"), data.get("value_range"))
 
 
 def parts_of(detector: Detector) -> dict[str, nn.Module]:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from groundwork.config import Section
 from groundwork.data.reading import Reading
+from groundwork.errors import UsageError
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -146,10 +147,12 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _reading_is_a_mapping(self) -> Self:
-        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
-            raise ValueError("value_range must be two numbers, the smaller first")
+        try:
+            reading = self.reading()
+        except UsageError as error:
+            raise ValueError(str(error)) from error
         trained = (self.train,) if isinstance(self.train, str) else self.train
-        if "scenes" in trained and (self.bands or self.value_range):
+        if "scenes" in trained and reading.stated:
             raise ValueError("scenes are drawn in colours: bands and value_range are of data.train")
         return self
 

@@ -114,7 +114,8 @@ def _candidates(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     full = np.array(view.shape[1::-1])
     if keys.shrink < 1:
         width, height = np.maximum(np.rint(keys.shrink * full), 1).astype(int).tolist()
-        view = cv2.resize(view, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8)
+        small = cv2.resize(view, (width, height), interpolation=cv2.INTER_AREA)
+        view = np.asarray(small, np.uint8)
     height, width = view.shape[:2]
     largest = int(keys.area * height * width)
     finder = cv2.MSER_create(  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from groundwork.data.label_lookup import LabelLookup, open_lookup
-from groundwork.data.reading import MAX_PIXELS
+from groundwork.data.reading import MAX_PIXELS, Reading, add_flags, stated_by
 from groundwork.data.write_shards import write_file
 from groundwork.errors import GroundworkError, UsageError
 from pretrain.pack_labels import DEFECTS_NAME, summary, with_labels
@@ -149,21 +149,11 @@ def _pack_parser() -> argparse.ArgumentParser:
         help="leave out exact copies (same bytes) of an earlier picture; noted in "
         f"{DUPLICATES_NAME}",
     )
-    parser.add_argument(
-        "--bands",
-        metavar=("RED", "GREEN", "BLUE"),
-        nargs=3,
-        type=_positive,
-        help="which bands are read as red, green and blue, from 1 (default: the format's colours)",
-    )
-    parser.add_argument(
-        "--value-range",
-        metavar=("LOW", "HIGH"),
-        nargs=2,
-        type=float,
-        help="stored values that are read as 0 and 255 (default: by the format's rules); --tiles "
-        "and --resize write what was read so, other pictures keep their bytes and are to be "
-        "trained on with the same data.bands and data.value_range",
+    add_flags(
+        parser,
+        "as the format says",
+        "; --tiles and --resize store what was read so, otherwise pictures keep their bytes and "
+        "are to be trained on with the same data.bands and data.value_range",
     )
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument(
@@ -260,6 +250,9 @@ def _pack(arguments: argparse.Namespace) -> int:
     lookup = open_lookup(arguments.labels) if arguments.labels is not None else None
     if lookup is not None:
         pictures, classes = with_labels(pictures, lookup), list(lookup.names)
+    reading = stated_by(
+        arguments.bands, arguments.value_range, Reading(max_pixels=arguments.max_pixels)
+    )
     options = Options(
         arguments.resize,
         arguments.max_pixels,
@@ -268,10 +261,8 @@ def _pack(arguments: argparse.Namespace) -> int:
         tiles=arguments.tiles,
         overlap=arguments.overlap,
         min_visible=arguments.min_visible,
-        bands=None if arguments.bands is None else tuple(arguments.bands),
-        value_range=None if arguments.value_range is None else tuple(arguments.value_range),
+        reading=reading,
     )
-    reading = options.reading()
     plan = plan_shards(
         pictures,
         prefix="shard",
@@ -282,7 +273,7 @@ def _pack(arguments: argparse.Namespace) -> int:
             *(["labeled"] if options.labeled else []),
             *([] if options.tiles is None else ["tiles", options.tiles, options.overlap]),
             *([options.min_visible] if options.tiles is not None and options.labeled else []),
-            *([reading.bands, reading.value_range] if reading.stated else []),
+            *(reading.mapping if reading.stated else []),
         ],
     )
     with tqdm(total=len(pictures), unit=" pictures", desc="Packing", smoothing=0.1) as bar:

@@ -30,7 +30,7 @@ from PIL import Image
 
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.label_policy import Defects
-from groundwork.data.reading import Reading
+from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shard_index import (
     INDEX_NAME,
     SampleIndex,
@@ -72,12 +72,7 @@ class Options:
     tiles: int | None = field(default=None, repr=False)  # side in pixels; None cuts nothing
     overlap: float = field(default=0.0, repr=False)  # of a tile's side, that neighbours share
     min_visible: float = field(default=0.25, repr=False)  # of a box that a tile cuts
-    bands: tuple[int, int, int] | None = field(default=None, repr=False)
-    value_range: tuple[float, float] | None = field(default=None, repr=False)
-
-    def reading(self) -> Reading:
-        """Return how the pictures are read."""
-        return Reading(self.max_pixels, self.bands, self.value_range)
+    reading: Reading = field(default=PLAIN, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +142,14 @@ def _entries(picture: Source, options: Options, defects: Defects) -> list[Entry]
         content = Path(picture.file).read_bytes()
     except OSError as error:
         raise DataError(f"it cannot be read: {error.strerror}") from error
-    opened = open_picture(content, options.reading())
+    opened = open_picture(content, options.reading)
     if options.tiles is not None and max(opened.width, opened.height) > options.tiles:
         return _tiles(picture, opened, options, defects)
     size = opened.height, opened.width
     if options.resize is not None and min(size) > options.resize:
         size = _resized_to(opened, options.resize)
         content, suffix = _resized(opened, size), "jpg"
-    elif options.reading().stated and (options.resize or options.tiles):
+    elif options.reading.stated and (options.resize or options.tiles):
         # One set, one mapping: all of it as it was read, and nothing as it was stored.
         content, suffix = _jpeg(opened.pixels()), "jpg"
     else:

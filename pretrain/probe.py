@@ -141,18 +141,18 @@ class Probe:
         labeled: Samples | None = None,
         val: Samples | None = None,
         detection: DetectionProbe | None = None,
-        reading: Reading = PLAIN,
-        labeled_reading: Reading = PLAIN,
+        readings: Sequence[Reading] = (PLAIN, PLAIN, PLAIN),
     ) -> None:
+        """Read the pictures; `readings` are those of train, labeled and val."""
         self._detection = detection
         side = settings.image_size or image_size
         self._batch_size = settings.batch_size
-        self._train = read_unlabeled(train, settings.pictures, side, reading)
+        self._train = read_unlabeled(train, settings.pictures, side, readings[0])
         self._bank: Pictures | None = None
         self._queries: Pictures | None = None
         self._classes: list[str] = []
         if labeled is not None:
-            pixels, names = read_labeled(labeled, settings.pictures, side, labeled_reading)
+            pixels, names = read_labeled(labeled, settings.pictures, side, readings[1])
             self._classes = sorted(set(names))
             if len(self._classes) < 2:
                 raise DataError(
@@ -162,7 +162,7 @@ class Probe:
             if val is None:
                 self._bank, self._queries = hold_out(bank, labeled.name)
             else:
-                pixels, names = read_labeled(val, settings.pictures, side, labeled_reading)
+                pixels, names = read_labeled(val, settings.pictures, side, readings[2])
                 self._bank = bank
                 self._queries = Pictures(pixels, number(names, self._classes, val.name))
 
@@ -228,8 +228,8 @@ def open_probe(
             settings.detection, cache=cache, cache_bytes=cache_bytes, reading=reading
         )
         labeled, held_out = opened
-        theirs = PLAIN if settings.labeled == "scenes" else reading
-        return Probe(settings, train, image_size, labeled, held_out, detection, reading, theirs)
+        theirs = (PLAIN if path == "scenes" else reading for path in (settings.labeled, val))
+        return Probe(settings, train, image_size, labeled, held_out, detection, (reading, *theirs))
     finally:
         for samples in opened:
             if samples is not None:

@@ -155,7 +155,8 @@ class SplitStage(nn.Module):
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention, scale 32^-0.5; on a CPU in float32.
 
-    The fused kernel's backward takes four to five times as long there in bfloat16 (LOG.md).
+    The fused kernel's backward is slower there in bfloat16: 4 to 6 times for 64 positions, 1.5
+    times for 400 (LOG.md).
     """
     if query.dtype != torch.bfloat16 or query.device.type != "cpu":
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -146,8 +146,6 @@ def _levels(
     reading: Reading,
     white: int,
 ) -> Levels:
-    if values.dtype == np.bool_:
-        values = values.astype(np.uint8) * np.uint8(255)
     known = _known(values, data)
     if reading.value_range is not None:
         low, high = reading.value_range

@@ -6,11 +6,16 @@ Nothing here imports numpy: a recipe's mistake is told at once.
 from __future__ import annotations
 
 import math
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from groundwork.errors import UsageError
 
 MAX_PIXELS = 100_000_000
+
+Bands = tuple[int, int, int]
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,8 @@ class Reading:
     """
 
     max_pixels: int = MAX_PIXELS
-    bands: tuple[int, int, int] | None = None
-    value_range: tuple[float, float] | None = None
+    bands: Bands | None = None
+    value_range: Range | None = None
 
     def __post_init__(self) -> None:
         if self.bands is not None and (len(self.bands) != 3 or min(self.bands) < 1):
@@ -36,9 +41,48 @@ class Reading:
                 )
 
     @property
+    def mapping(self) -> tuple[Bands | None, Range | None]:
+        """What is stated but for the size."""
+        return self.bands, self.value_range
+
+    @property
     def stated(self) -> bool:
         """Whether anything but the size is stated."""
-        return self.bands is not None or self.value_range is not None
+        return self.mapping != (None, None)
 
 
 PLAIN = Reading()
+
+
+def add_flags(parser: ArgumentParser, otherwise: str, more: str = "") -> None:
+    """Add --bands and --value-range to a command; `otherwise` says what holds without them."""
+    parser.add_argument(
+        "--bands",
+        metavar=("RED", "GREEN", "BLUE"),
+        nargs=3,
+        type=int,
+        help=f"the bands that are red, green and blue, from 1 (default: {otherwise})",
+    )
+    parser.add_argument(
+        "--value-range",
+        metavar=("LOW", "HIGH"),
+        nargs=2,
+        type=float,
+        help=f"stored values that become 0 and 255 (default: {otherwise}){more}",
+    )
+
+
+def stated_by(
+    bands: Sequence[int] | None,
+    value_range: Sequence[float] | None,
+    otherwise: Reading = PLAIN,
+) -> Reading:
+    """Return a reading by what flags or a file say, and where they say nothing by `otherwise`.
+
+    Raises UsageError for bands or a range that say nothing.
+    """
+    return Reading(
+        otherwise.max_pixels,
+        otherwise.bands if bands is None else tuple(bands),  # type: ignore[arg-type]
+        otherwise.value_range if value_range is None else tuple(value_range),  # type: ignore[arg-type]
+    )

@@ -324,8 +324,12 @@ def test_both_stages_read_bands_and_the_detector_remembers_them(
     )  # fmt: skip
     tiles = open_samples(str(tmp_path / "tiles"), cache=tmp_path, cache_bytes=10**9)
     assert len(tiles) == 4 * 4 + 1
-    for index in range(len(tiles)):
-        assert open_picture(tiles.read(0, index).image).pixels().shape[2] == 3
+    found = [tiles.read(0, index) for index in range(len(tiles))]
+    pixels = {sample.key: open_picture(sample.image).pixels() for sample in found}
+    assert (pixels["small"] > 250).all()  # 4000 of 4000 in every band
+    scenes = [seen for key, seen in pixels.items() if key != "small"]
+    assert max(seen[..., 0].max() for seen in scenes) > 200  # band 5 is red, and none else is
+    assert max(seen[..., 2].max() for seen in scenes) < 150
     sheet = tmp_path / "labels.png"
     assert (
         labels([str(spectral), "--out", str(sheet), "--bands", "5", "2", "1"]) == 0
