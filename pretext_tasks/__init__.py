@@ -15,6 +15,7 @@ TASKS = {
     "distill": "pretext_tasks.distill:Distill",
     "inpainting": "pretext_tasks.inpainting:Inpainting",
     "jigsaw": "pretext_tasks.jigsaw:Jigsaw",
+    "lejepa": "pretext_tasks.lejepa:LeJEPA",
     "regions": "pretext_tasks.regions:Regions",
     "simclr": "pretext_tasks.simclr:SimCLR",
 }

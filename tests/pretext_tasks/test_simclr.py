@@ -1,51 +1,26 @@
-"""SimCLR: NT-Xent by hand, and two ranks equal to one process.
-
-Run as a script, this file is one rank of the test that starts it twice.
-"""
+"""SimCLR: NT-Xent by hand, and two ranks equal to one process."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from groundwork import colour
-from groundwork.backbones.contract import IMAGENET_MEAN, IMAGENET_STD, Backbone, Level, Pyramid
+from groundwork.backbones.contract import Backbone
 from groundwork.config import validate
 from groundwork.errors import UsageError
 from pretext_tasks.simclr import SimCLR, SimCLRConfig
+from tests.pretext_tasks import two_ranks
 
 MakeBatch = Callable[..., dict[str, Tensor]]
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = SimCLRConfig(hidden_width=32, projection_width=8, temperature=0.5)
-
-
-class PlainBackbone(Backbone):
-    """Without BatchNorm: what one picture gives does not depend on the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.name = "plain"
-        self.levels = (Level(8, 8), Level(16, 12), Level(32, 16))
-        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
-        self.stage_3 = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.SiLU())
-        self.stage_4 = nn.Sequential(nn.Conv2d(8, 12, 2, 2), nn.SiLU())
-        self.stage_5 = nn.Sequential(nn.Conv2d(12, 16, 2, 2), nn.SiLU())
-
-    def forward(self, image: Tensor) -> Pyramid:
-        c3 = self.stage_3(image)
-        c4 = self.stage_4(c3)
-        return Pyramid(c3, c4, self.stage_5(c4))
 
 
 class Given(nn.Module):
@@ -59,11 +34,6 @@ class Given(nn.Module):
         return self.projection
 
 
-def _plain_task() -> SimCLR:
-    torch.manual_seed(0)
-    return SimCLR(PlainBackbone(), SMALL.model_copy(update={"projector_batch_norm": False}))
-
-
 def _global_batch(count: int = 8, side: int = 64) -> dict[str, Tensor]:
     """Noise of two scales, coloured as the paper says."""
     generator = np.random.default_rng(0)
@@ -75,28 +45,6 @@ def _global_batch(count: int = 8, side: int = 64) -> dict[str, Tensor]:
         drawn = [colour.draw(SMALL.colour, generator) for _ in range(count)]
         batch[f"colour_{number}"] = torch.from_numpy(np.stack(drawn))
     return batch
-
-
-def _loss_and_gradient(task: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    loss = task(batch).loss
-    loss.backward()
-    result = {"loss": loss.detach()}
-    for name, parameter in task.named_parameters():
-        assert parameter.grad is not None
-        result[name.removeprefix("module.")] = parameter.grad
-    return result
-
-
-def _run_rank(rank: int, folder: Path) -> None:
-    """Work through this rank's half of the global batch under DDP and write down what came out."""
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2
-    )
-    batch = {name: value.chunk(2)[rank] for name, value in _global_batch().items()}
-    result = _loss_and_gradient(DistributedDataParallel(_plain_task()), batch)
-    torch.save(result, folder / f"rank-{rank}.pt")
-    distributed.destroy_process_group()
 
 
 def test_nt_xent_of_two_pictures_by_hand(tiny_backbone: Callable[[], Backbone]) -> None:
@@ -166,35 +114,5 @@ def test_a_recipe_that_sets_one_key_of_the_colour_keeps_the_others() -> None:
 
 @pytest.mark.dist
 def test_two_ranks_equal_one_process_with_the_same_global_batch(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in ranks] == [0, 0], errors
-    results = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
-    expected = _loss_and_gradient(_plain_task(), _global_batch())
-
-    # A rank's loss is of its own pictures against all: the mean over ranks is the global loss.
-    mean_loss = (results[0].pop("loss") + results[1].pop("loss")) / 2
-    assert mean_loss.item() == pytest.approx(expected.pop("loss").item(), abs=1e-5)
-    norm = torch.stack([value.norm() for value in expected.values()]).norm()
-    assert norm > 0.01
-    for name, gradient in expected.items():
-        assert torch.equal(results[0][name], results[1][name]), name
-        assert (results[0][name] - gradient).abs().max() <= 1e-5 * norm, name
-
-
-if __name__ == "__main__":
-    _run_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    config = SMALL.model_copy(update={"projector_batch_norm": False})
+    two_ranks.agree(tmp_path, "simclr", config, _global_batch())
