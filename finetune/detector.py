@@ -111,15 +111,17 @@ def build_detector(
     *,
     width: str | None = None,
     objectness: bool = False,
+    in_channels: int = 3,
 ) -> Detector:
     """Build a detector with random weights: yolo12n to yolo12x, or timm/<model>.
 
     `width` (n, s, m, l, x) chooses neck and head; None is the backbone's own letter, and n for
-    timm. Raises UsageError for names that are not known.
+    timm. `in_channels` is how many channels its pictures have. Raises UsageError for names that
+    are not known.
     """
     if width is not None and width not in SCALES:
         raise UsageError(f"width={width} is not one of {', '.join(SCALES)}.")
-    backbone = build_backbone(name)
+    backbone = build_backbone(name, in_channels)
     neck = YOLO12Neck(backbone.levels, width or own_width(name))
     head = DetectionHead(neck.channels, num_classes, objectness=objectness)
     return Detector(backbone, neck, head)

@@ -25,6 +25,12 @@ _BOX_OVER_LINE = 12  # an outline leaves most of a small box to be seen
 Colour = tuple[int, int, int]
 
 
+def as_image(pixels: npt.NDArray[np.uint8]) -> Image.Image:
+    """Make a picture of uint8 H W C, for a person: of C the first three are RGB, or it is grey."""
+    channels = slice(3) if pixels.shape[2] >= 3 else [0, 0, 0]
+    return Image.fromarray(np.ascontiguousarray(pixels[:, :, channels]))
+
+
 def draw_boxes(
     image: Image.Image,
     boxes: npt.NDArray[Any],

@@ -167,7 +167,8 @@ def _ultralytics(weights: Path, out: Path) -> str:
     if _is_detector(weights):
         detector, _ = detector_from_file(weights)
         tensors = to_ultralytics(detector)
-        name, classes, strict = detector.backbone.name, detector.head.num_classes, "strict=True"
+        backbone = detector.backbone
+        name, classes, strict = backbone.name, detector.head.num_classes, "strict=True"
         remark = ""
     else:
         backbone = backbone_from_file(weights)
@@ -183,12 +184,13 @@ def _ultralytics(weights: Path, out: Path) -> str:
             "are missing and stay as they are there.\n"
         )
     _save_tensors(tensors, out)
-    if classes == _PUBLIC_CLASSES:
+    channels = "" if backbone.in_channels == 3 else f", ch={backbone.in_channels}"
+    if classes == _PUBLIC_CLASSES and not channels:
         model = f"from ultralytics import YOLO; model = YOLO('{name}.yaml').model"
     else:
         model = (
             "from ultralytics.nn.tasks import DetectionModel; "
-            f"model = DetectionModel('{name}.yaml', nc={classes})"
+            f"model = DetectionModel('{name}.yaml'{channels}, nc={classes})"
         )
     return (
         f"Wrote {out}, {len(tensors)} tensors.\n{remark}Load it:\n"
@@ -206,10 +208,12 @@ def _backbone_form(backbone: Backbone, kind: str, out: Path) -> str:
             f"are as freshly initialised: {', '.join(form.filled)}.\n"
         )
     if kind == "timm":
+        channels = "" if backbone.in_channels == 3 else f", in_chans={backbone.in_channels}"
         return told + (
             "Load it:\n"
-            f"  timm.create_model('{form.name}', num_classes=0, checkpoint_path='{out}')\n"
-            f"  timm.create_model('{form.name}', features_only=True, pretrained=True, "
+            f"  timm.create_model('{form.name}', num_classes=0{channels}, "
+            f"checkpoint_path='{out}')\n"
+            f"  timm.create_model('{form.name}', features_only=True{channels}, pretrained=True, "
             f"pretrained_cfg_overlay=dict(file='{out}', num_classes=0))\n"
         )
     return told + (

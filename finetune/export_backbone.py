@@ -47,7 +47,7 @@ def to_timm(backbone: Backbone) -> Form:
         key.removeprefix("model."): value.detach().cpu().contiguous().clone()
         for key, value in backbone.state_dict().items()
     }
-    whole = whole_state(backbone.name)
+    whole = whole_state(backbone.name, backbone.in_channels)
     unknown = sorted(set(own) - set(whole))
     if unknown:
         raise UsageError(
@@ -64,6 +64,11 @@ def to_torchvision(backbone: Backbone) -> Form:
 
     Raises UsageError where torchvision has no such model, or other tensors in it.
     """
+    if backbone.in_channels != 3:
+        raise UsageError(
+            f"torchvision's models see three channels and {backbone.name} here "
+            f"{backbone.in_channels}: export it with --format timm."
+        )
     form = to_timm(backbone)
     name = form.name.split(".")[0]  # without the tag of a pretrained version
     wanted = _torchvision_shapes(name)

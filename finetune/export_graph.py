@@ -32,7 +32,7 @@ MULTIPLE = 32  # of pixels: a picture's sides
 SMALLEST = 64  # pixels: shorter sides are not in the traced graph's range
 ABOUT_FILE = "groundwork.json"  # inside a .pt2
 
-_EXAMPLE = (2, 3, 64, 96)  # another number for every free size
+_EXAMPLE = (64, 96)  # pixels, not square
 
 
 class Predictor(nn.Module):
@@ -45,11 +45,11 @@ class Predictor(nn.Module):
         super().__init__()
         self.detector = detector
         for name in ("mean", "std"):
-            values = torch.tensor(getattr(detector.backbone, name)).view(3, 1, 1)
+            values = torch.tensor(getattr(detector.backbone, name)).view(-1, 1, 1)
             self.register_buffer(name, values)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """N 3 H W -> boxes N A 4 in pixels, scores N A C."""
+        """N C H W -> boxes N A 4 in pixels, scores N A C."""
         return self.detector.predict((images - self.mean) / self.std)
 
 
@@ -76,7 +76,7 @@ def trace(detector: Detector) -> ExportedProgram:
         2: MULTIPLE * Dim("rows", min=least),
         3: MULTIPLE * Dim("columns", min=least),
     }
-    example = torch.rand(_EXAMPLE)
+    example = torch.rand(2, detector.backbone.in_channels, *_EXAMPLE)
     tracing: Any = importlib.import_module("torch.fx.experimental._config")  # not typed
     try:
         with tracing.patch(backed_size_oblivious=True):

@@ -142,7 +142,11 @@ def check_onnx(model: Any, detector: Detector) -> tuple[float, float]:
     module = predictor(detector)
     exact = predictor(detector).double()
     worst = rounding = 0.0
-    for shape in ((1, 3, 2 * SMALLEST, 3 * SMALLEST), (2, 3, SMALLEST, SMALLEST)):
+    channels = detector.backbone.in_channels
+    for shape in (
+        (1, channels, 2 * SMALLEST, 3 * SMALLEST),
+        (2, channels, SMALLEST, SMALLEST),
+    ):
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             wanted = exact(images.double())

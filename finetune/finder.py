@@ -77,7 +77,7 @@ def _framed(width: float, height: float, shown_height: int, shown_width: int) ->
 
 
 def show(picture: Picture, region: Box, frame: Frame) -> npt.NDArray[np.uint8]:
-    """Cut a region (left, top, right, bottom) of a picture into its frame: uint8 H W 3.
+    """Cut a region (left, top, right, bottom) of a picture into its frame: uint8 H W C.
 
     Raises DataError for pixels that cannot be decoded.
     """
@@ -86,10 +86,10 @@ def show(picture: Picture, region: Box, frame: Frame) -> npt.NDArray[np.uint8]:
 
 
 def placed(inner: npt.NDArray[np.uint8], frame: Frame) -> npt.NDArray[np.uint8]:
-    """Lay pixels that have the size they are shown at into their frame: uint8 H W 3."""
+    """Lay pixels that have the size they are shown at into their frame: uint8 H W C."""
     if inner.shape[:2] == (frame.frame_height, frame.frame_width):
         return inner
-    pixels = np.full((frame.frame_height, frame.frame_width, 3), GREY, np.uint8)
+    pixels = np.full((frame.frame_height, frame.frame_width, inner.shape[2]), GREY, np.uint8)
     bottom, right = frame.top + frame.shown_height, frame.left + frame.shown_width
     pixels[frame.top : bottom, frame.left : right] = inner
     return pixels
@@ -101,7 +101,7 @@ def whole_of(picture: Picture) -> Box:
 
 
 class Finder(Protocol):
-    """Frames of one size (uint8 N H W 3) -> what is in each, in pixels of the frame."""
+    """Frames of one size (uint8 N H W C) -> what is in each, in pixels of the frame."""
 
     def __call__(self, frames: npt.NDArray[np.uint8]) -> list[Found]:
         """Find boxes, best first."""

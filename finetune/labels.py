@@ -27,7 +27,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from finetune.draw import TEXT, colour_of, draw_box, draw_tag
+from finetune.draw import TEXT, as_image, colour_of, draw_box, draw_tag
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
@@ -289,7 +289,7 @@ def _draw(picture: Picture, annotations: Annotations, names: Sequence[str]) -> I
     scale = _TILE / max(picture.width, picture.height)
     size = max(1, round(picture.height * scale)), max(1, round(picture.width * scale))
     whole = (0.0, 0.0, float(picture.width), float(picture.height))
-    image = Image.fromarray(picture.cut([whole], size)[0])
+    image = as_image(picture.cut([whole], size)[0])
     pen = ImageDraw.Draw(image)
     for box, number, crowd in zip(
         (annotations.boxes * scale).tolist(),

@@ -163,6 +163,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         len(names),
         width=recipe.detector.width,
         objectness=recipe.detector.objectness,
+        in_channels=sets.train.reading.channels,
     )
     if init is not None:
         begun = load_init(detector, init)

@@ -16,10 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
 
 from finetune.detector import Detections
-from finetune.draw import draw_boxes
+from finetune.draw import as_image, draw_boxes
 from groundwork.data.decode import Picture
 
 _LONGEST_JPEG = 65_500  # pixels: what libjpeg writes (JPEG_MAX_DIMENSION)
@@ -112,7 +111,7 @@ class Drawings:
 
     def draw(self, number: int, name: str, picture: Picture, found: Detections) -> None:
         """Draw the boxes that were found in the picture with this id and file name."""
-        image = Image.fromarray(picture.pixels())
+        image = as_image(picture.pixels())
         image.thumbnail((_LONGEST_JPEG, _LONGEST_JPEG))
         scale = np.array([image.width / picture.width, image.height / picture.height] * 2)
         boxes = found.boxes.numpy() * scale

@@ -50,7 +50,7 @@ class Training(nn.Module):
             return self.loss(detector, raw, (image.shape[2], image.shape[3]), targets)
 
     def coloured(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the pictures as the backbone wants them: N 3 H W."""
+        """Return the pictures as the backbone wants them: N C H W."""
         backbone = self.detector.backbone
         return colour.apply(batch["image"], batch["colour"], backbone.mean, backbone.std)
 

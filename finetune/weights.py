@@ -12,7 +12,7 @@ groundwork.backbones.load does it, and YOLOv12's public names are known (finetun
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from groundwork.backbones.load import (
     advice,
     fit,
     fit_backbone,
+    for_channels,
     report_of,
     take,
     unwrap,
@@ -99,6 +100,7 @@ def detector_from_file(path: Path) -> tuple[Detector, About]:
         int(made["num_classes"]),
         width=made["width"],
         objectness=bool(made["objectness"]),
+        in_channels=int(metadata.get("in_channels", 3)),
     )
     try:
         detector.load_state_dict(tensors, strict=True)
@@ -159,11 +161,12 @@ def load_init(detector: Detector, path: str | Path) -> DetectorInit:
     if isinstance(detector.backbone, YOLO12):
         tensors = from_ultralytics(tensors)
     own = dict(detector.state_dict())
+    tensors, widened = for_channels(own, tensors, detector.backbone.in_channels)
     body, body_tensors, chosen = _choose(detector, own, tensors)
     spread = _by_part(own, tensors)
     inner = dict(detector.backbone.state_dict())
     rest = body_tensors if body_tensors is not tensors else spread["backbone"]
-    reports = [report_of(path, inner, rest, body)]
+    reports = [replace(report_of(path, inner, rest, body), widened=widened)]
     left = []
     for part in _PARTS:
         names = {name: own[name] for name in own if _part(name) == part}

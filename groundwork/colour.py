@@ -26,6 +26,10 @@ Differs from torchvision's chain:
   the luma, spreads blue too far: by 11 % at SimCLR's strength, where this one stays within 8 %.)
 - The Gaussian ends at three sigma (rounded up), where 0.3 % of its weight is left.
 A test bounds the difference: mean within 0.01, spread (standard deviation) within 10 %.
+
+Pictures of more than three channels have RGB in the first three. Every other channel (and each of
+one or two) is a picture in grey of its own: brightness and contrast change it, saturation and hue
+leave it, as they leave greys.
 """
 
 from __future__ import annotations
@@ -108,21 +112,21 @@ def apply(
 ) -> Tensor:
     """Colour and normalise a batch by the numbers that `draw` gave.
 
-    `images` are uint8, N H W 3; `parameters` float32, N PARAMETERS; `visible` bool, N H W: where
-    it is False a pixel does not count for its image's mean colour (an image without a visible
-    pixel has a black mean). Returns float32, N 3 H W, contiguous on the CPU, channels_last on
-    CUDA. Nothing there waits for the device: all images are blurred, those that did not draw it
+    `images` are uint8, N H W C, C as in `mean`; `parameters` float32, N PARAMETERS; `visible` bool,
+    N H W: where it is False a pixel does not count for its image's mean colour (an image without a
+    visible pixel has a black mean). Returns float32, N C H W, contiguous on the CPU, channels_last
+    on CUDA. Nothing there waits for the device: all images are blurred, those that did not draw it
     with a kernel that is 1 in its centre. On the CPU only those that drew it are.
 
     Raises ValueError for another type or shape.
     """
-    _check(images)
-    number, height, width, _ = images.shape
+    _check(images, len(mean))
+    number, height, width, channels = images.shape
     if parameters.shape != (number, PARAMETERS):
         raise ValueError(f"{number} images need {number} x {PARAMETERS} parameters.")
     # Half precision would lose the last bits of a byte, and all of a fine blur.
     with torch.autocast(images.device.type, enabled=False):
-        result = images.new_empty(number, 3, height, width, dtype=torch.float32)
+        result = images.new_empty(number, channels, height, width, dtype=torch.float32)
         if images.is_cuda:
             _colour(images, parameters, mean, std, visible, result)
             result = _blur(result, parameters[:, _SIGMA], _largest_radius(height, width))
@@ -141,19 +145,26 @@ def apply(
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Bring uint8 N H W 3 to float32 N 3 H W, (x / 255 - mean) / std, laid out as by `apply`."""
-    _check(images)
+    """Bring uint8 N H W C to float32 N C H W, (x / 255 - mean) / std, laid out as by `apply`."""
+    _check(images, len(mean))
     planes = _planes(images)
-    for channel in range(3):
+    for channel in range(len(mean)):
         planes[:, channel] *= 1 / (255 * std[channel])
         planes[:, channel] -= mean[channel] / std[channel]
     return planes.contiguous(memory_format=torch.channels_last) if planes.is_cuda else planes
 
 
 def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Bring normalised N 3 H W back to uint8 N 3 H W on the CPU, for a person to look at."""
-    scale, shift = (torch.tensor(x).view(1, 3, 1, 1) for x in (std, mean))
-    return ((images.detach().float().cpu() * scale + shift) * 255).round().clamp(0, 255).byte()
+    """Bring normalised N C H W back to uint8 N 3 H W on the CPU, for a person to look at."""
+    scale, shift = (torch.tensor(x).view(1, -1, 1, 1) for x in (std, mean))
+    levels = ((images.detach().float().cpu() * scale + shift) * 255).round().clamp(0, 255).byte()
+    return shown(levels.permute(0, 2, 3, 1))
+
+
+def shown(images: Tensor) -> Tensor:
+    """Bring uint8 N H W C to N 3 H W on the CPU, for a person: of C the first three, or grey."""
+    planes = images.cpu().permute(0, 3, 1, 2)
+    return planes[:, :3] if planes.shape[1] >= 3 else planes[:, :1].repeat(1, 3, 1, 1)
 
 
 def _jitter(
@@ -188,10 +199,10 @@ def hue_rotation(turns: float) -> npt.NDArray[np.float64]:
     return rotation
 
 
-def _check(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
+def _check(images: Tensor, channels: int) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != channels:
         shape = " ".join(str(side) for side in images.shape)
-        raise ValueError(f"Images must be uint8, N H W 3, not {images.dtype}, {shape}.")
+        raise ValueError(f"Images must be uint8, N H W {channels}, not {images.dtype}, {shape}.")
 
 
 def _planes(images: Tensor) -> Tensor:
@@ -206,23 +217,40 @@ def _colour(
     visible: Tensor | None,
     result: Tensor,
 ) -> None:
-    """Write the coloured, clamped and normalised images into `result`, N 3 H W."""
-    number = len(images)
-    flat = _planes(images).view(number, 3, -1)  # N 3 P, 0..255
-    chain = parameters[:, :_SIGMA].reshape(number, 3, 6)
-    matrix = chain[:, :, :3].clone()
-    offset = torch.bmm(chain[:, :, 3:], _mean_colour(flat, visible))
-    for channel in range(3):  # scalars: a tensor of them would have to be copied to the device
+    """Write the coloured, clamped and normalised images into `result`, N C H W."""
+    number, channels = len(images), len(mean)
+    flat = _planes(images).view(number, channels, -1)  # N C P, 0..255
+    by_x, by_mean = _chains(parameters[:, :_SIGMA].reshape(number, 3, 6), channels)
+    matrix = by_x.clone()
+    offset = torch.bmm(by_mean, _mean_colour(flat, visible))
+    for channel in range(channels):  # scalars: a tensor would have to be copied to the device
         matrix[:, channel] /= 255 * std[channel]
         offset[:, channel] /= 255 * std[channel]
         offset[:, channel] -= mean[channel] / std[channel]
-    torch.baddbmm(offset, matrix, flat, out=result.view(number, 3, -1))
-    for channel in range(3):
+    torch.baddbmm(offset, matrix, flat, out=result.view(number, channels, -1))
+    for channel in range(channels):
         result[:, channel].clamp_(*_range(mean[channel], std[channel]))
 
 
+def _chains(chain: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Return A and B of so many channels, each N C C; further channels are greys of their own.
+
+    What a chain does to a grey is the sum of its rows, which are alike but for rounding.
+    """
+    if channels == 3:
+        return chain[:, :, :3], chain[:, :, 3:]
+    found = []
+    for part in (chain[:, :, :3], chain[:, :, 3:]):
+        grey = part.sum(dim=2).mean(dim=1)  # N
+        whole = torch.diag_embed(grey[:, None].expand(-1, channels))
+        if channels > 3:
+            whole[:, :3, :3] = part
+        found.append(whole)
+    return found[0], found[1]
+
+
 def _mean_colour(flat: Tensor, visible: Tensor | None) -> Tensor:
-    """Return N 3 1 from N 3 P."""
+    """Return N C 1 from N C P."""
     if visible is None:
         return flat.mean(dim=2, keepdim=True)
     weight = visible.reshape(len(flat), -1, 1).to(flat.dtype)  # N P 1
@@ -248,7 +276,7 @@ def _blur_drawn(images: Tensor, sigma: Tensor) -> None:
 
 
 def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Convolve every image (N 3 H W) with its own Gaussian, first along rows, then columns."""
+    """Convolve every image (N C H W) with its own Gaussian, first along rows, then columns."""
     number, channels, height, width = images.shape
     if radius == 0:
         return images
@@ -271,7 +299,7 @@ def _solarise(images: Tensor, drawn: Tensor, mean: Sequence[float], std: Sequenc
 
     x is normalised here, so that the middle lies between what black and white have become.
     """
-    for channel in range(3):
+    for channel in range(len(mean)):
         middle = sum(_range(mean[channel], std[channel])) / 2
         plane = images[:, channel]
         inverted = plane.sub(middle).abs_().neg_().add_(middle)

@@ -140,8 +140,9 @@ class Data(Section):
     on_error: Literal["skip", "raise"] = "skip"  # what an unreadable picture does
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the pictures of the data
     max_pixels: Count = 100_000_000  # a larger picture is refused before it is decoded
-    # Which bands become red, green and blue, from 1; null: the format's own colours.
-    bands: tuple[Count, Count, Count] | None = None
+    # The bands that are read, from 1: red, green and blue, or the channels of a network that has as
+    # many as there are bands here; null: the format's own colours.
+    bands: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
     # Stored values that become 0 and 255; null: by the format's rules (groundwork/data/bands.py).
     value_range: tuple[float, float] | None = None
 

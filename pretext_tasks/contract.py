@@ -30,9 +30,9 @@ class Views(Protocol):
     """Makes one sample's views; runs in a data worker, so it must be picklable.
 
     All randomness comes from `generator`, which belongs to the sample's position in the stream.
-    Pictures are uint8, H W 3 (no normalisation, no colour); every other entry is a number or a
-    small array drawn for them: colour parameters, a mask, a permutation. The entries of a batch
-    are stacked along a new first dimension, so shapes must not depend on the picture.
+    Pictures are uint8, H W C as in the picture (no normalisation, no colour); every other entry is
+    a number or a small array drawn for them: colour parameters, a mask, a permutation. The entries
+    of a batch are stacked along a new first dimension, so shapes must not depend on the picture.
     """
 
     def __call__(

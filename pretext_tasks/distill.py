@@ -95,6 +95,11 @@ class Distill(ThroughNeck):
 
     def __init__(self, backbone: Backbone, config: DistillConfig) -> None:
         super().__init__(backbone, config.neck)
+        if backbone.in_channels != 3:
+            raise UsageError(
+                f"The pictures have {backbone.in_channels} channels and task.teacher sees 3: name "
+                "three data.bands, or take another task."
+            )
         self.teacher = TimmTeacher(config.teacher)
         if config.weights is None:
             raise UsageError(_NO_WEIGHTS)

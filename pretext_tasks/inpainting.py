@@ -54,7 +54,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groundwork import colour
-from groundwork.backbones.contract import IMAGENET_MEAN, STRIDES, Backbone, Level, Pyramid
+from groundwork.backbones.contract import (
+    IMAGENET_MEAN,
+    STRIDES,
+    Backbone,
+    Level,
+    Pyramid,
+    for_channels,
+)
 from groundwork.colour import Colour
 from groundwork.config import Section
 from groundwork.data.decode import Picture
@@ -71,7 +78,6 @@ Positive = Annotated[float, Field(gt=0)]
 
 _STRIDE = 8  # of the decoder's cells, each of which predicts 8 x 8 pixels
 _GROUP = 8  # channels that are normalised together
-_COLOURS = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and deviation that leave colours from 0 to 1
 
 
 class InpaintingConfig(Section):
@@ -123,7 +129,7 @@ class InpaintingViews:
     def __call__(
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, np.ndarray[Any, Any]]:
-        """Return image (uint8 H W 3), hidden (bool H/block W/block) and, if asked for, colour."""
+        """Return image (uint8 H W C), hidden (bool H/block W/block) and, if asked for, colour."""
         config = self.config
         box = draw_crop(
             picture.width, picture.height, config.crop_scale, config.crop_ratio, generator
@@ -143,7 +149,7 @@ class InpaintingViews:
 
 
 class Target(NamedTuple):
-    """What is to be predicted, N 3 H W, and what was taken out of it (N 3 H W, or N 1 H W)."""
+    """What is to be predicted, N C H W, and what was taken out of it (N C H W, or N 1 H W)."""
 
     value: Tensor
     mean: Tensor
@@ -153,7 +159,9 @@ class Target(NamedTuple):
 class Decoder(nn.Module):
     """Predicts pixels from the pyramid: one map for each stride in `scales`, finest first."""
 
-    def __init__(self, levels: tuple[Level, Level, Level], width: int, scales: set[int]) -> None:
+    def __init__(
+        self, levels: tuple[Level, Level, Level], width: int, scales: set[int], channels: int
+    ) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(level.channels, width, 1) for level in levels)
         self.block = nn.Sequential(
@@ -163,21 +171,21 @@ class Decoder(nn.Module):
             nn.GroupNorm(width // _GROUP, width),
             nn.SiLU(),
         )
-        self.output = nn.Conv2d(width, _STRIDE**2 * 3, 1)
+        self.output = nn.Conv2d(width, _STRIDE**2 * channels, 1)
         # A head that no loss reaches would hold up DDP: there are only those that are asked for.
         self.deep = nn.ModuleDict(
             {
                 str(scale): nn.Sequential(
                     nn.GroupNorm(width // _GROUP, width),
                     nn.SiLU(),
-                    nn.Conv2d(width, _STRIDE**2 * 3, 1),
+                    nn.Conv2d(width, _STRIDE**2 * channels, 1),
                 )
                 for scale in sorted(scales - {_STRIDE})
             }
         )
 
     def forward(self, pyramid: Pyramid | Features) -> dict[int, Tensor]:
-        """Return, by stride, N 3 H W, and H/2 W/2 and H/4 W/4 for strides 16 and 32."""
+        """Return, by stride, N C H W, and H/2 W/2 and H/4 W/4 for strides 16 and 32."""
         c3, c4, c5 = (lateral(level) for lateral, level in zip(self.lateral, pyramid, strict=True))
         size = c3.shape[2:]
         merged = c3 + functional.interpolate(c4, size) + functional.interpolate(c5, size)
@@ -196,7 +204,7 @@ class Inpainting(ThroughNeck):
     def __init__(self, backbone: Backbone, config: InpaintingConfig) -> None:
         super().__init__(backbone, config.neck)
         self.config = config
-        self.decoder = Decoder(self.levels, config.width, set(config.scales))
+        self.decoder = Decoder(self.levels, config.width, set(config.scales), backbone.in_channels)
         if config.encoder == "sparse":
             check_backbone(backbone)
             # SparK's mask embeddings: what a decoder sees of a hidden cell, at each level.
@@ -205,7 +213,8 @@ class Inpainting(ThroughNeck):
                 for level in backbone.levels
             )
         elif config.filling == "token":
-            colours = zip(IMAGENET_MEAN, backbone.mean, backbone.std, strict=True)
+            middle = for_channels(IMAGENET_MEAN, backbone.in_channels)
+            colours = zip(middle, backbone.mean, backbone.std, strict=True)
             self.token = nn.Parameter(torch.tensor([(c - m) / s for c, m, s in colours]))
 
     @classmethod
@@ -266,8 +275,8 @@ class Inpainting(ThroughNeck):
         restored = torch.where(hidden, prediction * target.deviation + target.mean, truth)
         return {
             "masked": colour.denormalise(filled, *self._normalisation),
-            "reconstruction": colour.denormalise(restored, *_COLOURS),
-            "truth": colour.denormalise(truth, *_COLOURS),
+            "reconstruction": colour.denormalise(restored, *self._plain),
+            "truth": colour.denormalise(truth, *self._plain),
         }
 
     def _features(self, seen: Tensor, hidden: Tensor) -> Pyramid | Features:
@@ -283,20 +292,20 @@ class Inpainting(ThroughNeck):
         return self.through(Pyramid(*filled))
 
     def _filled(self, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
-        """Return what the network sees, float32 N 3 H W; computed without a hidden pixel."""
+        """Return what the network sees, float32 N C H W; computed without a hidden pixel."""
         # Hidden bytes are gone from here on.
         image = batch["image"].masked_fill(hidden.squeeze(1).unsqueeze(3), 0)
         seen = self._coloured(image, batch, hidden, *self._normalisation)
         if self.config.encoder == "sparse":
             return seen.masked_fill(hidden, 0)
         if self.config.filling == "token":
-            return torch.where(hidden, self.token.view(1, 3, 1, 1), seen)
+            return torch.where(hidden, self.token.view(1, -1, 1, 1), seen)
         visible = (~hidden).to(seen.dtype)
         mean = (seen * visible).sum(dim=(2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
         return torch.where(hidden, mean, seen)
 
     def _target(self, batch: dict[str, Tensor], hidden: Tensor) -> Target:
-        image = self._coloured(batch["image"], batch, hidden, *_COLOURS)
+        image = self._coloured(batch["image"], batch, hidden, *self._plain)
         return normalise_patches(image, self.config.patch, self.config.eps)
 
     def _coloured(
@@ -304,35 +313,41 @@ class Inpainting(ThroughNeck):
         image: Tensor,
         batch: dict[str, Tensor],
         hidden: Tensor,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
     ) -> Tensor:
         if self.config.colour is None:
             return colour.normalise(image, mean, std)
         return colour.apply(image, batch["colour"], mean, std, visible=~hidden.squeeze(1))
 
     @property
-    def _normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.backbone.mean, self.backbone.std
+
+    @property
+    def _plain(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation that leave colours from 0 to 1."""
+        channels = self.backbone.in_channels
+        return (0.0,) * channels, (1.0,) * channels
 
 
 def normalise_patches(image: Tensor, patch: int | None, eps: float) -> Target:
-    """Take its own mean and deviation out of every patch of N 3 H W, over pixels and channels.
+    """Take its own mean and deviation out of every patch of N C H W, over pixels and channels.
 
     The deviation is sqrt(variance + eps), with the unbiased variance, as MAE's. Without a patch
     the target is the image itself.
     """
     if patch is None:
         return Target(image, torch.zeros_like(image[:, :1]), torch.ones_like(image[:, :1]))
-    n, _, height, width = image.shape
-    patches = image.reshape(n, 3, height // patch, patch, width // patch, patch)
+    n, channels, height, width = image.shape
+    patches = image.reshape(n, channels, height // patch, patch, width // patch, patch)
     variance, mean = torch.var_mean(patches, dim=(1, 3, 5))  # N H/patch W/patch
     mean, deviation = spread(mean, patch), spread((variance + eps).sqrt(), patch)
     return Target((image - mean) / deviation, mean, deviation)
 
 
 def hidden_loss(prediction: Tensor, target: Tensor, hidden: Tensor, kind: str) -> Tensor:
-    """Return the mean error over the hidden pixels (bool N 1 H W) of N 3 H W, in float32."""
+    """Return the mean error over the hidden pixels (bool N 1 H W) of N C H W, in float32."""
     difference = prediction.float() - target
     return _mean_over(difference.abs() if kind == "l1" else difference.square(), hidden)
 
@@ -343,8 +358,8 @@ def spread(cells: Tensor, side: int) -> Tensor:
 
 
 def _mean_over(value: Tensor, hidden: Tensor) -> Tensor:
-    """Average N 3 H W where `hidden` is true. A product, not a choice: nothing waits for sizes."""
-    return (value * hidden).sum() / (3 * hidden.sum())
+    """Average N C H W where `hidden` is true. A product, not a choice: nothing waits for sizes."""
+    return (value * hidden).sum() / (value.shape[1] * hidden.sum())
 
 
 def _shrunk(image: Tensor, factor: int) -> Tensor:

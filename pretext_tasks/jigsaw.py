@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groundwork import colour
-from groundwork.backbones.contract import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from groundwork.backbones.contract import IMAGENET_MEAN, IMAGENET_STD, Backbone, for_channels
 from groundwork.colour import Colour
 from groundwork.config import Section
 from groundwork.data.decode import Picture
@@ -154,7 +154,7 @@ class JigsawViews:
     def __call__(
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, np.ndarray[Any, Any]]:
-        """Return tiles (uint8 grid*grid H W 3, shuffled), target, grey and, if asked for, colour.
+        """Return tiles (uint8 grid*grid H W C, shuffled), target, grey and, if asked for, colour.
 
         Place i of the puzzle shows the tile that belongs into place permutations[target][i].
         """
@@ -186,9 +186,9 @@ class JigsawViews:
         """Cut one tile from each cell, row by row, its channels shifted against each other."""
         grid, tile, shift = self.config.grid, self.tile, self.config.channel_shift
         place = generator.integers(0, self.slack + 1, (grid * grid, 1, 2))
-        shifts = generator.integers(-shift, shift + 1, (grid * grid, 3, 2))
+        shifts = generator.integers(-shift, shift + 1, (grid * grid, canvas.shape[2], 2))
         corners = np.clip(place + shifts, 0, self.slack)  # tiles, channels, (y, x)
-        tiles = np.empty((grid * grid, tile, tile, 3), np.uint8)
+        tiles = np.empty((grid * grid, tile, tile, canvas.shape[2]), np.uint8)
         for i, channels in enumerate(corners):
             row, column = (index * (tile + self.slack) for index in divmod(i, grid))
             for channel, (y, x) in enumerate(channels):
@@ -270,27 +270,30 @@ class Jigsaw(PretextTask):
         }
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:
-        tiles = batch["tiles"]  # N T H W 3
+        tiles = batch["tiles"]  # N T H W C
         n = len(tiles)
-        image = self._seen(tiles.flatten(0, 1), batch)  # N*T 3 H W
+        image = self._seen(tiles.flatten(0, 1), batch)  # N*T C H W
         feature = functional.adaptive_avg_pool2d(self.backbone(image).c5, self.config.cells)
         logits: Tensor = self.classifier(self.tile_layer(feature.flatten(1)).view(n, -1))
         return logits
 
     def _seen(self, tiles: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Turn uint8 N*T H W 3 into what the network sees: float32 N*T 3 H W."""
+        """Turn uint8 N*T H W C into what the network sees: float32 N*T C H W."""
+        channels = self.backbone.in_channels
         # Mean 0 and deviation 1 leave colours between 0 and 1.
-        plain = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        plain = (0.0,) * channels, (1.0,) * channels
         if self.config.colour is None:
             image = colour.normalise(tiles, *plain)
         else:
             image = colour.apply(tiles, batch["colour"].flatten(0, 1), *plain)
         # Scalars all the way: a tensor of constants would make the device wait for its copy.
-        luminance = sum(weight * image[:, c : c + 1] for c, weight in enumerate(_LUMINANCE))
+        weights = _LUMINANCE if channels == 3 else [1 / channels] * channels
+        luminance = sum(weight * image[:, c : c + 1] for c, weight in enumerate(weights))
         grey = batch["grey"].repeat_interleave(batch["tiles"].shape[1]).view(-1, 1, 1, 1)
         image = torch.where(grey, luminance, image)
         if self.config.normalise_tiles:
-            image = _affine(normalise_each(image), IMAGENET_STD, IMAGENET_MEAN)
+            deviation, middle = (for_channels(x, channels) for x in (IMAGENET_STD, IMAGENET_MEAN))
+            image = _affine(normalise_each(image), deviation, middle)
         mean, std = self.backbone.mean, self.backbone.std
         return _affine(
             image, [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
@@ -298,26 +301,27 @@ class Jigsaw(PretextTask):
 
 
 def normalise_each(image: Tensor) -> Tensor:
-    """Take its own mean and standard deviation out of every channel of N 3 H W (colours 0 to 1)."""
+    """Take its own mean and standard deviation out of every channel of N C H W (colours 0 to 1)."""
     deviation, mean = torch.std_mean(image, dim=(2, 3), keepdim=True, correction=0)
     return (image - mean) / deviation.clamp(min=_GREY_LEVEL)
 
 
 def _affine(image: Tensor, scale: Sequence[float], shift: Sequence[float]) -> Tensor:
-    """Scale and shift each channel of N 3 H W; the memory format stays."""
+    """Scale and shift each channel of N C H W; the memory format stays."""
     result = torch.empty_like(image)
-    for c in range(3):
+    for c in range(image.shape[1]):
         result[:, c] = image[:, c] * scale[c] + shift[c]
     return result
 
 
 def put_together(tiles: Tensor, places: Tensor, gap: int = 2) -> Tensor:
-    """Lay tile i of N T H W 3 into place places[:, i], rows first, white between: N 3 H' W'."""
-    n, count, height, width, _ = tiles.shape
+    """Lay tile i of N T H W C into place places[:, i], rows first, white between: N 3 H' W'."""
+    n, count, height, width, channels = tiles.shape
     grid = math.isqrt(count)
     ordered = torch.empty_like(tiles)
     ordered[torch.arange(n)[:, None], places] = tiles
     framed = functional.pad(ordered.permute(0, 1, 4, 2, 3), (0, gap, 0, gap), value=255)
     height, width = height + gap, width + gap
-    sheet = framed.reshape(n, grid, grid, 3, height, width).permute(0, 3, 1, 4, 2, 5)
-    return sheet.reshape(n, 3, grid * height, grid * width)[:, :, : -gap or None, : -gap or None]
+    sheet = framed.reshape(n, grid, grid, channels, height, width).permute(0, 1, 4, 2, 5, 3)
+    whole = sheet.reshape(n, grid * height, grid * width, channels)
+    return colour.shown(whole[:, : -gap or None, : -gap or None])

@@ -84,7 +84,7 @@ class LeJEPAViews:
     def __call__(
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, npt.NDArray[Any]]:
-        """Return large and small (uint8 V H W 3), their colours, directions (float32 M D)."""
+        """Return large and small (uint8 V H W C), their colours, directions (float32 M D)."""
         entries = self.crops(picture, generator)
         entries["directions"] = generator.standard_normal(self.directions, dtype=np.float32)
         return entries

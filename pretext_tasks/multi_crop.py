@@ -50,7 +50,7 @@ class MultiCrop:
     def __call__(
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, npt.NDArray[Any]]:
-        """Return for each kind its views (uint8 V H W 3) and <kind>_colour (float32 V K)."""
+        """Return for each kind its views (uint8 V H W C) and <kind>_colour (float32 V K)."""
         left, top, right, bottom = draw_window(
             picture.width, picture.height, self.window_scale, self.crop_ratio, generator
         )
@@ -69,7 +69,7 @@ class MultiCrop:
 
 
 def coloured(batch: dict[str, Tensor], kind: str, backbone: Backbone) -> Tensor:
-    """Colour and normalise the views of a kind: float32 V*N 3 H W, the first view of all first.
+    """Colour and normalise the views of a kind: float32 V*N C H W, the first view of all first.
 
     Raises UsageError for a single picture, which has no other to differ from.
     """

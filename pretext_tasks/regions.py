@@ -79,7 +79,7 @@ class RegionsViews:
     def __call__(
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, np.ndarray[Any, Any]]:
-        """Return image (uint8 H W 3), colour, boxes (float32 K 4 in its pixels), kinds K and count.
+        """Return image (uint8 H W C), colour, boxes (float32 K 4 in its pixels), kinds K and count.
 
         The first `count` of the boxes are regions; the rest are zeros.
         """

@@ -60,7 +60,7 @@ class RegionKeys(Section):
 
 
 def stable_regions(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
-    """Return the boxes of the regions of a view (H W 3), the best first; there may be none."""
+    """Return the boxes of the regions of a view (H W C), the best first; there may be none."""
     boxes = _candidates(view, keys)
     if not len(boxes):
         return boxes
@@ -82,7 +82,7 @@ def stable_regions(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
 
 
 def kinds_of(view: npt.NDArray[np.uint8], boxes: Boxes) -> npt.NDArray[np.int64]:
-    """Return the kind of each box (K 4) of a view (H W 3): K numbers from 0 to KINDS - 1."""
+    """Return the kind of each box (K 4) of a view (H W C): K numbers from 0 to KINDS - 1."""
     height, width = view.shape[:2]
     opponent = np.stack(_opponents(view), 2)
     sums = cv2.integral(opponent)  # of everything above and left: H+1 W+1 3
@@ -143,9 +143,13 @@ def _candidates(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
 
 
 def _maps(view: npt.NDArray[np.uint8], local: int) -> list[npt.NDArray[np.uint8]]:
-    """Return six maps H W of 256 levels: three of brightness and colour, as they are and local."""
+    """Return maps H W of 256 levels: three of brightness and colour, as they are and local.
+
+    Of a view with more than three channels each further one is a map, too.
+    """
     maps = []
-    for channel in _opponents(view):
+    further = np.moveaxis(view[:, :, 3:].astype(np.float32), 2, 0)
+    for channel in (*_opponents(view), *further):
         smooth = cv2.GaussianBlur(channel, (0, 0), _SMOOTH)
         for values in (smooth, smooth - cv2.blur(smooth, (local, local))):
             low, high = np.percentile(values[::2, ::2], (_TAIL, 100 - _TAIL))
@@ -155,8 +159,15 @@ def _maps(view: npt.NDArray[np.uint8], local: int) -> list[npt.NDArray[np.uint8]
 
 
 def _opponents(view: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
-    """Return brightness, red less green, and blue less yellow: H W each, in grey levels."""
-    red, green, blue = np.moveaxis(view.astype(np.float32), 2, 0)
+    """Return brightness, red less green, and blue less yellow: H W each, in grey levels.
+
+    Of two channels the mean, the first less the second, and nothing; of one, itself and nothing.
+    """
+    channels = np.moveaxis(view[:, :, :3].astype(np.float32), 2, 0)
+    if len(channels) < 3:
+        nothing = np.zeros_like(channels[0])
+        return [channels.mean(0), channels[0] - channels[-1], nothing]
+    red, green, blue = channels
     return [(red + green + blue) / 3, red - green, blue - (red + green) / 2]
 
 

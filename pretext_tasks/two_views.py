@@ -61,7 +61,7 @@ class TwoViews:
     def __call__(
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, np.ndarray[Any, Any]]:
-        """Return view_1 and view_2 (uint8 H W 3), colour_1 and colour_2 (float32)."""
+        """Return view_1 and view_2 (uint8 H W C), colour_1 and colour_2 (float32)."""
         left, top, right, bottom = draw_window(
             picture.width, picture.height, self.window_scale, self.crop_ratio, generator
         )
@@ -97,7 +97,7 @@ def draw_window(
 
 
 def colour_both(batch: dict[str, Tensor], backbone: Backbone) -> Tensor:
-    """Colour and normalise both views as `backbone` wants them: float32 2N 3 H W, view 1 first.
+    """Colour and normalise both views as `backbone` wants them: float32 2N C H W, view 1 first.
 
     The views are joined while they are bytes, so that halves of the result need no copy. Raises
     UsageError for a single picture, which has neither batch statistics nor another to differ from.
@@ -127,8 +127,8 @@ def seen_views(batch: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor
     coloured = colour_both(batch, backbone)
     seen = colour.denormalise(coloured, backbone.mean, backbone.std).chunk(2)
     return {
-        "view_1": batch["view_1"].cpu().permute(0, 3, 1, 2),
+        "view_1": colour.shown(batch["view_1"]),
         "view_1_seen": seen[0],
-        "view_2": batch["view_2"].cpu().permute(0, 3, 1, 2),
+        "view_2": colour.shown(batch["view_2"]),
         "view_2_seen": seen[1],
     }

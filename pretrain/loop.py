@@ -106,7 +106,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
 
     # What is trained. Weights come from one place: a checkpoint, else --init, else the seed.
     torch.manual_seed(recipe.seed)
-    backbone = build_backbone(recipe.backbone.name)
+    backbone = build_backbone(recipe.backbone.name, recipe.data.reading().channels)
     if init is not None:
         logger.info("Weights of %s: %s", init, load_init(backbone, init).sentence())
     task = task_class(backbone, config)

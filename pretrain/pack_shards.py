@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from groundwork.data.bands import write_bands
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.label_policy import Defects
 from groundwork.data.reading import PLAIN, Reading
@@ -148,10 +149,11 @@ def _entries(picture: Source, options: Options, defects: Defects) -> list[Entry]
     size = opened.height, opened.width
     if options.resize is not None and min(size) > options.resize:
         size = _resized_to(opened, options.resize)
-        content, suffix = _resized(opened, size), "jpg"
+        whole = (0.0, 0.0, float(opened.width), float(opened.height))
+        suffix, content = _encoded(opened.cut([whole], size)[0])
     elif options.reading.stated and (options.resize or options.tiles):
         # One set, one mapping: all of it as it was read, and nothing as it was stored.
-        content, suffix = _jpeg(opened.pixels()), "jpg"
+        suffix, content = _encoded(opened.pixels())
     else:
         _check_pixels(opened)
         suffix = picture.path.rpartition(".")[2]
@@ -174,7 +176,7 @@ def _tiles(picture: Source, opened: Picture, options: Options, defects: Defects)
     for tile in tiles_of(opened.width, opened.height, options.tiles, options.overlap):
         left, top, right, bottom = tile
         place = f"_x{left}_y{top}"
-        members = {"jpg": _jpeg(pixels[top:bottom, left:right])}
+        members = dict([_encoded(pixels[top:bottom, left:right])])
         if found is not None:
             members["json"] = tile_member(found, tile, options.classes, options.min_visible)
         entries.append(Entry(f"{picture.key}{place}", members, f"{stem}{place}.{ending}"))
@@ -197,16 +199,14 @@ def _resized_to(picture: Picture, side: int) -> tuple[int, int]:
     return max(side, round(picture.height * scale)), max(side, round(picture.width * scale))
 
 
-def _resized(picture: Picture, size: tuple[int, int]) -> bytes:
-    """Encode anew with this height and width."""
-    whole = (0.0, 0.0, float(picture.width), float(picture.height))
-    return _jpeg(picture.cut([whole], size)[0])
-
-
-def _jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
+def _encoded(pixels: npt.NDArray[np.uint8]) -> tuple[str, bytes]:
+    """Encode H W C anew: RGB as JPEG, other channels as a TIFF without loss."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY)
-    return file.getvalue()
+    if pixels.shape[2] == 3:
+        Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY)
+        return "jpg", file.getvalue()
+    write_bands(file, pixels)
+    return "tif", file.getvalue()
 
 
 def finished_shard(folder: Path, shard: PlannedShard) -> Packed | None:

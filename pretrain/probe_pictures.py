@@ -26,7 +26,7 @@ HELD_OUT = 5
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures as the probe sees them: uint8 N side side 3, and the class number of each."""
+    """Pictures as the probe sees them: uint8 N side side C, and the class number of each."""
 
     pixels: Tensor
     labels: Tensor | None = None
@@ -58,7 +58,7 @@ def read_unlabeled(samples: Samples, limit: int, side: int, reading: Reading = P
 def read_labeled(
     samples: Samples, limit: int, side: int, reading: Reading = PLAIN
 ) -> tuple[Tensor, list[str]]:
-    """Read up to `limit` pictures, evenly over all: uint8 N side side 3, and their labels.
+    """Read up to `limit` pictures, evenly over all: uint8 N side side C, and their labels.
 
     Raises DataError where a picture cannot be read or has no label.
     """

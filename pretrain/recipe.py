@@ -81,6 +81,19 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _drawn_objects_have_colours(self) -> Self:
+        channels, probe = self.data.reading().channels, self.probe
+        for key, path in (
+            ("labeled", probe.labeled), ("val", probe.val), ("detection.data", probe.detection.data)
+        ):  # fmt: skip
+            if path == "scenes" and channels != 3:
+                raise ValueError(
+                    f"probe.{key}=scenes: drawn objects have three channels and data.bands names "
+                    f"{channels}: set probe.{key}=null, or name pictures of your own"
+                )
+        return self
+
     @property
     def task_name(self) -> str:
         """The task's name in TASKS."""

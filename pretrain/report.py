@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import backbone_from_file
 from groundwork.checkpoint import write_atomically
@@ -191,14 +192,14 @@ def _features(run: Path, recipe: Recipe) -> str:
 
 
 def features_shown(backbone: Backbone, pixels: Tensor) -> str:
-    """Return HTML: what a backbone makes of uint8 N side side 3."""
+    """Return HTML: what a backbone makes of uint8 N side side C."""
     seen = look(backbone, pixels)
     figures = [_sheet(seen.pictures, "pictures", "Pictures of the training set")]
     for name, colours in seen.levels.items():
         caption = f"{name}: the three main directions of its cells as red, green and blue"
         figures.append(_sheet(colours, name, caption))
     rows = seen.neighbours
-    pictures = pixels.permute(0, 3, 1, 2)[rows.flatten()]
+    pictures = colour.shown(pixels)[rows.flatten()]
     caption = "Nearest neighbours by pooled C5: a picture, and the ones most like it"
     figures.append(_sheet(pictures, "neighbours", caption, columns=rows.shape[1]))
     return "".join(figures)

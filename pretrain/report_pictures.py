@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.modes import evaluating
 from groundwork.precise_batchnorm import measured_statistics
@@ -33,13 +34,13 @@ class Seen:
 def look(
     backbone: Backbone, pixels: Tensor, *, shown: int = 8, queries: int = 6, k: int = 5
 ) -> Seen:
-    """Show what a backbone makes of uint8 N side side 3; BatchNorm is measured on them."""
+    """Show what a backbone makes of uint8 N side side C; BatchNorm is measured on them."""
     with (
         evaluating(backbone),
         measured_statistics(backbone, lambda: feature_maps(backbone, None, pixels)),
     ):
         maps = feature_maps(backbone, None, pixels)
-    pictures = pixels.permute(0, 3, 1, 2)
+    pictures = colour.shown(pixels)
     side = pictures.shape[2]
     colours = {
         name: functional.interpolate(principal_colours(level[:shown].cpu()), size=side)

@@ -43,7 +43,7 @@ def unchanged_colour() -> npt.NDArray[np.float32]:
 class Item:
     """A picture and what is labeled in it; rows of boxes and classes belong together.
 
-    `pixels` is uint8 H W 3; `boxes` float32 N 4, left, top, right, bottom in pixels of `pixels`;
+    `pixels` is uint8 H W C; `boxes` float32 N 4, left, top, right, bottom in pixels of `pixels`;
     `classes` int64 N; `colour` float32 PARAMETERS, for the device to apply.
     """
 

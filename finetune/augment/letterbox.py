@@ -60,14 +60,14 @@ def letterbox_geometry(
 
 
 def letterboxed(picture: Picture, size: tuple[int, int]) -> tuple[Pixels, Geometry]:
-    """Show a whole picture in a grey frame of size (height, width): uint8 H W 3, and where it is.
+    """Show a whole picture in a grey frame of size (height, width): uint8 H W C, and where it is.
 
     Raises DataError for pixels that cannot be decoded.
     """
     geometry = letterbox_geometry(picture.width, picture.height, size)
     whole = (0.0, 0.0, float(picture.width), float(picture.height))
     [inner] = picture.cut([whole], geometry.shown(picture.width, picture.height))
-    frame = np.full((*size, 3), GREY, np.uint8)
+    frame = np.full((*size, inner.shape[2]), GREY, np.uint8)
     bottom, right = geometry.top + inner.shape[0], geometry.left + inner.shape[1]
     frame[geometry.top : bottom, geometry.left : right] = inner
     return frame, geometry
@@ -76,12 +76,12 @@ def letterboxed(picture: Picture, size: tuple[int, int]) -> tuple[Pixels, Geomet
 def framed(
     pixels: npt.NDArray[np.uint8], geometry: Geometry, size: tuple[int, int]
 ) -> npt.NDArray[np.uint8]:
-    """Put a picture (uint8 H W 3) into its frame of size (height, width); contiguous."""
+    """Put a picture (uint8 H W C) into its frame of size (height, width); contiguous."""
     height, width = geometry.shown(pixels.shape[1], pixels.shape[0])
     inner = resized(pixels, (height, width))
     if (height, width) == size:
         return np.ascontiguousarray(inner)
-    frame = np.full((*size, 3), GREY, np.uint8)
+    frame = np.full((*size, inner.shape[2]), GREY, np.uint8)
     frame[geometry.top : geometry.top + height, geometry.left : geometry.left + width] = inner
     return frame
 

@@ -45,7 +45,7 @@ class MixUp:
         weight = float(source.generator.beta(self.alpha, self.alpha))
         height = max(item.pixels.shape[0], other.pixels.shape[0])
         width = max(item.pixels.shape[1], other.pixels.shape[1])
-        frame = np.full((height, width, 3), GREY, np.uint8)
+        frame = np.full((height, width, item.pixels.shape[2]), GREY, np.uint8)
         _centred(frame, other.pixels)[:] = other.pixels
         _centred(frame, item.pixels)[:] = item.pixels
         both = _centred(frame, other.pixels)

@@ -56,7 +56,7 @@ class Mosaic:
             _lines(2 * source.size[axis], shapes[:, axis].mean(), self.tiles, source.generator)
             for axis in (0, 1)
         )
-        canvas = np.full((rows[-1], columns[-1], 3), GREY, np.uint8)
+        canvas = np.full((rows[-1], columns[-1], item.pixels.shape[2]), GREY, np.uint8)
         boxes, classes = [], []
         for cell, tile in enumerate(tiles):
             row, column = divmod(cell, len(columns) - 1)

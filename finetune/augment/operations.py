@@ -112,8 +112,12 @@ def operate(step: Step, item: Item, generator: np.random.Generator, rule: Rule) 
 
 def _coloured(name: str, pixels: Pixels, level: float) -> Pixels:
     # Contiguous planes: some of torchvision's operations then take a seventh of the time.
-    changed = _COLOURS[name](torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), level)
-    result: Pixels = changed.permute(1, 2, 0).contiguous().numpy()
+    planes = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    # They know grey and RGB: of other channels the first three are RGB, the others greys.
+    first = 3 if len(planes) >= 3 else 1
+    parts = [planes[:first], *(planes[c : c + 1] for c in range(first, len(planes)))]
+    changed = [_COLOURS[name](part, level) for part in parts]
+    result: Pixels = torch.cat(changed).permute(1, 2, 0).contiguous().numpy()
     return result
 
 

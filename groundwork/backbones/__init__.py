@@ -32,8 +32,10 @@ def check_backbone_name(name: str) -> None:
     )
 
 
-def build_backbone(name: str) -> Backbone:
+def build_backbone(name: str, in_channels: int = 3) -> Backbone:
     """Build a backbone with random weights (from torch's generator): yolo12n to x, timm/<model>.
+
+    `in_channels` is how many channels its pictures have: 3 are RGB.
 
     Raises UsageError naming the nearest known names, or what a timm model lacks.
     """
@@ -42,7 +44,7 @@ def build_backbone(name: str) -> Backbone:
     if name.startswith(_TIMM):
         from groundwork.backbones.from_timm import TimmBackbone
 
-        return TimmBackbone(name)
+        return TimmBackbone(name, in_channels)
     from groundwork.backbones.yolo12 import YOLO12
 
-    return YOLO12(name.removeprefix("yolo12"))
+    return YOLO12(name.removeprefix("yolo12"), in_channels)

@@ -6,6 +6,7 @@ No head, pooling, labels or normalisation is inside; the keys of its state_dict 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ class Level(NamedTuple):
     channels: int
 
 
+def for_channels(rgb: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return a mean or deviation of so many channels: RGB's own, and their average for others."""
+    average = sum(rgb) / len(rgb)
+    return (*rgb, *[average] * (channels - 3)) if channels >= 3 else (average,) * channels
+
+
 class Pyramid(NamedTuple):
     """The feature maps of one batch, each N, C, H / stride, W / stride."""
 
@@ -32,15 +39,22 @@ class Pyramid(NamedTuple):
 
 
 class Backbone(nn.Module, ABC):
-    """Turns N, 3, H, W (sides multiples of 32, normalised with `mean` and `std`) into a Pyramid.
+    """Turns N, C, H, W (sides multiples of 32, normalised with `mean` and `std`) into a Pyramid.
+
+    C is 3, RGB, unless it was built for another number of channels; `mean` and `std` have as many.
 
     `name` is what `build_backbone` was called with, so that a file can say how to build it again.
     """
 
     name: str
     levels: tuple[Level, Level, Level]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def in_channels(self) -> int:
+        """How many channels a picture has."""
+        return len(self.mean)
 
     @abstractmethod
     def forward(self, image: Tensor) -> Pyramid:

@@ -30,7 +30,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from groundwork.backbones.contract import STRIDES, Backbone, Level, Pyramid
+from groundwork.backbones.contract import STRIDES, Backbone, Level, Pyramid, for_channels
 from groundwork.errors import CheckpointError, UsageError
 
 PREFIX = "timm/"
@@ -51,10 +51,13 @@ class TimmBackbone(Backbone):
     std). Raises UsageError where there is no such model, or it has no such feature maps.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, in_channels: int = 3) -> None:
         super().__init__()
         self.name = name
-        self.model = _create(name)
+        self.model = _create(name, in_channels)
+        source = self.model.pretrained_cfg
+        self.mean = for_channels(_three(source["mean"]), in_channels)
+        self.std = for_channels(_three(source["std"]), in_channels)
         self.levels, indices = _find_levels(name, self.model)
         # timm counts the feature maps anew where it prunes, and says so.
         self.indices: list[int] = list(
@@ -62,9 +65,6 @@ class TimmBackbone(Backbone):
         )
         outputs = self._try()
         _keep_used_parameters(self.model, outputs)
-        source = self.model.pretrained_cfg
-        self.mean = _three(source["mean"])
-        self.std = _three(source["std"])
 
     def forward(self, image: Tensor) -> Pyramid:
         """Return C3, C4 and C5 of the normalised pictures."""
@@ -92,7 +92,7 @@ class TimmBackbone(Backbone):
         self.eval()  # running statistics stay as they are
         try:
             with torch.enable_grad():
-                outputs: Pyramid = self(torch.zeros(1, 3, height, width))
+                outputs: Pyramid = self(torch.zeros(1, self.in_channels, height, width))
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(
@@ -195,18 +195,18 @@ def convert(
         return None  # the file is not of the kind that the converter knows
 
 
-def whole_state(name: str) -> dict[str, Tensor]:
+def whole_state(name: str, in_channels: int = 3) -> dict[str, Tensor]:
     """Return the tensors of the whole model without classifier, freshly initialised (seed 0).
 
     They are what timm itself asks of a file, layers that are pruned here included.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        state: dict[str, Tensor] = _create(name).state_dict()
+        state: dict[str, Tensor] = _create(name, in_channels).state_dict()
     return state
 
 
-def _create(name: str, *, any_size: bool = False) -> Any:
+def _create(name: str, in_channels: int = 3, *, any_size: bool = False) -> Any:
     """Build the model with random weights, without classifier, for pictures of any size.
 
     `any_size` asks of plain transformers, too, that they take other grids than their own.
@@ -219,14 +219,23 @@ def _create(name: str, *, any_size: bool = False) -> Any:
             f"timm has no model '{known}'." + (f" Did you mean {hint}?" if near else "")
         )
     try:
-        model = timm.create_model(known, pretrained=False, num_classes=0)
+        model = _made(known, in_channels)
     except RuntimeError as error:
         raise UsageError(f"{name} cannot be built: {error}") from error
     if "strict_img_size" in inspect.signature(type(model)).parameters:
-        model = timm.create_model(known, pretrained=False, num_classes=0, strict_img_size=False)
+        model = _made(known, in_channels, strict_img_size=False)
     if any_size and "dynamic_img_size" in inspect.signature(type(model)).parameters:
-        model = timm.create_model(known, pretrained=False, num_classes=0, dynamic_img_size=True)
+        model = _made(known, in_channels, dynamic_img_size=True)
     return model
+
+
+def _made(known: str, in_channels: int, **more: Any) -> Any:
+    if in_channels != 3:  # a few families do not know the word
+        more["in_chans"] = in_channels
+    try:
+        return timm.create_model(known, pretrained=False, num_classes=0, **more)
+    except TypeError as error:
+        raise UsageError(f"timm/{known} cannot be built with {sorted(more)}: {error}") from error
 
 
 def _find_levels(name: str, model: Any) -> tuple[tuple[Level, Level, Level], list[int]]:

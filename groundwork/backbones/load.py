@@ -2,13 +2,14 @@
 
 Four kinds of file are understood: a `pretrained.safetensors` of ours, a plain state dict of one of
 our backbones, a timm checkpoint, and the state dict of something that has the backbone inside (a
-wrapped model, a teacher). Names are matched after wrappers' prefixes are taken off.
+wrapped model, a teacher). Names are matched after wrappers' prefixes are taken off. The first layer
+of a file that was made on RGB is widened for a backbone of another number of channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ class InitReport:
     unexpected: list[str]
     reshaped: dict[str, str] = field(default_factory=dict)
     part: str = "backbone"
+    widened: tuple[str, ...] = ()  # the file's, made for RGB, brought to the backbone's channels
 
     @property
     def share(self) -> float:
@@ -60,6 +62,8 @@ class InitReport:
             said.append(f"{len(self.missing)} missing, left as initialised ({self._missing()})")
         if self.unexpected:
             said.append(f"{len(self.unexpected)} not wanted ({_some(self.unexpected)})")
+        if self.widened:
+            said.append(f"brought from RGB to the channels here: {_some(list(self.widened))}")
         return "; ".join(said)
 
     def refusal(self, name: str, advice: str) -> str:
@@ -82,8 +86,9 @@ def load_init(backbone: Backbone, path: str | Path) -> InitReport:
     """Give a backbone the tensors of a file: safetensors, or a torch file without code in it.
 
     A torch file may hold the tensors under 'state_dict' or 'model' (or, preferred as timm prefers
-    them, their averaged versions 'state_dict_ema', 'model_ema'). The prefixes in WRAPPERS are taken
-    off, repeatedly. Where several networks in the file fit, say a student and its teacher, the one
+    them, their averaged versions 'state_dict_ema', 'model_ema'). A first layer that was made for
+    RGB is brought to the backbone's channels. The prefixes in WRAPPERS are taken off, repeatedly.
+    Where several networks in the file fit, say a student and its teacher, the one
     that fits best is taken whole. Older timm names are converted as timm does it.
 
     Raises CheckpointError where the file cannot be read, where less than 90 % of the backbone's
@@ -95,12 +100,37 @@ def load_init(backbone: Backbone, path: str | Path) -> InitReport:
     path = Path(path)
     tensors, metadata = read_tensors(path)
     own = dict(backbone.state_dict())
+    tensors, widened = for_channels(own, tensors, backbone.in_channels)
     chosen, tensors = fit_backbone(backbone, own, tensors)
-    report = report_of(path, own, tensors, chosen)
+    report = replace(report_of(path, own, tensors, chosen), widened=widened)
     if report.share < ENOUGH:
         raise CheckpointError(report.refusal(backbone.name, advice(backbone.name, metadata)))
     take(own, tensors, chosen, path)
     return report
+
+
+def for_channels(
+    own: Mapping[str, Tensor], tensors: dict[str, Tensor], channels: int
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Bring a file's convolutions on RGB to so many channels; return all tensors, and their names.
+
+    As timm does it: for one channel the three are added up, for others they are repeated, red after
+    blue, and scaled by three over the number of channels.
+    """
+    found = [
+        key
+        for key, value in tensors.items()
+        if channels != 3
+        and value.dim() == 4
+        and value.shape[1] == 3
+        and (mine := own.get(unwrap(key, own)[0])) is not None
+        and mine.shape == (value.shape[0], channels, *value.shape[2:])
+    ]
+    if not found:
+        return tensors, ()
+    from timm.models import adapt_input_conv
+
+    return tensors | {key: adapt_input_conv(channels, tensors[key]) for key in found}, tuple(found)
 
 
 def fit_backbone(

@@ -56,6 +56,7 @@ def save_product(path: Path, parts: Mapping[str, nn.Module], metadata: Mapping[s
         "format": FORMAT,
         "backbone": backbone.name,
         "levels": backbone.levels,
+        "in_channels": backbone.in_channels,
         "mean": backbone.mean,
         "std": backbone.std,
         "sha256": _checksum(tensors),
@@ -98,7 +99,7 @@ def backbone_from_file(path: Path) -> Backbone:
     Raises CheckpointError where the file is missing, damaged, no product, or does not fit.
     """
     tensors, metadata = read_product(path)
-    backbone = build_backbone(str(metadata["backbone"]))
+    backbone = build_backbone(str(metadata["backbone"]), int(metadata.get("in_channels", 3)))
     wanted = "backbone."
     own = {k.removeprefix(wanted): v for k, v in tensors.items() if k.startswith(wanted)}
     try:

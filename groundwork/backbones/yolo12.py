@@ -284,11 +284,9 @@ class AggregationStage(nn.Module):
 class YOLO12(Backbone):
     """Layers 0 to 8 of YOLOv12 at one scale of n, s, m, l, x."""
 
-    mean = (0.0, 0.0, 0.0)
-    std = (1.0, 1.0, 1.0)
-
-    def __init__(self, letter: str) -> None:
+    def __init__(self, letter: str, in_channels: int = 3) -> None:
         super().__init__()
+        self.mean, self.std = (0.0,) * in_channels, (1.0,) * in_channels
         scale = SCALES[letter]
         self.name = f"yolo12{letter}"
         c64, c128, c256, c512, c1024 = map(scale.channels, (64, 128, 256, 512, 1024))
@@ -309,7 +307,7 @@ class YOLO12(Backbone):
 
         self.layers = nn.ModuleList(
             (
-                ConvUnit(3, c64, 3, 2),
+                ConvUnit(in_channels, c64, 3, 2),
                 ConvUnit(c64, c128, 3, 2),
                 split(c128, c256),
                 ConvUnit(c256, c256, 3, 2),
@@ -323,7 +321,7 @@ class YOLO12(Backbone):
         self.levels = (Level(8, c512), Level(16, c512), Level(32, c1024))
 
     def forward(self, image: Tensor) -> Pyramid:
-        """Return C3, C4 and C5 of RGB pictures between 0 and 1 (N, 3, H, W)."""
+        """Return C3, C4 and C5 of pictures between 0 and 1 (N, C, H, W)."""
         levels = []
         x = image
         for index, layer in enumerate(self.layers):

@@ -1,12 +1,12 @@
-"""Stored numbers -> RGB bytes: which bands become red, green and blue, and which values 0 and 255.
+"""Stored numbers -> bytes: which bands become which channels, and which values 0 and 255.
 
 What: a `Reading` states how pictures are read. With nothing stated a format's own rules hold, as
 groundwork.data.decode lists them. Why so: scenes of satellites and drones have more than three
 bands, scanners and microscopes more than 8 bits, and of both only a person knows which of them
 matter; a network sees what this mapping leaves.
 
-- `bands`, three numbers from 1: what becomes red, green and blue (GDAL's numbering). Transparency
-  is then a band like another.
+- `bands`, numbers from 1 (GDAL's numbering): what becomes red, green and blue; of another number
+  than three, the channels of a network that has as many. Transparency is then a band like another.
 - `value_range`, low and high: stored values that become 0 and 255, what lies outside is clipped.
   Of a computed tomography in Hounsfield units, window centre less and plus half the window width.
 - Where no range is stated, bytes stay and 16-bit values are divided by 257 (of 9 to 15 bits, by
@@ -92,6 +92,21 @@ class BandFile:
         return None if tag is None else tag.value
 
 
+def write_bands(file: io.BytesIO, levels: Levels) -> None:
+    """Write H W C as a TIFF of C bands, without loss. Raises DataError without tifffile."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise DataError(
+            f"{levels.shape[2]} bands are written by tifffile: pip install 'groundwork[tiff]'"
+        ) from error
+    tifffile.imwrite(
+        file, np.ascontiguousarray(levels if levels.shape[2] > 1 else levels[:, :, 0]),
+        photometric="minisblack", planarconfig="contig" if levels.shape[2] > 1 else None,
+        compression="zlib", metadata=None,
+    )  # fmt: skip
+
+
 def nodata_of(tag: Any) -> float | None:
     """Read GDAL's tag: a number as text. None where there is none."""
     try:
@@ -100,17 +115,18 @@ def nodata_of(tag: Any) -> float | None:
         return None
 
 
-def rgb_of(
+def levels_of(
     values: npt.NDArray[Any],
     reading: Reading,
     *,
     nodata: float | None = None,
     white: int = 65535,
 ) -> Levels:
-    """Bring numbers (H W bands) to RGB bytes, H W 3. `white` is what 16-bit values have for white.
+    """Bring numbers (H W bands) to bytes, H W `reading.channels`.
 
-    Raises DataError where a band that is asked for is not there, where there are neither one nor
-    three bands and none is asked for, and for a picture without one finite number.
+    `white` is what 16-bit values have for white. Raises DataError where a band that is asked for is
+    not there, where there are neither one nor three bands and none is asked for, and for a picture
+    without one finite number.
     """
     count = values.shape[2]
     if reading.bands is not None:
@@ -131,10 +147,10 @@ def rgb_of(
         with np.errstate(over="ignore"):  # a double in a picture of floats
             data = np.broadcast_to((part != nodata).any(axis=2, keepdims=True), part.shape)
         if not data.any():
-            return np.full((*values.shape[:2], 3), MID_GREY, np.uint8)
+            return np.full((*values.shape[:2], reading.channels), MID_GREY, np.uint8)
     levels = _levels(part, data, reading, white)
     return np.ascontiguousarray(
-        np.broadcast_to(levels, (*levels.shape[:2], 3))
+        np.broadcast_to(levels, (*levels.shape[:2], reading.channels))
         if len(chosen) == 1
         else levels[:, :, [different.index(band) for band in chosen]]
     )

@@ -1,4 +1,4 @@
-"""Bytes -> RGB uint8: every odd picture format has one defined answer.
+"""Bytes -> uint8, RGB unless more is asked for: every odd picture format has one defined answer.
 
 What: `open_picture` reads a header and checks it; `Picture.cut` decodes once, no larger than the
 crops need, and gives uint8 crops. Why so: most of a worker's time is decoding, and a JPEG can be
@@ -22,7 +22,8 @@ The defined answers, all of them RGB uint8:
   that are not finite, are mid-grey (128). A picture without one finite value is refused.
 - Animations, multi-page and multi-picture files: the first frame.
 - More bands than Pillow has a mode for: as a `Reading` states (groundwork/data/bands.py), which
-  also chooses bands, and the values that become 0 and 255, of any other picture.
+  also chooses bands, and the values that become 0 and 255, of any other picture. Of bands that
+  are not three, a picture is uint8 of as many channels.
 - EXIF that cannot be read, or an orientation outside 1..8: the picture is taken as upright.
 
 Pictures of `max_pixels` or more are refused from the header. Pillow's own limit
@@ -55,7 +56,7 @@ from PIL import (  # noqa: F401 (importing a plugin registers its format)
     WebPImagePlugin,
 )
 
-from groundwork.data.bands import GDAL_NODATA, MID_GREY, BandFile, is_tiff, nodata_of, rgb_of
+from groundwork.data.bands import GDAL_NODATA, MID_GREY, BandFile, is_tiff, levels_of, nodata_of
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.resize import Box, cut_boxes
 from groundwork.errors import DataError
@@ -63,6 +64,7 @@ from groundwork.errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM")
 
 Stored = ImageFile.ImageFile | BandFile
+Decoded = tuple[Image.Image, ...]  # RGB each: three channels, and three more, the last one repeated
 Result = TypeVar("Result")
 
 _DRAFT_SCALES = (8, 4, 2)  # what libjpeg's scaled inverse DCT offers through Pillow
@@ -85,8 +87,8 @@ _ROWS_REVERSED = (3, 4, 7, 8)
 class Picture:
     """One picture: header read, pixels not yet. Coordinates are upright.
 
-    `width` and `height` are the upright size in pixels. Damage behind the header shows when the
-    pixels are asked for: `cut` and `pixels` raise DataError too.
+    `width` and `height` are the upright size in pixels, `channels` those of its pixels. Damage
+    behind the header shows when the pixels are asked for: `cut` and `pixels` raise DataError too.
     """
 
     def __init__(self, data: bytes, image: Stored, orientation: int, reading: Reading) -> None:
@@ -94,15 +96,16 @@ class Picture:
         self._reading = reading
         self._fresh: Stored | None = image  # as the header left it, for one decode
         self.orientation = orientation
-        self._decoded: Image.Image | None = None
+        self._decoded: Decoded | None = None
         self._scale = 0  # the scale of _decoded: 1, 2, 4, 8
         self._drafts = isinstance(image, JpegImagePlugin.JpegImageFile)
         self._stored_size = image.size
         width, height = image.size
         self.width, self.height = (height, width) if orientation >= _EXCHANGED else (width, height)
+        self.channels = reading.channels
 
     def cut(self, boxes: Sequence[Box], size: tuple[int, int] | int) -> list[npt.NDArray[np.uint8]]:
-        """Cut every box out and resize it: bilinear, antialiased; uint8, H W 3, writable.
+        """Cut every box out and resize it: bilinear, antialiased; uint8, H W channels, writable.
 
         A box is (left, top, right, bottom) in upright pixels and may be fractional; `size` is
         (height, width) or a side. The picture is decoded once for all boxes, a JPEG at the
@@ -118,12 +121,18 @@ class Picture:
             height, width = width, height
         scale = _draft_scale(stored, width, height) if self._drafts else 1
         scaled = [_divided(box, scale) for box in stored]
-        crops = cut_boxes(self._decode(scale), scaled, (width, height))
-        return [self._upright(crop) for crop in crops]
+        parts = [cut_boxes(image, scaled, (width, height)) for image in self._decode(scale)]
+        return [self._upright(self._joined(crops)) for crops in zip(*parts, strict=True)]
 
     def pixels(self) -> npt.NDArray[np.uint8]:
-        """Decode the whole upright picture: uint8, H W 3. Raises DataError."""
-        return self._upright(np.array(self._decode(1)))
+        """Decode the whole upright picture: uint8, H W channels. Raises DataError."""
+        return self._upright(self._joined([np.array(image) for image in self._decode(1)]))
+
+    def _joined(self, parts: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+        """Put channels side by side again, without those that fill the last image."""
+        if self.channels == 3:
+            return parts[0]
+        return np.concatenate(parts, axis=2)[:, :, : self.channels]
 
     def _checked(self, box: Box) -> Box:
         left, top, right, bottom = (float(edge) for edge in box)
@@ -169,8 +178,8 @@ class Picture:
             stored = stored[::-1]
         return np.ascontiguousarray(stored)
 
-    def _decode(self, scale: int) -> Image.Image:
-        """Decode as stored, in RGB, at 1/scale of the size (above 1: JPEG only)."""
+    def _decode(self, scale: int) -> Decoded:
+        """Decode as stored, at 1/scale of the size (above 1: JPEG only)."""
         if self._decoded is None or self._scale != scale:
             image = self._fresh or _guard(lambda: _open(self._data, self._reading))
             self._fresh = None
@@ -184,8 +193,8 @@ class Picture:
         assert self._decoded is not None
         width, height = self._stored_size
         expected = (-(-width // self._scale), -(-height // self._scale))
-        if self._decoded.size != expected:
-            shown = "{} x {}".format(*self._decoded.size)
+        if self._decoded[0].size != expected:
+            shown = "{} x {}".format(*self._decoded[0].size)
             raise DataError(f"its header promises {width} x {height} pixels, it holds {shown}")
 
 
@@ -333,37 +342,47 @@ def _divided(box: Box, scale: int) -> Box:
     return left / scale, top / scale, right / scale, bottom / scale
 
 
-def _decode(image: Stored, scale: int, reading: Reading) -> Image.Image:
+def _decode(image: Stored, scale: int, reading: Reading) -> Decoded:
     if isinstance(image, BandFile):
-        return Image.fromarray(
-            rgb_of(image.numbers(), reading, nodata=image.nodata, white=image.white)
-        )
+        return _images(levels_of(image.numbers(), reading, nodata=image.nodata, white=image.white))
     if scale > 1:
         # Rounded down, the size asked for makes Pillow choose this very scale.
         image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
-    return _to_rgb(image, reading)
+    return _by_rule(image, reading)
 
 
-def _to_rgb(image: ImageFile.ImageFile, reading: Reading) -> Image.Image:
-    """Decode and convert to RGB by the rules of the module's docstring."""
+def _images(levels: npt.NDArray[np.uint8]) -> Decoded:
+    """Let Pillow hold H W channels: three in an image, the last channel as often as it takes."""
+    count = levels.shape[2]
+    if count == 3:
+        return (Image.fromarray(levels),)
+    filled = np.pad(levels, ((0, 0), (0, 0), (0, -count % 3)), mode="edge")
+    return tuple(
+        Image.fromarray(np.ascontiguousarray(filled[:, :, start : start + 3]))
+        for start in range(0, count, 3)
+    )
+
+
+def _by_rule(image: ImageFile.ImageFile, reading: Reading) -> Decoded:
+    """Decode and convert by the rules of the module's docstring."""
     image.load()
     if image.mode.startswith("I") or image.mode == "F":
         nodata = _nodata(image) if reading.stated else None
-        return Image.fromarray(
-            rgb_of(np.asarray(image)[..., None], reading, nodata=nodata, white=_white(image))
+        return _images(
+            levels_of(np.asarray(image)[..., None], reading, nodata=nodata, white=_white(image))
         )
     if not reading.stated:
-        return _coloured(image)
+        return (_coloured(image),)
     if reading.bands is not None and image.mode in _BANDED:
         values = np.asarray(image)
-        return Image.fromarray(rgb_of(values[..., None] if values.ndim == 2 else values, reading))
-    if not image.has_transparency_data:
-        return Image.fromarray(rgb_of(np.asarray(image.convert("RGB")), reading))
+        return _images(levels_of(values[..., None] if values.ndim == 2 else values, reading))
+    if not image.has_transparency_data or reading.channels != 3:
+        return _images(levels_of(np.asarray(_coloured(image)), reading))
     # What is hidden under transparent pixels stays mid-grey, whatever the mapping.
     shown = image.convert("RGBA")
-    mapped = Image.fromarray(rgb_of(np.asarray(shown)[..., :3], reading))
+    mapped = Image.fromarray(levels_of(np.asarray(shown)[..., :3], reading))
     mapped.putalpha(shown.getchannel("A"))
-    return _over_grey(mapped)
+    return (_over_grey(mapped),)
 
 
 def _coloured(image: ImageFile.ImageFile) -> Image.Image:

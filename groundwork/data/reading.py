@@ -1,4 +1,4 @@
-"""How stored pictures become RGB bytes, as a person states it; groundwork/data/bands.py does it.
+"""How stored pictures become bytes, as a person states it; groundwork/data/bands.py does it.
 
 Nothing here imports numpy: a recipe's mistake is told at once.
 """
@@ -14,13 +14,13 @@ from groundwork.errors import UsageError
 
 MAX_PIXELS = 100_000_000
 
-Bands = tuple[int, int, int]
+Bands = tuple[int, ...]
 Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How stored pictures become RGB, see groundwork/data/bands.py.
+    """How stored pictures become bytes of `channels` channels, see groundwork/data/bands.py.
 
     Pictures of `max_pixels` or more are refused. Raises UsageError for bands or a range that say
     nothing.
@@ -31,14 +31,19 @@ class Reading:
     value_range: Range | None = None
 
     def __post_init__(self) -> None:
-        if self.bands is not None and (len(self.bands) != 3 or min(self.bands) < 1):
-            raise UsageError(f"bands={list(self.bands)} must be three numbers from 1 up.")
+        if self.bands is not None and (not self.bands or min(self.bands) < 1):
+            raise UsageError(f"bands={list(self.bands)} must be numbers from 1 up.")
         if self.value_range is not None:
             low, high = self.value_range
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
                 raise UsageError(
                     f"value_range={list(self.value_range)} must be two numbers, the smaller first."
                 )
+
+    @property
+    def channels(self) -> int:
+        """How many channels a picture has once it is read: one for each band, RGB without."""
+        return 3 if self.bands is None else len(self.bands)
 
     @property
     def mapping(self) -> tuple[Bands | None, Range | None]:
@@ -58,10 +63,11 @@ def add_flags(parser: ArgumentParser, otherwise: str, more: str = "") -> None:
     """Add --bands and --value-range to a command; `otherwise` says what holds without them."""
     parser.add_argument(
         "--bands",
-        metavar=("RED", "GREEN", "BLUE"),
-        nargs=3,
+        metavar="BAND",
+        nargs="+",
         type=int,
-        help=f"the bands that are red, green and blue, from 1 (default: {otherwise})",
+        help="the bands that are read, from 1: red, green and blue of the picture, or as many as "
+        f"the network has channels (default: {otherwise})",
     )
     parser.add_argument(
         "--value-range",
@@ -83,6 +89,6 @@ def stated_by(
     """
     return Reading(
         otherwise.max_pixels,
-        otherwise.bands if bands is None else tuple(bands),  # type: ignore[arg-type]
+        otherwise.bands if bands is None else tuple(bands),
         otherwise.value_range if value_range is None else tuple(value_range),  # type: ignore[arg-type]
     )

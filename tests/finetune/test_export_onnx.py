@@ -48,7 +48,7 @@ def _lively(name: str, images: Tensor, **options: Any) -> Detector:
             last.weight.normal_(0, 2 * last.in_channels**-0.5)
             last.bias.zero_()
         backbone = detector.backbone
-        mean, std = (torch.tensor(one).view(3, 1, 1) for one in (backbone.mean, backbone.std))
+        mean, std = (torch.tensor(one).view(-1, 1, 1) for one in (backbone.mean, backbone.std))
         detector((images - mean) / std)
     for hook in hooks:
         hook.remove()
@@ -218,3 +218,17 @@ def test_a_missing_extra_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UsageError, match=r"needs onnxscript, .*pip install 'groundwork\[export\]'"):
         require_onnx()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolo12n", "timm/resnet10t"])
+def test_five_channels(name: str) -> None:
+    images = torch.rand((2, 5, 64, 96), generator=torch.Generator().manual_seed(0))
+    detector = _lively(name, images, in_channels=5)
+    assert detector.backbone.in_channels == 5
+    assert len(detector.backbone.std) == 5
+    model = onnx_model(detector, ABOUT)
+    with torch.no_grad():
+        exact = predictor(detector).double()(images.double())
+    for found, wanted in zip(_run(model, images), exact, strict=True):
+        assert (found - wanted).abs().max() < 1e-3 * max(1.0, float(wanted.abs().max()))

@@ -419,3 +419,24 @@ def test_nothing_waits_for_a_cuda_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert result.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(result.cpu(), expected, atol=2e-2)  # TF32
+
+
+def test_channels_beyond_three_are_greys_of_their_own() -> None:
+    """Each further channel must come out as a grey picture of it would, and RGB as without them."""
+    generator = np.random.default_rng(0)
+    images = torch.from_numpy(generator.integers(0, 256, (6, 24, 32, 5), dtype=np.uint8))
+    config = BYOL.model_copy(update={"probability": 1.0, "solarise": 0.5, "grayscale": 0.3})
+    drawn = torch.from_numpy(np.stack([colour.draw(config, generator) for _ in range(6)]))
+    mean, std = (0.5, 0.4, 0.3, 0.2, 0.1), (0.2, 0.3, 0.4, 0.5, 0.6)
+    found = colour.apply(images, drawn, mean, std)
+    assert found.shape == (6, 5, 24, 32)
+    expected = colour.apply(images[..., :3].contiguous(), drawn, mean[:3], std[:3])
+    assert torch.allclose(found[:, :3], expected, atol=1e-5)
+    for channel in (3, 4):
+        grey = images[..., channel : channel + 1].expand(-1, -1, -1, 3).contiguous()
+        alone = colour.apply(grey, drawn, (mean[channel],) * 3, (std[channel],) * 3)
+        assert torch.allclose(found[:, channel], alone[:, 0], atol=1e-4)
+    one = colour.apply(images[..., :1].contiguous(), drawn, mean[:1], std[:1])
+    grey = images[..., :1].expand(-1, -1, -1, 3).contiguous()
+    same = colour.apply(grey, drawn, (mean[0],) * 3, (std[0],) * 3)
+    assert torch.allclose(one[:, 0], same[:, 0], atol=1e-4)

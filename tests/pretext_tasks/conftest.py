@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from groundwork.backbones.contract import IMAGENET_MEAN, IMAGENET_STD, Backbone, Level, Pyramid
+from groundwork.backbones.contract import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    Level,
+    Pyramid,
+    for_channels,
+)
 from groundwork.config import Section
 from groundwork.data.decode import open_picture
 from pretext_tasks.contract import PretextTask
@@ -21,12 +28,12 @@ MakeBatch = Callable[..., dict[str, Tensor]]
 class TinyBackbone(Backbone):
     """Three strided convolutions with BatchNorm."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3) -> None:
         super().__init__()
         self.name = "tiny"
         self.levels = (Level(8, 8), Level(16, 12), Level(32, 16))
-        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
-        self.stage_3 = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.BatchNorm2d(8), nn.SiLU())
+        self.mean, self.std = (for_channels(x, channels) for x in (IMAGENET_MEAN, IMAGENET_STD))
+        self.stage_3 = nn.Sequential(nn.Conv2d(channels, 8, 8, 8), nn.BatchNorm2d(8), nn.SiLU())
         self.stage_4 = nn.Sequential(nn.Conv2d(8, 12, 2, 2), nn.BatchNorm2d(12), nn.SiLU())
         self.stage_5 = nn.Sequential(nn.Conv2d(12, 16, 2, 2), nn.BatchNorm2d(16), nn.SiLU())
 
@@ -37,7 +44,7 @@ class TinyBackbone(Backbone):
 
 
 @pytest.fixture
-def tiny_backbone() -> Callable[[], Backbone]:
+def tiny_backbone() -> Callable[..., Backbone]:
     return TinyBackbone
 
 

@@ -289,3 +289,24 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path, archive:
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists()  # it would have
+
+
+@pytest.mark.parametrize("name", ["yolo12n", "timm/resnet10t"])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_first_layer_of_rgb_is_brought_to_other_channels(
+    name: str, channels: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    rgb = build_backbone(name)
+    save_file(dict(rgb.state_dict()), tmp_path / "rgb.safetensors")
+    backbone = build_backbone(name, channels)
+    report = load_init(backbone, tmp_path / "rgb.safetensors")
+    assert report.share == 1
+    assert len(report.widened) == 1
+    assert "brought from RGB" in report.sentence()
+    first, wide = rgb.state_dict()[report.widened[0]], backbone.state_dict()[report.widened[0]]
+    if channels == 1:
+        assert torch.allclose(wide, first.sum(1, keepdim=True))
+    else:
+        assert torch.allclose(wide, first[:, [0, 1, 2, 0, 1]] * 3 / 5)
+    assert not load_init(rgb, tmp_path / "rgb.safetensors").widened

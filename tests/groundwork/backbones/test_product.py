@@ -54,6 +54,7 @@ def test_metadata_says_how_to_build_it_and_what_the_run_said(tmp_path: Path) -> 
         "format": 1,
         "backbone": SMALL,
         "levels": [[8, 48], [16, 192], [32, 96]],
+        "in_channels": 3,
         "mean": [0.5, 0.5, 0.5],
         "std": [0.5, 0.5, 0.5],
     }

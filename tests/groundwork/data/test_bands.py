@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from groundwork.data.bands import rgb_of
+from groundwork.data.bands import levels_of, write_bands
 from groundwork.data.decode import open_picture
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.samples import open_samples
@@ -43,24 +43,24 @@ def _five(kind: str = "uint16") -> npt.NDArray[Any]:
 def test_bands_are_chosen_and_a_range_is_stretched() -> None:
     values = np.array([[[0, 100, 200, 300]]], np.uint16)
     reading = Reading(bands=(4, 2, 2), value_range=(100, 300))
-    assert rgb_of(values, reading).tolist() == [[[255, 0, 0]]]
+    assert levels_of(values, reading).tolist() == [[[255, 0, 0]]]
     reading = Reading(bands=(1, 3, 4), value_range=(-100, 300))  # (0 + 100) / 400 * 255 = 63.75
-    assert rgb_of(values, reading).tolist() == [[[64, 191, 255]]]
+    assert levels_of(values, reading).tolist() == [[[64, 191, 255]]]
     # Without a range 16 bits are divided by 257, and bytes stay as they are.
-    assert rgb_of(values, Reading(bands=(4, 3, 2))).tolist() == [[[1, 1, 0]]]
+    assert levels_of(values, Reading(bands=(4, 3, 2))).tolist() == [[[1, 1, 0]]]
     plain = np.array([[[7, 8, 9]]], np.uint8)
-    assert rgb_of(plain, Reading(bands=(3, 2, 1))).tolist() == [[[9, 8, 7]]]
+    assert levels_of(plain, Reading(bands=(3, 2, 1))).tolist() == [[[9, 8, 7]]]
 
 
 def test_one_band_is_grey_and_what_is_no_number_is_mid_grey() -> None:
     values = np.array([[[np.nan], [0.0], [0.5], [2.0]]], np.float32)
-    one = rgb_of(values, Reading(value_range=(0, 1)))
+    one = levels_of(values, Reading(value_range=(0, 1)))
     assert one[0, :, 0].tolist() == [128, 0, 128, 255] and (one == one[..., :1]).all()
-    assert rgb_of(values, PLAIN)[0, :, 0].tolist() == [128, 0, 64, 255]  # stretched from 0 to 2
-    assert rgb_of(values, PLAIN, nodata=2.0)[0, :, 0].tolist() == [128, 0, 255, 128]
-    assert (rgb_of(values, PLAIN, nodata=-1.8e308) == rgb_of(values, PLAIN)).all()
+    assert levels_of(values, PLAIN)[0, :, 0].tolist() == [128, 0, 64, 255]  # stretched from 0 to 2
+    assert levels_of(values, PLAIN, nodata=2.0)[0, :, 0].tolist() == [128, 0, 255, 128]
+    assert (levels_of(values, PLAIN, nodata=-1.8e308) == levels_of(values, PLAIN)).all()
     with pytest.raises(DataError, match="no finite value"):
-        rgb_of(np.full((2, 2, 1), np.nan, np.float32), PLAIN)
+        levels_of(np.full((2, 2, 1), np.nan, np.float32), PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -266,18 +266,58 @@ def spectral(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("bands", [(1,), (5, 2), (1, 2, 3, 4), (5, 1, 4, 2, 3, 5, 1)])
+def test_a_picture_has_as_many_channels_as_bands(bands: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (50, 70, 5), dtype=np.uint16)
+    data = _tiff(values, planarconfig="contig")
+    picture = open_picture(data, Reading(bands=bands))
+    whole = picture.pixels()
+    assert picture.channels == len(bands)
+    assert whole.shape == (50, 70, len(bands))
+    assert whole.flags.c_contiguous and whole.flags.writeable
+    boxes = [(0.0, 0.0, 70.0, 50.0), (3.5, 4.25, 40.0, 30.0)]  # whole pixels, and not
+    crops = picture.cut(boxes, 32)
+    for channel, band in enumerate(bands):
+        alone = open_picture(data, Reading(bands=(band, band, band)))
+        assert (whole[..., channel] == alone.pixels()[..., 0]).all()
+        for crop, same in zip(crops, alone.cut(boxes, 32), strict=True):
+            assert crop.shape == (32, 32, len(bands))
+            assert (crop[..., channel] == same[..., 0]).all()
+
+
+def test_bands_of_common_pictures_may_be_one_or_four() -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    data = _saved(Image.fromarray(colours), "PNG")
+    assert (open_picture(data, Reading(bands=(4,))).pixels() == colours[..., 3:]).all()
+    assert (open_picture(data, Reading(bands=(1, 2, 3, 4))).pixels() == colours).all()
+    palette = Image.fromarray(colours[..., :3]).quantize(7)
+    grey = open_picture(_saved(palette, "PNG"), Reading(bands=(2,))).pixels()
+    assert (grey[..., 0] == np.asarray(palette.convert("RGB"))[..., 1]).all()
+
+
+def test_what_is_written_as_bands_is_read_as_bands() -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (31, 17, 6), dtype=np.uint8)
+    file = io.BytesIO()
+    write_bands(file, levels)
+    read = open_picture(file.getvalue(), Reading(bands=(1, 2, 3, 4, 5, 6))).pixels()
+    assert (read == levels).all()
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("bands", [(5, 2, 1), (1, 2, 3, 4, 5)])
 def test_both_stages_read_bands_and_the_detector_remembers_them(
-    spectral: Path, tmp_path: Path
+    spectral: Path, tmp_path: Path, bands: tuple[int, ...]
 ) -> None:
     from finetune.evaluate import main as evaluate
+    from finetune.export import main as export
     from finetune.labels import main as labels
     from finetune.predict import main as predict
     from finetune.run import main as finetune
     from pretrain.pack import main as pack
     from pretrain.run import main as pretrain
 
-    mapping = ["data.bands=[5,2,1]", "data.value_range=[0,4000]"]
+    stated = [str(band) for band in bands]
+    mapping = [f"data.bands=[{','.join(stated)}]", "data.value_range=[0,4000]"]
     common = ["threads=1", "data.workers=0", "batch_size=2", "image_size=64"]
     run, tuned = tmp_path / "run", tmp_path / "tuned"
     pictures = spectral / "images" / "train"
@@ -306,7 +346,9 @@ def test_both_stages_read_bands_and_the_detector_remembers_them(
     out = tmp_path / "found"
     assert predict([detector, str(pictures), "--out", str(out), "--score", "0"]) == 0
     drawn = np.asarray(Image.open(next((out / "pictures").glob("*.jpg"))))
-    assert drawn[..., 0].max() > 200  # the square of band 5 is red
+    assert bands[0] != 5 or drawn[..., 0].max() > 200  # the square of band 5 is red
+    for form in ("torch_export", "ultralytics"):
+        assert export([detector, "--format", form]) == 0
     arguments = [detector, f"data.val={spectral}", "data.workers=0"]
     assert evaluate([*arguments, "data.bands=null"]) == 3  # five bands, and none stated
     assert predict([detector, str(pictures), "--out", str(tmp_path / "none"), "--plain"]) == 3
@@ -316,7 +358,7 @@ def test_both_stages_read_bands_and_the_detector_remembers_them(
     assert (
         pack(
             [
-                str(pictures), str(tmp_path / "tiles"), "--tiles", "48", "--bands", "5", "2", "1",
+                str(pictures), str(tmp_path / "tiles"), "--tiles", "48", "--bands", *stated,
                 "--value-range", "0", "4000",
             ]
         )
@@ -325,13 +367,12 @@ def test_both_stages_read_bands_and_the_detector_remembers_them(
     tiles = open_samples(str(tmp_path / "tiles"), cache=tmp_path, cache_bytes=10**9)
     assert len(tiles) == 4 * 4 + 1
     found = [tiles.read(0, index) for index in range(len(tiles))]
-    pixels = {sample.key: open_picture(sample.image).pixels() for sample in found}
+    packed = PLAIN if len(bands) == 3 else Reading(bands=tuple(range(1, len(bands) + 1)))
+    pixels = {sample.key: open_picture(sample.image, packed).pixels() for sample in found}
     assert (pixels["small"] > 250).all()  # 4000 of 4000 in every band
     scenes = [seen for key, seen in pixels.items() if key != "small"]
-    assert max(seen[..., 0].max() for seen in scenes) > 200  # band 5 is red, and none else is
-    assert max(seen[..., 2].max() for seen in scenes) < 150
+    shown = bands.index(5)  # band 5 has the squares, and none else
+    assert max(seen[..., shown].max() for seen in scenes) > 200
+    assert max(seen[..., 2 - shown // 2].max() for seen in scenes) < 150
     sheet = tmp_path / "labels.png"
-    assert (
-        labels([str(spectral), "--out", str(sheet), "--bands", "5", "2", "1"]) == 0
-        and sheet.is_file()
-    )
+    assert labels([str(spectral), "--out", str(sheet), "--bands", *stated]) == 0 and sheet.is_file()

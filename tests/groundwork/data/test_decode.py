@@ -406,7 +406,7 @@ def test_one_cut_decodes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
     original = decode._decode
 
-    def counted(image: Any, scale: int, reading: Reading) -> Image.Image:
+    def counted(image: Any, scale: int, reading: Reading) -> decode.Decoded:
         decoded.append(scale)
         return original(image, scale, reading)
 
