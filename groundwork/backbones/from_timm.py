@@ -195,6 +195,12 @@ def convert(
         return None  # the file is not of the kind that the converter knows
 
 
+def widened(weight: Tensor, channels: int) -> Tensor:
+    """Bring a convolution on RGB (O 3 H W) to so many channels, as timm does it."""
+    found: Tensor = timm.models.adapt_input_conv(channels, weight)
+    return found
+
+
 def whole_state(name: str, in_channels: int = 3) -> dict[str, Tensor]:
     """Return the tensors of the whole model without classifier, freshly initialised (seed 0).
 

@@ -128,9 +128,9 @@ def for_channels(
     ]
     if not found:
         return tensors, ()
-    from timm.models import adapt_input_conv
+    from groundwork.backbones.from_timm import widened
 
-    return tensors | {key: adapt_input_conv(channels, tensors[key]) for key in found}, tuple(found)
+    return tensors | {key: widened(tensors[key], channels) for key in found}, tuple(found)
 
 
 def fit_backbone(

@@ -111,7 +111,7 @@ def test_shipped_recipes_say_only_what_differs() -> None:
     ("override", "said"),
     [
         ("data.bands=[3,2,1]", "scenes are drawn in colours"),
-        ("data.bands=[3,2]", r"data\.bands"),
+        ("data.bands=[]", r"data\.bands"),
         ("data.bands=[0,2,1]", r"data\.bands"),
         ("data.value_range=[5,5]", "the smaller first"),
     ],
@@ -120,3 +120,11 @@ def test_a_mapping_that_makes_no_sense_is_refused(override: str, said: str) -> N
     with pytest.raises(UsageError, match=said):
         recipes.resolve("byol", None, [override])
     assert recipes.resolve("byol", None, ["data.train=there", "data.bands=[3,2,1]"]).data.bands
+
+
+def test_drawn_objects_are_no_labels_of_pictures_with_four_channels() -> None:
+    keys = ["data.train=there", "data.bands=[1,2,3,4]"]
+    with pytest.raises(UsageError, match=r"probe\.labeled=scenes: drawn objects have three"):
+        recipes.resolve("byol", None, keys)
+    made = recipes.resolve("byol", None, [*keys, "probe.labeled=null"])
+    assert made.data.reading().channels == 4
