@@ -54,6 +54,8 @@ class DetectorKeys(Section):
 
     width: Literal["n", "s", "m", "l", "x"] | None = None  # of neck and head; null: the backbone's
     objectness: bool = False  # a third branch in the head
+    # What of --init is taken: all that it holds, backbone and neck, or the backbone.
+    take: Literal["all", "neck", "backbone"] = "all"
 
 
 class Optim(Optimiser):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -35,6 +35,8 @@ from groundwork.backbones.product import read_product, read_tensors, save_produc
 from groundwork.backbones.yolo12 import YOLO12
 from groundwork.data.reading import Reading, stated_by
 from groundwork.errors import CheckpointError
+
+Taken = Literal["all", "neck", "backbone"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ _PARTS = {
     "head's objectness branch": ("head.objectness.",),
 }
 _CLASSES = "head's class branch"
+_TAKEN = {"all": frozenset(_PARTS), "neck": frozenset({"neck"}), "backbone": frozenset[str]()}
 _LAST_BIAS = "head.classes.0.2.bias"  # as long as there are classes
 
 
@@ -144,13 +147,13 @@ class DetectorInit:
         return f"Loaded from {self.path}: {' '.join(said)}"
 
 
-def load_init(detector: Detector, path: str | Path) -> DetectorInit:
+def load_init(detector: Detector, path: str | Path, take_parts: Taken = "all") -> DetectorInit:
     """Give a detector what a file holds of it: safetensors, or a torch file without code in it.
 
     The file may be a pretrained.safetensors (backbone, and neck where one was trained), a
     detector.safetensors, a checkpoint of the timm model, or YOLOv12's tensors under their public
     names. The class branch is taken where the number of classes is the same. BatchNorm statistics
-    come with the weights.
+    come with the weights. Of `take_parts` "neck" takes backbone and neck, "backbone" nothing more.
 
     Raises CheckpointError where the file cannot be read, has no backbone, fits less than 90 % of
     the tensors of a part that it holds (BatchNorm counters do not count), or holds numbers that
@@ -172,6 +175,8 @@ def load_init(detector: Detector, path: str | Path) -> DetectorInit:
         names = {name: own[name] for name in own if _part(name) == part}
         keys = spread.get(part, {})
         reason = _not_taken(part, names, keys, own)
+        if reason is None and part not in _TAKEN[take_parts]:
+            reason = f"The {part} is left as initialised (detector.take={take_parts})."
         if reason is None:
             fitted = {name: key for name, key in chosen.items() if name in names}
             reports.append(report_of(path, names, keys, fitted, part))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finetune.detector import Detector, build_detector
 from finetune.exchange import to_ultralytics
-from finetune.weights import detector_from_file, load_init, parts_of, save_detector
+from finetune.weights import Taken, detector_from_file, load_init, parts_of, save_detector
 from groundwork.backbones.product import save_product
 from groundwork.errors import CheckpointError
 
@@ -105,6 +105,23 @@ def test_a_detector_gives_all_of_itself(tmp_path: Path) -> None:
     assert _equal(source, target)
     assert report.left == ()
     assert all(part.missing == part.unexpected == [] for part in report.parts)
+
+
+@pytest.mark.parametrize(
+    ("part", "loaded"), [("neck", {"backbone", "neck"}), ("backbone", {"backbone"})]
+)
+def test_no_more_is_taken_than_is_asked_for(tmp_path: Path, part: Taken, loaded: set[str]) -> None:
+    whole = _filled(SMALL)
+    path = _save(tmp_path / "detector.safetensors", whole)
+    torch.manual_seed(0)
+    detector = build_detector(SMALL, 3)
+    before = _tensors(detector.head)
+    report = load_init(detector, path, part)
+    assert report.loaded == loaded
+    assert _equal(whole.backbone, detector.backbone)
+    assert _equal(whole.neck, detector.neck) == (part == "neck")
+    assert all(torch.equal(value, before[key]) for key, value in _tensors(detector.head).items())
+    assert f"detector.take={part}" in report.sentence()
 
 
 def test_the_class_branch_stays_as_initialised_where_the_number_of_classes_differs(
