@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed
@@ -83,7 +83,7 @@ class Sets(Section):
     cache: str | None = None  # for drawn scenes, remote shards, foreign indexes
     max_pixels: Count = MAX_PIXELS  # a larger picture is refused before it is decoded
     # How pictures are read (docs/data.md); not said: as in training, null: as their format says.
-    bands: tuple[Count, Count, Count] | None = None
+    bands: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
     value_range: tuple[float, float] | None = None
 
 
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     from finetune.plots import save_confusion, save_curves  # matplotlib takes a second
-    from finetune.weights import detector_from_file
+    from finetune.weights import check_channels, detector_from_file
 
     if (keys.data.val is None) == (keys.data.test is None):
         raise UsageError("Say which pictures: one of data.val=ROOT and data.test=ROOT.")
@@ -126,7 +126,9 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     detector, about = detector_from_file(weights)
     detector = detector.to("cuda" if torch.cuda.is_available() else "cpu")
     source = str(keys.data.val or keys.data.test)
-    labeled = _open(source, split, keys.data, about.reading())
+    reading = _reading(keys.data, about.reading())
+    check_channels(detector, reading)
+    labeled = _open(source, split, keys.data, reading)
     cores = len(os.sched_getaffinity(0))
     try:
         seen = detect_all(
@@ -150,16 +152,22 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     logger.info("In %s: results.json, detections.json, precision-recall.png, confusion.png", folder)
 
 
-def _open(source: str, split: str, sets: Sets, trained: Reading) -> LabeledSamples:
+def _open(source: str, split: str, sets: Sets, reading: Reading) -> LabeledSamples:
     data = Data(cache=sets.cache)
     return open_labeled(
         source, split, cache=data.cache_folder(), cache_bytes=int(data.cache_gb * 1e9),
-        reading=Reading(
-            sets.max_pixels,
-            sets.bands if "bands" in sets.model_fields_set else trained.bands,
-            sets.value_range if "value_range" in sets.model_fields_set else trained.value_range,
-        ),
+        reading=reading,
     )  # fmt: skip
+
+
+def _reading(sets: Sets, trained: Reading) -> Reading:
+    """Return how pictures are read: as in training, but for what is said."""
+    said = sets.model_fields_set
+    return Reading(
+        sets.max_pixels,
+        sets.bands if "bands" in said else trained.bands,
+        sets.value_range if "value_range" in said else trained.value_range,
+    )
 
 
 def class_numbers(source: str, labels: Sequence[str], detector: Sequence[str]) -> list[int] | None:

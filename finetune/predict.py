@@ -39,7 +39,7 @@ from finetune.finder import (
 )
 from finetune.predictions import Drawings, Writer
 from finetune.tiles import find_in_tiles, needs_tiles
-from finetune.weights import About, detector_from_file
+from finetune.weights import About, check_channels, detector_from_file
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.reading import MAX_PIXELS, PLAIN, Reading, add_flags, stated_by
 from groundwork.data.samples import open_samples
@@ -156,6 +156,8 @@ def _run(options: argparse.Namespace) -> None:
     samples = open_samples(
         options.pictures, cache=data.cache_folder(), cache_bytes=int(data.cache_gb * 1e9)
     )
+    reading = _reading(options, about.reading())
+    check_channels(detector, reading)
     size = options.image_size or about.image_size
     finder = DetectorFinder(detector, score=options.score, iou=options.iou, most=options.most)
     predictor = Predictor(finder, size, options.iou, options.most, options.tile, options.overlap)
@@ -163,7 +165,7 @@ def _run(options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         told = predict(
             predictor, samples, options.out, about.names, pictures=not options.no_pictures,
-            reading=_reading(options, about.reading()),
+            reading=reading,
         )  # fmt: skip
     except OSError as error:
         raise DataError(

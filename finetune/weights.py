@@ -34,7 +34,7 @@ from groundwork.backbones.load import (
 from groundwork.backbones.product import read_product, read_tensors, save_product
 from groundwork.backbones.yolo12 import YOLO12
 from groundwork.data.reading import Reading, stated_by
-from groundwork.errors import CheckpointError
+from groundwork.errors import CheckpointError, UsageError
 
 Taken = Literal["all", "neck", "backbone"]
 
@@ -113,6 +113,17 @@ def detector_from_file(path: Path) -> tuple[Detector, About]:
             "the version that wrote it."
         ) from error
     return detector.eval(), About(tuple(metadata["names"]), int(metadata["image_size"]), metadata)
+
+
+def check_channels(detector: Detector, reading: Reading) -> None:
+    """Raise UsageError where pictures are read with other channels than the detector sees."""
+    wanted = detector.backbone.in_channels
+    if reading.channels != wanted:
+        stated = "none" if reading.bands is None else ", ".join(map(str, reading.bands))
+        raise UsageError(
+            f"The detector sees {wanted} channels and the pictures would have {reading.channels} "
+            f"(bands: {stated}): name {wanted} bands, or leave them as in training."
+        )
 
 
 # The parts of a detector that a file may hold one without the other; the backbone it must hold.

@@ -26,7 +26,14 @@ from groundwork.data.reading import MAX_PIXELS, Reading, add_flags, stated_by
 from groundwork.data.write_shards import write_file
 from groundwork.errors import GroundworkError, UsageError
 from pretrain.pack_labels import DEFECTS_NAME, summary, with_labels
-from pretrain.pack_plan import Findings, Source, drop_duplicates, find_pictures, plan_shards
+from pretrain.pack_plan import (
+    Findings,
+    Source,
+    check_tile_names,
+    drop_duplicates,
+    find_pictures,
+    plan_shards,
+)
 from pretrain.pack_shards import JPEG_QUALITY, QUARANTINE_NAME, Options, Packed, pack
 from pretrain.verify_shards import verify
 
@@ -243,6 +250,8 @@ def _pack(arguments: argparse.Namespace) -> int:
         )
     findings = find_pictures(arguments.images, class_folders=arguments.class_folders)
     pictures: Sequence[Source] = findings.pictures
+    if arguments.tiles is not None:
+        check_tile_names(pictures)
     dropped: list[tuple[str, str]] = []
     if arguments.drop_duplicates:
         pictures, dropped = drop_duplicates(pictures, arguments.workers)

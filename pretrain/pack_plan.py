@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from groundwork.errors import DataError, UsageError
 # macOS writes these beside real pictures, with the same extension: they hold no picture.
 _SYSTEM_PREFIX = "._"
 _SYSTEM_FOLDER = "__MACOSX"
+_TILE_KEY = re.compile(r"(.+)_x\d+_y\d+")  # pretrain.pack_shards names tiles so
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,18 @@ def find_pictures(inputs: Sequence[Path], *, class_folders: bool) -> Findings:
     pictures.sort(key=lambda picture: picture.path.rpartition("/")[::2])
     findings.pictures = list(_with_keys(pictures))
     return findings
+
+
+def check_tile_names(pictures: Sequence[Source]) -> None:
+    """Raise UsageError where a picture has the name that a tile of another one would get."""
+    keys = {picture.key for picture in pictures}
+    for picture in pictures:
+        named = _TILE_KEY.fullmatch(picture.key)
+        if named is not None and named[1] in keys:
+            raise UsageError(
+                f"{picture.path} is named like a tile of {named[1]}, which would get the same key: "
+                "rename one of the two, or pack them into two sets."
+            )
 
 
 def _open_input(given: Path, other_files: Counter[str]) -> tuple[str, Iterable[str]]:

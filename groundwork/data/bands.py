@@ -47,9 +47,9 @@ def is_tiff(data: bytes) -> bool:
 class BandFile:
     """A TIFF's first page by tifffile, as bands of numbers: header read, numbers not yet.
 
-    `size` is width and height as they are stored, `orientation` EXIF's. Raises DataError where
-    tifffile is not installed, saying `why` it is wanted; what tifffile raises for damaged bytes
-    passes through.
+    `size` is width and height as they are stored, `bands` how many there are, `orientation` EXIF's.
+    Raises DataError where tifffile is not installed, saying `why` it is wanted; what tifffile
+    raises for damaged bytes passes through.
     """
 
     def __init__(self, data: bytes, why: str) -> None:
@@ -61,6 +61,7 @@ class BandFile:
         logging.getLogger("tifffile").setLevel(logging.CRITICAL)
         self._page: Any = tifffile.TiffFile(io.BytesIO(data)).pages.first
         self.size: tuple[int, int] = (self._page.imagewidth, self._page.imagelength)
+        self.bands = int(self._page.samplesperpixel)
         found = self._tag(_ORIENTATION)
         self.orientation = found if found in range(1, 9) else 1
 

@@ -71,6 +71,7 @@ _DRAFT_SCALES = (8, 4, 2)  # what libjpeg's scaled inverse DCT offers through Pi
 _BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
 _SAMPLES_PER_PIXEL, _PLANES, _SEPARATE = 277, 284, 2
 _SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 339, 1, 2
+_BANDS_A_PIXEL = 16  # max_pixels counts pixels of no more bands than these
 _CODED = ("1", "P", "PA", "YCbCr", "LAB")  # whose numbers are no levels, or of one bit
 _BANDED = ("L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK")  # stored as bands of bytes
 # A box may leave the picture by this many pixels: the rounding of a float32 coordinate.
@@ -215,6 +216,12 @@ def open_picture(data: bytes, reading: Reading = PLAIN) -> Picture:
             "allowed"
         )
     if isinstance(image, BandFile):
+        if width * height * image.bands >= reading.max_pixels * _BANDS_A_PIXEL:
+            raise DataError(
+                f"it has {width} x {height} pixels of {image.bands} bands, which are all read: as "
+                f"many numbers as {reading.max_pixels} pixels (max_pixels) of {_BANDS_A_PIXEL} "
+                "bands are too many"
+            )
         return Picture(data, image, image.orientation, reading)
     if image.format == "PNG" and "exif" not in image.info and b"eXIf" in data:
         _guard(image.load)  # PNG allows eXIf behind the pixels, where only decoding finds it

@@ -208,6 +208,17 @@ def test_large_pictures_are_cut_into_tiles_that_say_where_they_lie(
     assert run(tmp_path / "images", tmp_path / "other", "--tiles", 64, "--resize", 32) == 2
 
 
+def test_a_picture_named_like_a_tile_of_another_is_refused(
+    tmp_path: Path, make_jpeg: MakeJpeg, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path / "images", ["a/scene.jpg", "a/scene_x0_y64.jpg"], make_jpeg)
+    assert run(tmp_path / "images", tmp_path / "shards", "--tiles", 64) == 2
+    assert "a/scene_x0_y64.jpg is named like a tile of a/scene" in capsys.readouterr().err
+    assert run(tmp_path / "images", tmp_path / "shards") == 0  # nothing is cut
+    write_pictures(tmp_path / "others", ["a/scene_x0_y64.jpg"], make_jpeg)
+    assert run(tmp_path / "others", tmp_path / "whole", "--tiles", 64) == 0
+
+
 def test_class_folders_become_labels(tmp_path: Path, make_jpeg: MakeJpeg) -> None:
     names = ["ship/a/1.jpg", "plane/2.jpg", "ship/3.jpg", "4.jpg"]
     write_pictures(tmp_path / "images", names, make_jpeg)
