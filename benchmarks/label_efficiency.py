@@ -124,9 +124,14 @@ class Study:
             made.write_text("".join(f"{stem}\n" for stem in sorted(stems[:count])))
         return made
 
+    @staticmethod
+    def run_name(init: Init, fraction: float, seed: int, steps: int) -> str:
+        """Return the name of a fine-tuning's folder."""
+        return f"{init.name}-{fraction:g}pct-seed{seed}-{steps}"
+
     def train(self, init: Init, fraction: float, seed: int, steps: int) -> Path:
         """Fine-tune, unless it is done, and return the run folder."""
-        run = self.work / f"{init.name}-{fraction:g}pct-seed{seed}-{steps}"
+        run = self.work / self.run_name(init, fraction, seed, steps)
         weights = self.weights(init)
         flags = [] if weights is None else ["--init", str(weights)]
         names = self.names(fraction, seed)
@@ -152,8 +157,12 @@ class Study:
         found = {steps: val_ap(self.train(init, fraction, seed, steps)) for steps in lengths}
         best = max(found, key=lambda steps: (found[steps], -steps))
         where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
+        command = (
+            self.work / f"{self.run_name(init, fraction, seed, best)}.command.txt"
+        ).read_text()
         for one in self.results:
-            if where.items() <= one.items() and one["steps"] == best:
+            same = where.items() <= one.items() and one["steps"] == best
+            if same and one["command"] == command.strip():  # not of a plan with other keys
                 one["val_ap_by_steps"] |= {str(steps): ap for steps, ap in found.items()}
                 return one
         run = self.train(init, fraction, seed, best)
@@ -183,7 +192,7 @@ class Study:
             "val_ap_by_steps": {str(steps): ap for steps, ap in found.items()},
             "val_curve": curve(run),
             "pretrain_minutes": init.minutes,
-            "command": (run.parent / f"{run.name}.command.txt").read_text().strip(),
+            "command": command.strip(),
             "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
         self.results.append(row)

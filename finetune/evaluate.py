@@ -126,9 +126,8 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     detector, about = detector_from_file(weights)
     detector = detector.to("cuda" if torch.cuda.is_available() else "cpu")
     source = str(keys.data.val or keys.data.test)
-    reading = _reading(keys.data, about.reading())
-    check_channels(detector, reading)
-    labeled = _open(source, split, keys.data, reading)
+    labeled = _open(source, split, keys.data, _reading(keys.data, about.reading()))
+    check_channels(detector, labeled.reading)
     cores = len(os.sched_getaffinity(0))
     try:
         seen = detect_all(

@@ -42,8 +42,6 @@ _ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2"}
 _TENSORS = (".safetensors", ".pt", ".pth")
 _PUBLIC_CLASSES = 80  # what yolo12n.yaml and its kind are for
 
-_INPUT = "images: N 3 H W, float32, RGB / 255; H and W multiples of 32, 64 at least"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 2 usage, 4 weights."""
@@ -133,7 +131,7 @@ def _onnx(options: argparse.Namespace, out: Path) -> str:
     _write(out, lambda path: save_onnx(model, path))
     return (
         f"Wrote {out}; onnxruntime is off by {off:.1e} (scores, and boxes over the side), where "
-        f"torch's own rounding is {rounding:.1e}.\n  {_INPUT}\n  {outputs}\n"
+        f"torch's own rounding is {rounding:.1e}.\n  {noted['input']}\n  {outputs}\n"
     )
 
 
@@ -145,19 +143,30 @@ def _torch_export(options: argparse.Namespace, out: Path) -> str:
     _write(out, lambda path: save_torch_export(detector, path, noted))
     return (
         f"Wrote {out}. Load it: boxes, scores = torch.export.load('{out}').module()(images)\n"
-        f"  {_INPUT}\n"
+        f"  {noted['input']}\n"
     )
 
 
 def _noted(detector: Detector, about: About, image_size: int | None) -> dict[str, Any]:
     """Return what is noted in the file beside the graph."""
+    reading = about.reading()
     return {
         "names": list(about.names),
         "stride": 32,
         "image_size": image_size or about.image_size,
-        "input": _INPUT,
+        "input": _input_of(detector),
+        "bands": reading.bands,
+        "value_range": reading.value_range,
         "backbone": detector.backbone.name,
     }
+
+
+def _input_of(detector: Detector) -> str:
+    channels = detector.backbone.in_channels
+    colours = "RGB" if channels == 3 else "the bands of training"
+    return (
+        f"images: N {channels} H W, float32, {colours} / 255; H and W multiples of 32, 64 at least"
+    )
 
 
 # ---- tensors -----------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """A detector as one traced graph, from pictures between 0 and 1 to boxes and scores.
 
-Input `images`: N 3 H W, float32, RGB divided by 255, sides multiples of 32; the backbone's own
-mean and std are inside. Outputs: `boxes` N A 4 (left, top, right, bottom in pixels of the input)
-and `scores` N A C in 0..1, for every anchor point, before any suppression. N, H and W are free.
+Input `images`: N C H W, float32, RGB (or other channels) divided by 255, sides multiples of 32; the
+backbone's own mean and std are inside. Outputs: `boxes` N A 4 (left, top, right, bottom in pixels
+of the input) and `scores` N A C in 0..1, for every anchor point, before any suppression. N, H and W
+are free.
 
 torch.export traces it (https://docs.pytorch.org/docs/stable/export.html). Two things keep the sizes
 free. Sizes are symbols that are compared with nothing (`backed_size_oblivious`): otherwise every

@@ -128,6 +128,11 @@ def open_sets(recipe: Recipe) -> Sets:
                 f"The classes of {source} ({', '.join(found.names)}) are not those of {data.train} "
                 f"({', '.join(train.names)}): give both the same names in the same order."
             )
+        if found.reading.channels != train.reading.channels:
+            raise UsageError(
+                f"{source} has {found.reading.channels} channels and {data.train} "
+                f"{train.reading.channels}, by data.bands: name other pictures."
+            )
         return found
 
     return Sets(

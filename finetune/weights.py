@@ -12,7 +12,7 @@ groundwork.backbones.load does it, and YOLOv12's public names are known (finetun
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from groundwork.backbones.load import (
     advice,
     fit,
     fit_backbone,
-    for_channels,
+    refuse_other_channels,
     report_of,
     take,
     unwrap,
@@ -175,12 +175,13 @@ def load_init(detector: Detector, path: str | Path, take_parts: Taken = "all") -
     if isinstance(detector.backbone, YOLO12):
         tensors = from_ultralytics(tensors)
     own = dict(detector.state_dict())
-    tensors, widened = for_channels(own, tensors, detector.backbone.in_channels)
     body, body_tensors, chosen = _choose(detector, own, tensors)
     spread = _by_part(own, tensors)
     inner = dict(detector.backbone.state_dict())
     rest = body_tensors if body_tensors is not tensors else spread["backbone"]
-    reports = [replace(report_of(path, inner, rest, body), widened=widened)]
+    channels = detector.backbone.in_channels
+    refuse_other_channels(path, inner, body_tensors, body, channels)
+    reports = [report_of(path, inner, rest, body)]
     left = []
     for part in _PARTS:
         names = {name: own[name] for name in own if _part(name) == part}
@@ -228,12 +229,13 @@ def _choose(
     Both are of one network of the file: a whole detector, or where more of the backbone fits so, a
     backbone alone.
     """
-    whole = fit(own, tensors)
+    channels = detector.backbone.in_channels
+    whole = fit(own, tensors, channels)
     of_backbone = "backbone."
     body = {n.removeprefix(of_backbone): k for n, k in whole.items() if n.startswith(of_backbone)}
     rest = {name: key for name, key in whole.items() if not name.startswith(of_backbone)}
     inner = dict(detector.backbone.state_dict())
-    alone, converted = fit_backbone(detector.backbone, inner, tensors)
+    alone, converted = fit_backbone(detector.backbone, inner, tensors, channels)
     if len(alone) > len(body):
         return alone, converted, {}
     return body, tensors, rest

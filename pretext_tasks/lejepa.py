@@ -9,8 +9,8 @@ stopped gradient: nothing that wants large batches or a schedule of its own.
 
 Differs from the paper:
 - The representation is C5 averaged over its cells; a backbone of a detector, not a transformer.
-- The random directions are drawn with the views, some with each picture, so that a run that is
-  resumed draws the same; with several processes all of them use all.
+- The random directions are drawn with the views, 16 with each picture, so that a run that is
+  resumed draws the same; of the global batch's all processes use the same first `directions`.
 - Colours are clamped once, and hue turns in YIQ: groundwork/colour.py says how that differs.
 - `window_scale` may cut all views from a random part of the picture; off by default.
 - `rotate` may turn views by quarter turns (pictures without an up); 0 by default.
@@ -40,6 +40,8 @@ from pretext_tasks.contract import PretextTask, StepOutput, Views
 from pretext_tasks.multi_crop import Crops, MultiCrop, coloured, seen
 from pretext_tasks.two_views import Width, spread, starting_from
 
+_DRAWN = 16  # directions with each picture
+
 Share = Annotated[float, Field(gt=0, le=1)]
 # Those of DINO (arXiv 2104.14294), of which the authors' code takes its views.
 COLOUR = Colour(
@@ -61,7 +63,7 @@ class LeJEPAConfig(Section):
     projection_width: Width = 16  # the same
     projector_batch_norm: bool = True  # the same
     gaussian: Probability = 0.05  # section 5: lambda, the weight of SIGReg; the rest is the other's
-    directions: Width = 16  # drawn with each picture: the paper's 1,024 in a batch of 64
+    directions: Width = 1024  # at most; 16 are drawn with each picture, a batch of 64 has them all
     large_views: Width = 2  # section 5
     small_views: int = Field(default=6, ge=0)  # section 5: 2 large and 6 small
     small_size: Width = 96  # pixels; the paper's 98, as a multiple of 32
@@ -96,14 +98,16 @@ class GivenDirections(SIGReg):  # type: ignore[misc]  # lightly says nothing of 
     Its own are drawn from the device's generator, of which a task must not draw.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 1024) -> None:
         super().__init__(gather_distributed=True)
+        self._most = most
         self._given: Tensor | None = None
 
     def along(self, projection: Tensor, directions: Tensor) -> Tensor:
         """Return the statistic of V N D along directions N M D of this process and all others."""
         given = directions.flatten(0, 1)
-        self._given = torch.cat(dist.gather(given)) if dist.world_size() > 1 else given
+        every = torch.cat(dist.gather(given)) if dist.world_size() > 1 else given
+        self._given = every[: self._most]
         statistic: Tensor = self(projection)
         self._given = None
         return statistic
@@ -128,7 +132,7 @@ class LeJEPA(PretextTask):
         widths = [config.hidden_width, config.hidden_width, config.projection_width]
         norm = nn.BatchNorm1d if config.projector_batch_norm else None
         self.projector = MLP(backbone.levels[2].channels, widths, norm_layer=norm)
-        self.sigreg = GivenDirections()
+        self.sigreg = GivenDirections(config.directions)
 
     @classmethod
     def views(cls, config: Any, image_size: int) -> Views:
@@ -139,7 +143,7 @@ class LeJEPA(PretextTask):
         crops = MultiCrop(
             kinds, config.window_scale, config.crop_ratio, config.flip, config.rotate, config.colour
         )
-        return LeJEPAViews(crops, (config.directions, config.projection_width))
+        return LeJEPAViews(crops, (_DRAWN, config.projection_width))
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """Return lambda SIGReg + (1 - lambda) invariance, over every view.

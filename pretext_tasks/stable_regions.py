@@ -114,8 +114,7 @@ def _candidates(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     full = np.array(view.shape[1::-1])
     if keys.shrink < 1:
         width, height = np.maximum(np.rint(keys.shrink * full), 1).astype(int).tolist()
-        small = cv2.resize(view, (width, height), interpolation=cv2.INTER_AREA)
-        view = np.asarray(small, np.uint8)
+        view = _smaller(view, width, height)
     height, width = view.shape[:2]
     largest = int(keys.area * height * width)
     finder = cv2.MSER_create(  # type: ignore[attr-defined]
@@ -140,6 +139,15 @@ def _candidates(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     )
     boxes: Boxes = np.stack((left, top, left + wide, top + tall), 1)[possible]
     return boxes * np.tile(full / (width, height), 2).astype(np.float32)
+
+
+def _smaller(view: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:
+    """Resize H W C; OpenCV takes four channels at most, and drops the axis of one."""
+    parts = [
+        cv2.resize(view[:, :, first : first + 4], (width, height), interpolation=cv2.INTER_AREA)
+        for first in range(0, view.shape[2], 4)
+    ]
+    return np.concatenate([np.asarray(p, np.uint8).reshape(height, width, -1) for p in parts], 2)
 
 
 def _maps(view: npt.NDArray[np.uint8], local: int) -> list[npt.NDArray[np.uint8]]:

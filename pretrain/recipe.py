@@ -85,8 +85,11 @@ class Recipe(Section):
     def _drawn_objects_have_colours(self) -> Self:
         channels, probe = self.data.reading().channels, self.probe
         for key, path in (
-            ("labeled", probe.labeled), ("val", probe.val), ("detection.data", probe.detection.data)
-        ):  # fmt: skip
+            ("labeled", probe.labeled),
+            ("val", probe.val),
+            ("detection.data", probe.detection.data),
+            ("detection.val", probe.detection.val),
+        ):
             if path == "scenes" and channels != 3:
                 raise ValueError(
                     f"probe.{key}=scenes: drawn objects have three channels and data.bands names "

@@ -9,7 +9,7 @@ of a file that was made on RGB is widened for a backbone of another number of ch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,57 +92,39 @@ def load_init(backbone: Backbone, path: str | Path) -> InitReport:
     that fits best is taken whole. Older timm names are converted as timm does it.
 
     Raises CheckpointError where the file cannot be read, where less than 90 % of the backbone's
-    tensors are in it by name and shape (BatchNorm counters do not count), or where what is in it
-    is not finite; the backbone is then as it was.
+    tensors are in it by name and shape (BatchNorm counters do not count), where it was made for
+    another number of channels that is not RGB's, or where what is in it is not finite; the backbone
+    is then as it was.
     """
     from groundwork.backbones.product import read_tensors
 
     path = Path(path)
     tensors, metadata = read_tensors(path)
     own = dict(backbone.state_dict())
-    tensors, widened = for_channels(own, tensors, backbone.in_channels)
-    chosen, tensors = fit_backbone(backbone, own, tensors)
-    report = replace(report_of(path, own, tensors, chosen), widened=widened)
+    channels = backbone.in_channels
+    chosen, tensors = fit_backbone(backbone, own, tensors, channels)
+    refuse_other_channels(path, own, tensors, chosen, channels)
+    report = report_of(path, own, tensors, chosen)
     if report.share < ENOUGH:
         raise CheckpointError(report.refusal(backbone.name, advice(backbone.name, metadata)))
     take(own, tensors, chosen, path)
     return report
 
 
-def for_channels(
-    own: Mapping[str, Tensor], tensors: dict[str, Tensor], channels: int
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Bring a file's convolutions on RGB to so many channels; return all tensors, and their names.
-
-    As timm does it: for one channel the three are added up, for others they are repeated, red after
-    blue, and scaled by three over the number of channels.
-    """
-    found = [
-        key
-        for key, value in tensors.items()
-        if channels != 3
-        and value.dim() == 4
-        and value.shape[1] == 3
-        and (mine := own.get(unwrap(key, own)[0])) is not None
-        and mine.shape == (value.shape[0], channels, *value.shape[2:])
-    ]
-    if not found:
-        return tensors, ()
-    from groundwork.backbones.from_timm import widened
-
-    return tensors | {key: widened(tensors[key], channels) for key in found}, tuple(found)
-
-
 def fit_backbone(
-    backbone: Backbone | TimmTeacher, own: Mapping[str, Tensor], tensors: dict[str, Tensor]
+    backbone: Backbone | TimmTeacher,
+    own: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
+    channels: int = 3,
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Map the backbone's names to the file's; return the file's tensors too, or timm's conversion.
 
-    Only the tensors of older timm models are converted, and only where more of them then fit.
+    Only the tensors of older timm models are converted, and only where more of them then fit. A
+    first layer of RGB fits any number of `channels`: `take` brings it to them.
     """
-    chosen = fit(own, tensors)
+    chosen = fit(own, tensors, channels)
     if len(chosen) < len(own) and backbone.name.startswith("timm/"):
-        return _fit_older(backbone, own, tensors, chosen)
+        return _fit_older(backbone, own, tensors, chosen, channels)
     return chosen, tensors
 
 
@@ -150,6 +132,10 @@ def take(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], chosen: Mapping[str, str], path: Path
 ) -> None:
     """Copy the chosen tensors of the file `path` into `own`, all or none.
+
+    A first layer of RGB is brought to the channels of `own` as timm does it: for one channel the
+    three are added up, for others they are repeated, red after blue, and scaled by three over
+    their number.
 
     Raises CheckpointError, before any is copied, where one holds a number that is not finite.
     """
@@ -160,7 +146,12 @@ def take(
             f"so use an earlier file."
         )
     for name, key in chosen.items():
-        own[name].detach().copy_(tensors[key])  # in place: type and memory format stay
+        value = tensors[key]
+        if value.shape != own[name].shape:
+            from groundwork.backbones.from_timm import widened
+
+            value = widened(value, own[name].shape[1])
+        own[name].detach().copy_(value)  # in place: type and memory format stay
 
 
 def advice(name: str, metadata: Mapping[str, object] | None) -> str:
@@ -171,16 +162,51 @@ def advice(name: str, metadata: Mapping[str, object] | None) -> str:
     return "Set backbone.name to what the file was made with, or leave out --init."
 
 
-def fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map a network's names to the file's, from the one network in the file that fits best."""
+def fit(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], channels: int = 3
+) -> dict[str, str]:
+    """Map a network's names to the file's, from the one network in the file that fits best.
+
+    A convolution on RGB fits one on `channels`.
+    """
     networks: dict[str, dict[str, str]] = {}
     for key in tensors:
         name, wrapper = unwrap(key, own)
-        if name in own and own[name].shape == tensors[key].shape:
+        if name in own and (
+            own[name].shape == tensors[key].shape
+            or _other_channels(own[name], tensors[key], channels) == 3
+        ):
             networks.setdefault(wrapper, {})[name] = key
     # The most tensors; of equals the one with the shortest prefix.
     best = max(networks, key=lambda wrapper: (len(networks[wrapper]), -len(wrapper)), default="")
     return networks.get(best, {})
+
+
+def refuse_other_channels(
+    path: Path,
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    chosen: Mapping[str, str],
+    channels: int,
+) -> None:
+    """Raise CheckpointError for a first layer that would stay as initialised, made for others."""
+    for key, value in tensors.items():
+        name = unwrap(key, own)[0]
+        if name in own and name not in chosen:
+            made_for = _other_channels(own[name], value, channels)
+            if made_for is not None:
+                raise CheckpointError(
+                    f"{path} was made for pictures of {made_for} channels ({key}) and those here "
+                    f"have {channels}: name as many data.bands as it was made for (three without)."
+                )
+
+
+def _other_channels(own: Tensor, found: Tensor, channels: int) -> int | None:
+    """Return the inputs of a convolution that differs from one on `channels` in these alone."""
+    if own.dim() != 4 or found.dim() != 4 or own.shape[1] != channels:
+        return None
+    same = own.shape[0] == found.shape[0] and own.shape[2:] == found.shape[2:]
+    return found.shape[1] if same and found.shape[1] != channels else None
 
 
 def unwrap(key: str, own: Mapping[str, Tensor]) -> tuple[str, str]:
@@ -203,6 +229,7 @@ def _fit_older(
     own: Mapping[str, Tensor],
     tensors: dict[str, Tensor],
     chosen: dict[str, str],
+    channels: int,
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Try timm's conversion of older names; return the better of both mappings and its tensors."""
     from groundwork.backbones.from_timm import TimmBackbone, TimmTeacher, convert
@@ -211,7 +238,7 @@ def _fit_older(
     plain = {unwrap(key, own)[0].removeprefix("model."): value for key, value in tensors.items()}
     converted = convert(backbone, plain)
     if converted is not None:
-        better = fit(own, converted)
+        better = fit(own, converted, channels)
         if len(better) > len(chosen):
             return better, converted
     return chosen, tensors
@@ -240,6 +267,7 @@ def report_of(
         missing=[name for name in counted if name not in chosen],
         unexpected=left,
         reshaped=reshaped,
+        widened=tuple(key for name, key in chosen.items() if own[name].shape != tensors[key].shape),
         part=part,
     )
 

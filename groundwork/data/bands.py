@@ -139,7 +139,7 @@ def levels_of(
     else:
         raise DataError(
             f"it has {count} bands: say which of them are to be red, green and blue, as "
-            "data.bands=[3,2,1] or --bands 3 2 1"
+            "data.bands=[3,2,1] or --bands 3,2,1"
         )
     different = sorted(set(chosen))
     part = values[:, :, different]

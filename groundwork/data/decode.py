@@ -36,6 +36,7 @@ any bytes could pass for (TGA).
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -238,6 +239,8 @@ def _open(data: bytes, reading: Reading) -> Stored:
                 "stored values has no meaning: store it as TIFF"
             )
         return image
+    # It tells of more bands than it has a mode for, picture by picture.
+    logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
     try:
         found = _by_pillow(data)
         assert isinstance(found, TiffImagePlugin.TiffImageFile)
@@ -383,13 +386,13 @@ def _by_rule(image: ImageFile.ImageFile, reading: Reading) -> Decoded:
     if reading.bands is not None and image.mode in _BANDED:
         values = np.asarray(image)
         return _images(levels_of(values[..., None] if values.ndim == 2 else values, reading))
-    if not image.has_transparency_data or reading.channels != 3:
-        return _images(levels_of(np.asarray(_coloured(image)), reading))
+    if not image.has_transparency_data:
+        return _images(levels_of(np.asarray(image.convert("RGB")), reading))
     # What is hidden under transparent pixels stays mid-grey, whatever the mapping.
-    shown = image.convert("RGBA")
-    mapped = Image.fromarray(levels_of(np.asarray(shown)[..., :3], reading))
-    mapped.putalpha(shown.getchannel("A"))
-    return (_over_grey(mapped),)
+    shown = np.asarray(image.convert("RGBA"))
+    share = shown[..., 3:].astype(np.float32) / 255
+    mapped = levels_of(shown[..., :3], reading) * share + MID_GREY * (1 - share)
+    return _images(np.rint(mapped).astype(np.uint8))
 
 
 def _coloured(image: ImageFile.ImageFile) -> Image.Image:

@@ -6,7 +6,7 @@ Nothing here imports numpy: a recipe's mistake is told at once.
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,11 +63,10 @@ def add_flags(parser: ArgumentParser, otherwise: str, more: str = "") -> None:
     """Add --bands and --value-range to a command; `otherwise` says what holds without them."""
     parser.add_argument(
         "--bands",
-        metavar="BAND",
-        nargs="+",
-        type=int,
-        help="the bands that are read, from 1: red, green and blue of the picture, or as many as "
-        f"the network has channels (default: {otherwise})",
+        metavar="R,G,B",
+        type=_numbers,
+        help="the bands that are red, green and blue, from 1, joined by commas; or as many as the "
+        f"network has channels (default: {otherwise})",
     )
     parser.add_argument(
         "--value-range",
@@ -76,6 +75,13 @@ def add_flags(parser: ArgumentParser, otherwise: str, more: str = "") -> None:
         type=float,
         help=f"stored values that become 0 and 255 (default: {otherwise}){more}",
     )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(one) for one in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not like 3,2,1") from None
 
 
 def stated_by(

@@ -232,7 +232,7 @@ def test_a_neck_of_another_width_is_refused_though_the_backbone_fits(tmp_path: P
     assert all(torch.equal(value, before[key]) for key, value in _tensors(target).items())
 
 
-def test_a_missing_stem_and_one_for_four_channels_are_reported(tmp_path: Path) -> None:
+def test_a_missing_stem_is_reported_and_one_for_four_channels_refused(tmp_path: Path) -> None:
     tensors = to_ultralytics(_filled("yolo12n"))
     without = {key: value for key, value in tensors.items() if not key.startswith("model.0.")}
     save_file(without, tmp_path / "without.safetensors")
@@ -243,8 +243,38 @@ def test_a_missing_stem_and_one_for_four_channels_are_reported(tmp_path: Path) -
     save_file(
         tensors | {"model.0.conv.weight": torch.zeros(16, 4, 3, 3)}, tmp_path / "four.safetensors"
     )
-    told = load_init(build_detector("yolo12n", 3), tmp_path / "four.safetensors").sentence()
-    assert "layers.0.conv.weight is 16x4x3x3 in the file and 16x3x3x3 here" in told
+    with pytest.raises(CheckpointError, match=r"made for pictures of 4 channels .* here have 3"):
+        load_init(build_detector("yolo12n", 3), tmp_path / "four.safetensors")
+
+
+@pytest.mark.parametrize("name", ["yolo12n", "timm/resnet10t"])
+@pytest.mark.parametrize("form", ["product", "detector", "plain", "public"])
+def test_weights_of_rgb_start_a_detector_of_four_channels(
+    tmp_path: Path, name: str, form: str
+) -> None:
+    rgb = _filled(name)
+    path = tmp_path / "rgb.safetensors"
+    if form == "product":
+        save_product(path, {"backbone": rgb.backbone}, {})
+    elif form == "detector":
+        _save(path, rgb)
+    else:
+        public = form == "public" and name == "yolo12n"
+        own = to_ultralytics(rgb) if public else dict(rgb.backbone.state_dict())
+        save_file({key.removeprefix("model.") if not public else key: value.clone()
+                   for key, value in own.items()}, path)  # fmt: skip
+    detector = build_detector(name, 3, in_channels=4)
+    report = load_init(detector, path)
+    assert report.parts[0].share == 1
+    assert len(report.parts[0].widened) == 1
+    (first, *_), (wide, *_) = (
+        [p for p in one.backbone.parameters() if p.dim() == 4] for one in (rgb, detector)
+    )
+    assert torch.allclose(wide, first[:, [0, 1, 2, 0]] * 3 / 4)
+    other = build_detector(name, 3, in_channels=2)
+    four = _save(tmp_path / "four.safetensors", detector)
+    with pytest.raises(CheckpointError, match="made for pictures of 4 channels"):
+        load_init(other, four)
 
 
 @pytest.mark.parametrize(("lost", "fits"), [(19, True), (20, False)])

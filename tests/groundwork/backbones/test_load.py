@@ -149,7 +149,10 @@ def test_a_timm_checkpoint_with_its_classifier_fits(
 
 
 @pytest.mark.slow
-def test_an_older_timm_checkpoint_is_converted_as_timm_does_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("channels", [3, 4])
+def test_an_older_timm_checkpoint_is_converted_as_timm_does_it(
+    tmp_path: Path, channels: int
+) -> None:
     """Swin once had its downsampling at the end of a stage, and its masks in the file."""
     torch.manual_seed(8)
     model = "swin_tiny_patch4_window7_224"
@@ -162,11 +165,16 @@ def test_an_older_timm_checkpoint_is_converted_as_timm_does_it(tmp_path: Path) -
     torch.save(
         {"model": {f"module.{key}": value for key, value in older.items()}}, tmp_path / "a.pth"
     )
-    target = build_backbone(f"timm/{model}")
-    assert load_init(target, tmp_path / "a.pth").missing == []
+    target = build_backbone(f"timm/{model}", channels)
+    report = load_init(target, tmp_path / "a.pth")
+    assert report.missing == []
+    assert len(report.widened) == (channels != 3)
     theirs = full.state_dict()
     for name, tensor in target.state_dict().items():
-        assert torch.equal(tensor, theirs[name.removeprefix("model.")])
+        expected = theirs[name.removeprefix("model.")]
+        if name.endswith("patch_embed.proj.weight") and channels == 4:
+            expected = expected[:, [0, 1, 2, 0]] * 3 / 4
+        assert torch.equal(tensor, expected)
 
 
 def test_two_networks_in_one_file_are_never_mixed(tmp_path: Path) -> None:
@@ -235,16 +243,12 @@ def test_another_scale_is_refused_with_the_name_that_would_fit(tmp_path: Path) -
         load_init(build_backbone("yolo12n"), path)
 
 
-def test_a_stem_for_four_channels_is_reported_with_both_shapes(tmp_path: Path) -> None:
-    tensors = _plain(_filled("yolo12n"))
-    tensors["layers.0.conv.weight"] = torch.zeros(16, 4, 3, 3)
-    save_file(tensors, tmp_path / "weights.safetensors")
-    report = load_init(build_backbone("yolo12n"), tmp_path / "weights.safetensors")
-    assert report.missing == report.unexpected == ["layers.0.conv.weight"]
-    assert (
-        "1 missing, left as initialised (layers.0.conv.weight is 16x4x3x3 in the file and "
-        "16x3x3x3 here)"
-    ) in report.sentence()
+@pytest.mark.parametrize("channels", [(4, 3), (1, 3), (4, 1), (4, 5)])
+def test_a_stem_for_other_channels_is_refused(tmp_path: Path, channels: tuple[int, int]) -> None:
+    there, here = channels
+    save_file(dict(build_backbone("yolo12n", there).state_dict()), tmp_path / "it.safetensors")
+    with pytest.raises(CheckpointError, match=f"pictures of {there} channels .* here have {here}"):
+        load_init(build_backbone("yolo12n", here), tmp_path / "it.safetensors")
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -138,6 +138,19 @@ def test_what_is_transparent_stays_mid_grey_under_a_range() -> None:
     assert pixels.tolist() == [[[128, 128, 128], [255, 128, 0]]]
 
 
+@pytest.mark.parametrize("bands", [(1,), (1, 2, 3), (1, 2, 3, 1)])
+def test_what_is_transparent_in_a_palette_stays_mid_grey(bands: tuple[int, ...]) -> None:
+    colours = np.full((8, 8, 3), 90, np.uint8)
+    colours[:, 4:] = 10
+    palette = Image.fromarray(colours).quantize(4)
+    hidden = palette.getpixel((6, 0))
+    data = _saved(palette, "PNG", transparency=hidden)
+    seen = open_picture(data, Reading(bands=bands, value_range=(0, 100))).pixels()
+    assert seen.shape == (8, 8, len(bands))
+    assert (seen[:, 4:] == 128).all()
+    assert (abs(seen[:, :4].astype(int) - 230) <= 1).all()
+
+
 def test_no_data_is_where_all_bands_that_are_read_have_it() -> None:
     nothing: dict[str, Any] = {"extratags": [(42113, "s", 0, "0", True)]}
     values = np.array([[[255, 0, 0], [0, 0, 0], [9, 9, 9]]], np.uint8)
@@ -273,6 +286,14 @@ def test_bands_count_where_there_are_many() -> None:
         open_picture(data, Reading(max_pixels=4000, bands=(9,)))
 
 
+def test_nobody_is_told_of_every_picture_that_it_has_many_bands(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = _tiff(np.zeros((8, 8, 13), np.uint8), planarconfig="contig")
+    assert open_picture(data, Reading(bands=(13,))).pixels().shape == (8, 8, 1)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("bands", [(1,), (5, 2), (1, 2, 3, 4), (5, 1, 4, 2, 3, 5, 1)])
 def test_a_picture_has_as_many_channels_as_bands(bands: tuple[int, ...]) -> None:
     values = np.random.default_rng(0).integers(0, 65536, (50, 70, 5), dtype=np.uint16)
@@ -369,7 +390,8 @@ def test_both_stages_read_bands_and_the_detector_remembers_them(
     assert (
         pack(
             [
-                str(pictures), str(tmp_path / "tiles"), "--tiles", "48", "--bands", *stated,
+                str(pictures), str(tmp_path / "tiles"), "--tiles", "48",
+                "--bands", ",".join(stated),
                 "--value-range", "0", "4000",
             ]
         )
@@ -386,4 +408,7 @@ def test_both_stages_read_bands_and_the_detector_remembers_them(
     assert max(seen[..., shown].max() for seen in scenes) > 200
     assert max(seen[..., 2 - shown // 2].max() for seen in scenes) < 150
     sheet = tmp_path / "labels.png"
-    assert labels([str(spectral), "--out", str(sheet), "--bands", *stated]) == 0 and sheet.is_file()
+    assert (
+        labels([str(spectral), "--out", str(sheet), "--bands", ",".join(stated)]) == 0
+        and sheet.is_file()
+    )
