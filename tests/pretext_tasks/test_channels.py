@@ -1,4 +1,4 @@
-"""Every task on pictures of one, two, four and seven channels."""
+"""Every task on pictures of one and of five channels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _tiff(seed: int, channels: int) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+@pytest.mark.parametrize("channels", [1, 5])
 @pytest.mark.parametrize("name", sorted(set(TASKS) - {"distill"}))
 def test_a_task_learns_from_any_number_of_channels(
     name: str, channels: int, tiny_backbone: Callable[..., Backbone]
