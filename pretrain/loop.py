@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from groundwork import checkpoint as checkpoints
-from groundwork.backbones import build_backbone, load_init
+from groundwork.backbones import build_backbone, load_init, load_parts
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.from_timm import synchronised
 from groundwork.backbones.product import read_product, save_product
@@ -110,6 +110,9 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     if init is not None:
         logger.info("Weights of %s: %s", init, load_init(backbone, init).sentence())
     task = task_class(backbone, config)
+    if init is not None:
+        for said in load_parts(task.product(), init):
+            logger.info("%s", said)
     # Faster on a CPU, too: 1.36 times on yolo12n (LOG.md).
     task = task.to(memory_format=torch.channels_last)
     if device.type == "cuda" and world > 1:

@@ -8,13 +8,20 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
-from groundwork.backbones.load import InitReport, load_init
+from groundwork.backbones.load import InitReport, load_init, load_parts
 from groundwork.errors import UsageError
 
 if TYPE_CHECKING:
     from groundwork.backbones.contract import Backbone
 
-__all__ = ["YOLO12_NAMES", "InitReport", "build_backbone", "check_backbone_name", "load_init"]
+__all__ = [
+    "YOLO12_NAMES",
+    "InitReport",
+    "build_backbone",
+    "check_backbone_name",
+    "load_init",
+    "load_parts",
+]
 
 YOLO12_NAMES = ("yolo12n", "yolo12s", "yolo12m", "yolo12l", "yolo12x")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from groundwork.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from groundwork.backbones.contract import Backbone
     from groundwork.backbones.from_timm import TimmTeacher
@@ -100,6 +100,8 @@ def load_init(backbone: Backbone, path: str | Path) -> InitReport:
 
     path = Path(path)
     tensors, metadata = read_tensors(path)
+    if metadata is not None:  # a file of ours: neck and head have their own account
+        tensors = {k: v for k, v in tensors.items() if k.startswith("backbone.")}
     own = dict(backbone.state_dict())
     channels = backbone.in_channels
     chosen, tensors = fit_backbone(backbone, own, tensors, channels)
@@ -109,6 +111,43 @@ def load_init(backbone: Backbone, path: str | Path) -> InitReport:
         raise CheckpointError(report.refusal(backbone.name, advice(backbone.name, metadata)))
     take(own, tensors, chosen, path)
     return report
+
+
+def load_parts(parts: Mapping[str, nn.Module], path: str | Path) -> list[str]:
+    """Give a task's neck and head what a file of ours holds of them; say it, a sentence for each.
+
+    A part of another width stays as initialised. Raises CheckpointError where the file cannot be
+    read, or what is taken is not finite.
+    """
+    from groundwork.backbones.product import read_tensors
+
+    path = Path(path)
+    tensors, metadata = read_tensors(path)
+    said = []
+    for part, module in parts.items():
+        start = f"{part}."
+        theirs = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        if part == "backbone" or metadata is None:
+            continue
+        if not theirs:
+            said.append(f"The {part} is not in the file and left as initialised.")
+            continue
+        own = dict(module.state_dict())
+        chosen = {name: name for name in own if name in theirs and _alike(own, theirs, name)}
+        report = report_of(path, own, theirs, chosen, part)
+        if report.share < 1:
+            said.append(
+                f"The {part} is left as initialised: the file's is of another width "
+                f"({report.account()})."
+            )
+            continue
+        take(own, theirs, chosen, path)
+        said.append(f"{report.account()}.")
+    return said
+
+
+def _alike(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str) -> bool:
+    return own[name].shape == theirs[name].shape
 
 
 def fit_backbone(

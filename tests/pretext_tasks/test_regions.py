@@ -18,7 +18,7 @@ from finetune.detector import Detector, build_detector, own_width
 from finetune.losses import DetectionLoss
 from finetune.recipe import LossKeys
 from finetune.weights import load_init
-from groundwork.backbones import build_backbone
+from groundwork.backbones import build_backbone, load_parts
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import save_product
 from groundwork.data.decode import open_picture
@@ -117,6 +117,31 @@ def test_the_width_is_the_one_that_fine_tuning_gives() -> None:
     assert own_width("timm/test_resnet") == "n"
     task = Regions(build_backbone("yolo12s"), RegionsConfig())
     assert task.neck is not None and task.neck.letter == "s"
+
+
+def test_a_second_pretraining_starts_from_neck_and_boxes_too(tmp_path: Path) -> None:
+    path = tmp_path / "pretrained.safetensors"
+    torch.manual_seed(0)
+    first = Regions(build_backbone("yolo12n"), RegionsConfig())
+    save_product(path, first.product(), {"task": "regions"})
+    second = Regions(build_backbone("yolo12n"), RegionsConfig())
+    classes = {k: v.clone() for k, v in second.head.classes.state_dict().items()}
+    said = load_parts(second.product(), path)
+    assert [one.split(" of the ")[1].split(" ")[0] for one in said] == ["neck", "head"]
+    assert first.neck is not None and second.neck is not None
+    for one, other in ((first.neck, second.neck), (first.head.boxes, second.head.boxes)):
+        for name, value in one.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), name
+    kept = second.head.classes.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in classes.items())
+
+    wide = Regions(build_backbone("yolo12n"), RegionsConfig(neck="s"))
+    assert all("of another width" in one for one in load_parts(wide.product(), path))
+    save_product(path, {"backbone": first.backbone}, {"task": "byol"})
+    assert load_parts(second.product(), path) == [
+        "The neck is not in the file and left as initialised.",
+        "The head is not in the file and left as initialised.",
+    ]
 
 
 @pytest.mark.parametrize("classes", [3, KINDS, 80])
