@@ -9,13 +9,12 @@ is a function of its position, and random numbers on the device of (seed, step, 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +35,19 @@ from finetune.report import save_boxes
 from finetune.training import Training, measure_batchnorm, scale_learning_rates
 from finetune.views import DetectionViews
 from finetune.weights import detector_from_file, load_init, parts_of, save_detector
-from groundwork import checkpoint as checkpoints
+from groundwork import training_state
 from groundwork.backbones.from_timm import synchronised
-from groundwork.checkpoint import Checkpoint, write_atomically
+from groundwork.checkpoint import write_atomically
 from groundwork.clock import StopRequest, agree, host_group, told_by_main
 from groundwork.console import Display, minutes
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled
 from groundwork.data.loader import Loader
 from groundwork.data.order import Order
 from groundwork.ema import Ema
-from groundwork.errors import CheckpointError, DataError, DivergedError, StoppedError, UsageError
+from groundwork.errors import CheckpointError, DataError, StoppedError, UsageError
 from groundwork.optim import (
     build_optimizer,
     set_learning_rate,
-    state_from_tensors,
-    state_to_tensors,
 )
 from groundwork.quarantine import Quarantine
 from groundwork.run_folder import (
@@ -66,27 +63,18 @@ from groundwork.run_folder import (
 )
 from groundwork.schedule import multiplier
 from groundwork.tracking import Tracking, Window
+from groundwork.training_state import Trained
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Position:
+class Position(training_state.Position):
     """Where a run stands; all of it is in every checkpoint."""
 
-    step: int = 0
-    samples: int = 0  # consumed of the endless stream
-    seconds: float = 0.0  # of the loop's wall clock
-    skipped: int = 0  # steps without an update, in all
-    skipped_in_a_row: int = 0
-    rollbacks: int = 0
-    replaced: int = 0  # samples whose picture was unreadable, of all ranks
     stretch: int = -1  # of the plan: which part of training this is
     origin: int = 0  # samples consumed when it began
-    window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics
-    best: float = -1.0  # AP on the validation set
     best_step: int = 0
-    worse: int = 0  # scorings since the best one, as far as patience counts them
 
 
 @dataclass(frozen=True)
@@ -191,6 +179,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         measure_batchnorm(detector, sets.train, order, recipe.image_size)
     ema = Ema(recipe.ema, parts_of(detector)) if recipe.ema.enabled else None
     optimizer = build_optimizer(recipe.optim, detector)
+    trained = Trained("detector", detector, optimizer, ema, accelerator.scaler)
 
     # Where it stands.
     position = Position()
@@ -198,7 +187,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     if saved is not None:
         check_same_data(saved, sets.train)
         position = Position(**saved.documents["state"])
-        _restore(saved, detector, optimizer, ema, accelerator)
+        trained.restore(saved)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
         position.best = bring_best(saved, run, position.best)
     plan = Plan(recipe, len(sets.train), position.seconds)
@@ -313,7 +302,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         position.window = window.plain()
         if accelerator.is_main_process:
             try:
-                _save(run, recipe, position, detector, optimizer, ema, accelerator, sets.train)
+                trained.save(run.checkpoints, position, recipe, sets.train, recipe.checkpoint.keep)
             except CheckpointError as error:
                 if required:
                     raise
@@ -400,7 +389,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                     position.step, positions[0], positions[-1],
                 )  # fmt: skip
                 if position.skipped_in_a_row >= recipe.guard.skips:
-                    _roll_back(recipe, run, position, detector, optimizer, ema, accelerator)
+                    trained.roll_back(run.checkpoints, position, recipe.guard.rollbacks)
             window.add("steps", 1.0)
             window.add("images", float(stretch.batch_size))
 
@@ -480,80 +469,6 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     if group is not None:
         torch.distributed.destroy_process_group()
     return product
-
-
-def _save(
-    run: Run,
-    recipe: Recipe,
-    position: Position,
-    detector: Detector,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    accelerator: Accelerator,
-    samples: LabeledSamples,
-) -> None:
-    tensors, details = state_to_tensors(optimizer)
-    groups = {"detector": dict(detector.state_dict()), "optimizer": tensors}
-    if ema is not None:
-        groups["ema"] = ema.state()
-    documents = {
-        "state": dataclasses.asdict(position),
-        "optimizer": details,
-        "recipe": recipe.model_dump(mode="json"),
-        "data": {
-            "name": samples.name,
-            "pictures": len(samples),
-            "fingerprint": samples.fingerprint,
-        },
-    }
-    if accelerator.scaler is not None:
-        documents["scaler"] = accelerator.scaler.state_dict()
-    checkpoints.save(run.checkpoints, position.step, groups, documents, recipe.checkpoint.keep)
-
-
-def _restore(
-    saved: Checkpoint,
-    detector: Detector,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    accelerator: Accelerator,
-) -> None:
-    try:
-        detector.load_state_dict(saved.tensors["detector"], strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{saved.path} is of another model than the recipe's: {error}"
-        ) from error
-    state_from_tensors(optimizer, saved.tensors["optimizer"], saved.documents["optimizer"])
-    if ema is not None:
-        ema.load(saved.tensors["ema"])
-    if accelerator.scaler is not None and "scaler" in saved.documents:
-        accelerator.scaler.load_state_dict(saved.documents["scaler"])
-
-
-def _roll_back(
-    recipe: Recipe,
-    run: Run,
-    position: Position,
-    detector: Detector,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    accelerator: Accelerator,
-) -> None:
-    """Take the last checkpoint's weights again, go on behind the bad batches at half the rate."""
-    saved = checkpoints.latest(run.checkpoints)
-    if saved is None or position.rollbacks >= recipe.guard.rollbacks:
-        raise DivergedError(
-            f"Gradients were not finite for {position.skipped_in_a_row} steps in a row until step "
-            f"{position.step}, after {position.rollbacks} rollback(s). Lower optim.lr, set "
-            "optim.clip, or look at the pictures of the skipped samples."
-        )
-    _restore(saved, detector, optimizer, ema, accelerator)
-    position.rollbacks += 1
-    position.skipped_in_a_row = 0
-    logger.warning(
-        "Rolled back to the weights of step %d; the learning rate is halved.", saved.step
-    )
 
 
 def _announce(

@@ -8,7 +8,6 @@ the device of (seed, step, rank), so that nothing hidden has to be restored on r
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
@@ -19,15 +18,13 @@ from typing import Any
 
 import torch
 import torch.distributed
-from accelerate import Accelerator
 from torch import Tensor
 
-from groundwork import checkpoint as checkpoints
+from groundwork import training_state
 from groundwork.backbones import build_backbone, load_init, load_parts
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.from_timm import synchronised
 from groundwork.backbones.product import read_product, save_product
-from groundwork.checkpoint import Checkpoint
 from groundwork.clock import Clock, StopRequest, agree, host_group
 from groundwork.config import Section
 from groundwork.console import Display
@@ -40,8 +37,6 @@ from groundwork.errors import CheckpointError, DivergedError, StoppedError
 from groundwork.optim import (
     build_optimizer,
     set_learning_rate,
-    state_from_tensors,
-    state_to_tensors,
 )
 from groundwork.quarantine import Quarantine
 from groundwork.run_folder import (
@@ -57,6 +52,7 @@ from groundwork.run_folder import (
 )
 from groundwork.schedule import multiplier
 from groundwork.tracking import Tracking, Window
+from groundwork.training_state import Trained
 from pretext_tasks.contract import PretextTask, Views, backbone_of
 from pretrain.console import announce, tell_end, tell_probe
 from pretrain.probe import CollapseAlarm, open_probe
@@ -69,20 +65,10 @@ PICTURES = 8  # samples on a sheet of what the task sees
 
 
 @dataclass
-class Position:
+class Position(training_state.Position):
     """Where a run stands; all of it is in every checkpoint."""
 
-    step: int = 0
-    samples: int = 0  # consumed of the endless stream
-    seconds: float = 0.0  # of the loop's wall clock
-    skipped: int = 0  # steps without an update, in all
-    skipped_in_a_row: int = 0
-    rollbacks: int = 0
-    replaced: int = 0  # samples whose picture was unreadable, of all ranks
-    window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics
     probe: dict[str, Any] = field(default_factory=dict)
-    best: float = -1.0  # of the probe's measurements that choose the weights
-    worse: int = 0  # measurements since
 
 
 def pretrain(  # noqa: C901 (one loop, read from top to bottom)
@@ -120,6 +106,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     task = task.to(device)
     ema = Ema(recipe.ema, task.product()) if recipe.ema.enabled else None
     optimizer = build_optimizer(recipe.optim, task)
+    trained = Trained("task", task, optimizer, ema, accelerator.scaler)
 
     # What it is trained on, and in which order.
     cache, cache_bytes = recipe.data.cache_folder(), int(recipe.data.cache_gb * 1e9)
@@ -132,7 +119,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     if saved is not None:
         check_same_data(saved, samples)
         position = Position(**saved.documents["state"])
-        _restore(saved, task, optimizer, ema, accelerator)
+        trained.restore(saved)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
     clock = Clock(recipe.budget, len(samples), recipe.batch_size, position.seconds)
     alarm = CollapseAlarm()
@@ -226,7 +213,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         position.window = window.plain()
         if accelerator.is_main_process:
             try:
-                _save(run, recipe, position, task, optimizer, ema, accelerator, samples)
+                trained.save(run.checkpoints, position, recipe, samples, recipe.checkpoint.keep)
             except CheckpointError as error:
                 if required:
                     raise
@@ -300,7 +287,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                     position.step, positions[0], positions[-1],
                 )  # fmt: skip
                 if position.skipped_in_a_row >= recipe.guard.skips:
-                    _roll_back(recipe, run, position, task, optimizer, ema, accelerator)
+                    trained.roll_back(run.checkpoints, position, recipe.guard.rollbacks)
             window.add("steps", 1.0)
             window.add("images", float(recipe.batch_size))
 
@@ -376,80 +363,6 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     if group is not None:
         torch.distributed.destroy_process_group()
     return product
-
-
-def _save(
-    run: Run,
-    recipe: Recipe,
-    position: Position,
-    task: PretextTask,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    accelerator: Accelerator,
-    samples: Samples,
-) -> None:
-    tensors, details = state_to_tensors(optimizer)
-    groups = {"task": dict(task.state_dict()), "optimizer": tensors}
-    if ema is not None:
-        groups["ema"] = ema.state()
-    documents = {
-        "state": dataclasses.asdict(position),
-        "optimizer": details,
-        "recipe": recipe.model_dump(mode="json"),
-        "data": {
-            "name": samples.name,
-            "pictures": len(samples),
-            "fingerprint": samples.fingerprint,
-        },
-    }
-    if accelerator.scaler is not None:
-        documents["scaler"] = accelerator.scaler.state_dict()
-    checkpoints.save(run.checkpoints, position.step, groups, documents, recipe.checkpoint.keep)
-
-
-def _restore(
-    saved: Checkpoint,
-    task: PretextTask,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    accelerator: Accelerator,
-) -> None:
-    try:
-        task.load_state_dict(saved.tensors["task"], strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{saved.path} is of another model than the recipe's: {error}"
-        ) from error
-    state_from_tensors(optimizer, saved.tensors["optimizer"], saved.documents["optimizer"])
-    if ema is not None:
-        ema.load(saved.tensors["ema"])
-    if accelerator.scaler is not None and "scaler" in saved.documents:
-        accelerator.scaler.load_state_dict(saved.documents["scaler"])
-
-
-def _roll_back(
-    recipe: Recipe,
-    run: Run,
-    position: Position,
-    task: PretextTask,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    accelerator: Accelerator,
-) -> None:
-    """Take the last checkpoint's weights again, go on behind the bad batches at half the rate."""
-    saved = checkpoints.latest(run.checkpoints)
-    if saved is None or position.rollbacks >= recipe.guard.rollbacks:
-        raise DivergedError(
-            f"Gradients were not finite for {position.skipped_in_a_row} steps in a row until step "
-            f"{position.step}, after {position.rollbacks} rollback(s). Lower optim.lr, set "
-            "optim.clip, or look at the pictures of the skipped samples."
-        )
-    _restore(saved, task, optimizer, ema, accelerator)
-    position.rollbacks += 1
-    position.skipped_in_a_row = 0
-    logger.warning(
-        "Rolled back to the weights of step %d; the learning rate is halved.", saved.step
-    )
 
 
 def _first_views(recipe: Recipe, views: Views, samples: Samples, order: Order) -> dict[str, Tensor]:
