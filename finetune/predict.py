@@ -73,25 +73,30 @@ class Predictor:
         width, height = picture.width, picture.height
         if self.tile is not None and needs_tiles(width, height, self.tile):
             return find_in_tiles(
-                picture.pixels(), self.find_in_pixels, image_size=self.image_size, tile=self.tile,
+                picture.pixels(), self.find_in_areas, image_size=self.image_size, tile=self.tile,
                 overlap=self.overlap, iou=self.iou, most=self.most,
             )  # fmt: skip
         # Cut to the size that is seen: a JPEG is decoded no larger than needed.
         frame = frame_of(width, height, self.image_size)
-        return self._look(show(picture, whole_of(picture), frame), frame)
+        [found] = self._look([show(picture, whole_of(picture), frame)], frame)
+        return found
 
-    def find_in_pixels(self, pixels: npt.NDArray[np.uint8], longer: int) -> Detections:
-        """Find the boxes of pixels (H W 3) whose longer side the detector sees as `longer`."""
-        frame = frame_of(pixels.shape[1], pixels.shape[0], longer)
-        inner = resized(pixels, (frame.shown_height, frame.shown_width))
-        return self._look(placed(inner, frame), frame)
+    def find_in_areas(
+        self, areas: Sequence[npt.NDArray[np.uint8]], longer: int
+    ) -> list[Detections]:
+        """Find the boxes of areas of one size (H W C), whose longer side is seen as `longer`."""
+        frame = frame_of(areas[0].shape[1], areas[0].shape[0], longer)
+        size = frame.shown_height, frame.shown_width
+        return self._look([placed(resized(area, size), frame) for area in areas], frame)
 
-    def _look(self, framed: npt.NDArray[np.uint8], frame: Frame) -> Detections:
-        [found] = self.finder(framed[None])
-        boxes = torch.from_numpy(frame.undo(found.boxes))
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)  # some lie in the grey around the picture
-        scores, classes = torch.from_numpy(found.scores), torch.from_numpy(found.classes)
-        return Detections(boxes[kept], scores[kept], classes[kept])
+    def _look(self, framed: Sequence[npt.NDArray[np.uint8]], frame: Frame) -> list[Detections]:
+        detections = []
+        for found in self.finder(np.stack(framed)):
+            boxes = torch.from_numpy(frame.undo(found.boxes))
+            kept = (boxes[:, 2:] > boxes[:, :2]).all(1)  # some lie in the grey around the picture
+            scores, classes = torch.from_numpy(found.scores), torch.from_numpy(found.classes)
+            detections.append(Detections(boxes[kept], scores[kept], classes[kept]))
+        return detections
 
 
 # ---- the command -------------------------------------------------------------------------------

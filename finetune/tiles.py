@@ -44,9 +44,10 @@ _COVERED = 0.5  # share of a piece's area
 _AGREE = 0.5  # IoU
 
 Pixels = npt.NDArray[np.uint8]
-# Pixels (H W 3) and the longer side, in pixels, that the detector is to see them with -> the boxes
-# in them, in their own pixels.
-Find = Callable[[Pixels, int], Detections]
+# Areas of one size (H W C each) and the longer side, in pixels, that the detector is to see them
+# with -> the boxes in each, in its own pixels.
+Find = Callable[[Sequence[Pixels], int], list[Detections]]
+_AT_ONCE = 8  # tiles in a batch
 
 
 def needs_tiles(width: int, height: int, tile: int) -> bool:
@@ -57,19 +58,22 @@ def needs_tiles(width: int, height: int, tile: int) -> bool:
 def find_in_tiles(
     pixels: Pixels, find: Find, *, image_size: int, tile: int, overlap: float, iou: float, most: int
 ) -> Detections:
-    """Look at a picture (H W 3) in tiles and, `image_size` pixels long, as a whole.
+    """Look at a picture (H W C) in tiles and, `image_size` pixels long, as a whole.
 
     `iou` and `most` are those of finetune.detector.suppress. The boxes are on the CPU, best first.
     """
     height, width = pixels.shape[:2]
     tiles = tiles_of(width, height, tile, overlap)
+    areas = [pixels[top:bottom, left:right] for left, top, right, bottom in tiles]
+    longer = max(areas[0].shape[:2])  # all tiles are of one size
     found = []
-    for left, top, right, bottom in tiles:
-        area = pixels[top:bottom, left:right]
-        one = find(area, max(area.shape[:2]))
-        shift = torch.tensor([left, top, left, top], dtype=one.boxes.dtype)
-        found.append(one._replace(boxes=one.boxes + shift))
-    return merge(tiles, found, find(pixels, image_size), iou=iou, most=most)
+    for first in range(0, len(tiles), _AT_ONCE):
+        seen = find(areas[first : first + _AT_ONCE], longer)
+        for (left, top, _, _), one in zip(tiles[first:], seen, strict=False):
+            shift = torch.tensor([left, top, left, top], dtype=one.boxes.dtype)
+            found.append(one._replace(boxes=one.boxes + shift))
+    [whole] = find([pixels], image_size)
+    return merge(tiles, found, whole, iou=iou, most=most)
 
 
 def merge(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -36,7 +38,10 @@ def painted(boxes: npt.NDArray[np.int64], width: int, height: int) -> Pixels:
 def finder(whole: bool, seen: list[tuple[int, int]] | None = None) -> Find:
     """Find painted boxes exactly: in tiles, and in the picture as a whole if `whole`."""
 
-    def find(pixels: Pixels, longer: int) -> Detections:
+    def find(areas: Sequence[Pixels], longer: int) -> list[Detections]:
+        return [find_one(area, longer) for area in areas]
+
+    def find_one(pixels: Pixels, longer: int) -> Detections:
         if seen is not None:
             seen.append(pixels.shape[:2])
         boxes, values = [], []
