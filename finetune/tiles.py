@@ -47,7 +47,6 @@ Pixels = npt.NDArray[np.uint8]
 # Areas of one size (H W C each) and the longer side, in pixels, that the detector is to see them
 # with -> the boxes in each, in its own pixels.
 Find = Callable[[Sequence[Pixels], int], list[Detections]]
-_AT_ONCE = 8  # tiles in a batch
 
 
 def needs_tiles(width: int, height: int, tile: int) -> bool:
@@ -56,9 +55,17 @@ def needs_tiles(width: int, height: int, tile: int) -> bool:
 
 
 def find_in_tiles(
-    pixels: Pixels, find: Find, *, image_size: int, tile: int, overlap: float, iou: float, most: int
+    pixels: Pixels,
+    find: Find,
+    *,
+    image_size: int,
+    tile: int,
+    overlap: float,
+    iou: float,
+    most: int,
+    at_once: int = 1,
 ) -> Detections:
-    """Look at a picture (H W C) in tiles and, `image_size` pixels long, as a whole.
+    """Look at a picture (H W C) in tiles, `at_once` in a batch, and `image_size` long, as a whole.
 
     `iou` and `most` are those of finetune.detector.suppress. The boxes are on the CPU, best first.
     """
@@ -67,8 +74,8 @@ def find_in_tiles(
     areas = [pixels[top:bottom, left:right] for left, top, right, bottom in tiles]
     longer = max(areas[0].shape[:2])  # all tiles are of one size
     found = []
-    for first in range(0, len(tiles), _AT_ONCE):
-        seen = find(areas[first : first + _AT_ONCE], longer)
+    for first in range(0, len(tiles), at_once):
+        seen = find(areas[first : first + at_once], longer)
         for (left, top, _, _), one in zip(tiles[first:], seen, strict=False):
             shift = torch.tensor([left, top, left, top], dtype=one.boxes.dtype)
             found.append(one._replace(boxes=one.boxes + shift))

@@ -119,13 +119,16 @@ def test_tiles_cover_and_overlap() -> None:
     assert needs_tiles(961, 10, 640) and not needs_tiles(960, 960, 640)
 
 
-def test_the_detector_sees_each_tile_once_and_the_whole() -> None:
+@pytest.mark.parametrize("at_once", [1, 7, 8, 50])
+def test_the_detector_sees_each_tile_once_and_the_whole(at_once: int) -> None:
     seen: list[tuple[int, int]] = []
-    pixels = np.zeros((330, 500, 3), np.uint8)
-    find_in_tiles(
-        pixels, finder(True, seen), image_size=96, tile=128, overlap=0.25, iou=0.7, most=9
-    )
+    boxes = scattered(1, 500, 330)
+    found = find_in_tiles(
+        painted(boxes, 500, 330), finder(True, seen), image_size=96, tile=128, overlap=0.25,
+        iou=0.7, most=300, at_once=at_once,
+    )  # fmt: skip
     assert seen == [(128, 128)] * 20 + [(330, 500)]
+    assert rows(found) == rows(boxes)
 
 
 def merged(first: Detections, second: Detections, whole: Detections, most: int = 300) -> Detections:
