@@ -157,8 +157,8 @@ def check_onnx(model: Any, detector: Detector) -> tuple[float, float]:
     if not worst <= max(ALLOWED, 4 * rounding):
         raise GroundworkError(
             f"The ONNX model differs from torch by {worst:.1e}, and {ALLOWED:.0e} is allowed: it "
-            "was not written; try another version of torch or onnxscript. (A detector that was trained "
-            "for a few steps only may change by as much from rounding: train it first.)"
+            "was not written; try another version of torch or onnxscript. (A detector that was "
+            "trained for a few steps only may change by as much from rounding: train it first.)"
         )
     return worst, rounding
 
