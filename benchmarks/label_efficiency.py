@@ -124,14 +124,9 @@ class Study:
             made.write_text("".join(f"{stem}\n" for stem in sorted(stems[:count])))
         return made
 
-    @staticmethod
-    def run_name(init: Init, fraction: float, seed: int, steps: int) -> str:
-        """Return the name of a fine-tuning's folder."""
-        return f"{init.name}-{fraction:g}pct-seed{seed}-{steps}"
-
     def train(self, init: Init, fraction: float, seed: int, steps: int) -> Path:
         """Fine-tune, unless it is done, and return the run folder."""
-        run = self.work / self.run_name(init, fraction, seed, steps)
+        run = self.work / f"{init.name}-{fraction:g}pct-seed{seed}-{steps}"
         weights = self.weights(init)
         flags = [] if weights is None else ["--init", str(weights)]
         names = self.names(fraction, seed)
@@ -157,15 +152,13 @@ class Study:
         found = {steps: val_ap(self.train(init, fraction, seed, steps)) for steps in lengths}
         best = max(found, key=lambda steps: (found[steps], -steps))
         where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
-        command = (
-            self.work / f"{self.run_name(init, fraction, seed, best)}.command.txt"
-        ).read_text()
+        run = self.train(init, fraction, seed, best)  # it is there
+        command = (run.parent / f"{run.name}.command.txt").read_text().strip()
         for one in self.results:
             same = where.items() <= one.items() and one["steps"] == best
-            if same and one["command"] == command.strip():  # not of a plan with other keys
+            if same and one["command"] == command:  # not of a plan with other keys
                 one["val_ap_by_steps"] |= {str(steps): ap for steps, ap in found.items()}
                 return one
-        run = self.train(init, fraction, seed, best)
         file = run / "detector.safetensors"
         detector, about = detector_from_file(file)
         test = open_labeled(str(self.data), "test", cache=self.work, cache_bytes=10**9)
@@ -192,7 +185,7 @@ class Study:
             "val_ap_by_steps": {str(steps): ap for steps, ap in found.items()},
             "val_curve": curve(run),
             "pretrain_minutes": init.minutes,
-            "command": command.strip(),
+            "command": command,
             "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
         self.results.append(row)

@@ -75,8 +75,8 @@ def find_in_tiles(
     longer = max(areas[0].shape[:2])  # all tiles are of one size
     found = []
     for first in range(0, len(tiles), at_once):
-        seen = find(areas[first : first + at_once], longer)
-        for (left, top, _, _), one in zip(tiles[first:], seen, strict=False):
+        part = slice(first, first + at_once)
+        for (left, top, _, _), one in zip(tiles[part], find(areas[part], longer), strict=True):
             shift = torch.tensor([left, top, left, top], dtype=one.boxes.dtype)
             found.append(one._replace(boxes=one.boxes + shift))
     [whole] = find([pixels], image_size)

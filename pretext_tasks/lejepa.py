@@ -43,7 +43,7 @@ from pretext_tasks.two_views import Width, spread, starting_from
 _DRAWN = 16  # directions with each picture
 
 Share = Annotated[float, Field(gt=0, le=1)]
-# Those of DINO (arXiv 2104.14294), of which the authors' code takes its views.
+# After DINO's (arXiv 2104.14294), one rule for all views.
 COLOUR = Colour(
     probability=0.8,
     brightness=0.4,
@@ -57,16 +57,16 @@ COLOUR = Colour(
 
 
 class LeJEPAConfig(Section):
-    """The values of the paper and of the authors' code."""
+    """The authors' values where their example or lightly's loss states them; views are ours."""
 
     hidden_width: Width = 2048  # the authors' example: two hidden layers with BatchNorm
     projection_width: Width = 16  # the same
     projector_batch_norm: bool = True  # the same
-    gaussian: Probability = 0.05  # section 5: lambda, the weight of SIGReg; the rest is the other's
+    gaussian: Probability = 0.05  # lambda, the weight of SIGReg, as lightly has it
     directions: Width = 1024  # at most; 16 are drawn with each picture, a batch of 64 has them all
-    large_views: Width = 2  # section 5
-    small_views: int = Field(default=6, ge=0)  # section 5: 2 large and 6 small
-    small_size: Width = 96  # pixels; the paper's 98, as a multiple of 32
+    large_views: Width = 2  # ours
+    small_views: int = Field(default=6, ge=0)  # ours
+    small_size: Width = 96  # pixels, a multiple of 32
     window_scale: tuple[Share, Share] = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
     large_scale: tuple[Share, Share] = (0.3, 1.0)  # part of the picture's area
     small_scale: tuple[Share, Share] = (0.05, 0.3)

@@ -176,7 +176,8 @@ def _tiles(picture: Source, opened: Picture, options: Options, defects: Defects)
     for tile in tiles_of(opened.width, opened.height, options.tiles, options.overlap):
         left, top, right, bottom = tile
         place = f"_x{left}_y{top}"
-        members = dict([_encoded(pixels[top:bottom, left:right])])
+        suffix, content = _encoded(pixels[top:bottom, left:right])
+        members = {suffix: content}
         if found is not None:
             members["json"] = tile_member(found, tile, options.classes, options.min_visible)
         entries.append(Entry(f"{picture.key}{place}", members, f"{stem}{place}.{ending}"))
