@@ -17,7 +17,9 @@ def test_ratios_are_those_of_the_times(make_jpeg: Callable[..., bytes]) -> None:
     assert found["ratio"] == pytest.approx(speed["ours"] / speed["lightly"])
     assert found["ratio_coloured"] == pytest.approx(speed["ours_coloured"] / speed["lightly"])
     assert speed["ours_coloured"] < speed["ours"]
-    assert min(found["milliseconds"].values()) > 0
+    # Decoding is the difference of two times, and of eight small pictures less than their noise.
+    spent = {name: ms for name, ms in found["milliseconds"].items() if name != "ours: decode"}
+    assert min(spent.values()) > 0
 
 
 def test_the_views_of_both_are_drawn(make_jpeg: Callable[..., bytes]) -> None:
