@@ -86,15 +86,11 @@ def random_case(seed: int) -> tuple[list[Found], list[Truth]]:
     return all_found, all_truth
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", range(4))
-def test_all_twelve_figures_are_pycocotools(seed: int) -> None:
+def pycocotools(ours: list[Found], labeled: list[Truth], names: list[str]) -> list[float]:
+    """Return the twelve figures as the oracle has them."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    names = ["a", "b", "c", "d"]
-    ours, labeled = random_case(seed)
-    results = score(ours, labeled, names)
     coco = COCO()
     rows: list[dict[str, Any]] = []
     for number, one in enumerate(labeled):
@@ -122,8 +118,47 @@ def test_all_twelve_figures_are_pycocotools(seed: int) -> None:
     oracle.evaluate()
     oracle.accumulate()
     oracle.summarize()
+    stats: list[float] = oracle.stats.tolist()
+    return stats
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(4))
+def test_all_twelve_figures_are_pycocotools(seed: int) -> None:
+    names = ["a", "b", "c", "d"]
+    ours, labeled = random_case(seed)
+    results = score(ours, labeled, names)
     mine = [-1.0 if results.figures[name] is None else results.figures[name] for name in FIGURES]
-    assert mine == pytest.approx(oracle.stats.tolist(), abs=1e-9)
+    assert mine == pytest.approx(pycocotools(ours, labeled, names), abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_of_many_boxes_those_count_that_count_for_pycocotools() -> None:
+    """Up to 170 boxes of a class in a picture, many with equal scores, right ones everywhere."""
+    names = ["a", "b", "c", "d"]
+    generator = np.random.default_rng(0)
+    _, labeled = random_case(0)
+    ours = []
+    for one in labeled:
+        right = one.annotations.boxes
+        strange = generator.uniform(0, 350, (400, 2))
+        boxes = np.concatenate((right, np.concatenate((strange, strange + 40), 1)))
+        classes = np.concatenate(
+            (one.annotations.classes, generator.choice(4, 400, p=[0.4, 0.4, 0.1, 0.1]))
+        )
+        scores = np.round(generator.random(len(boxes)), 1)
+        mixed = generator.permutation(len(boxes))
+        ours.append(
+            Found(
+                boxes[mixed].astype(np.float32),
+                scores[mixed].astype(np.float32),
+                classes[mixed].astype(np.int64),
+            )
+        )
+    results = score(ours, labeled, names)
+    mine = [-1.0 if results.figures[name] is None else results.figures[name] for name in FIGURES]
+    assert mine[0] > 0.01  # neither all nor nothing
+    assert mine == pytest.approx(pycocotools(ours, labeled, names), abs=1e-9)
 
 
 def test_confusion_counts_each_box_once_best_overlap_first() -> None:
