@@ -15,13 +15,14 @@ not name is no part of the data set. `iscrowd` is kept. `segmentation` and `keyp
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from groundwork.data.label_policy import LISTED_TWICE, NO_BOX, NO_PICTURE, Defects
-from groundwork.data.label_table import LabelTable, relative
+from groundwork.data.label_table import LabelTable, relative, split_of
 from groundwork.errors import DataError
 
 _LOOKED_AT = 50  # pictures by which a json's folder of pictures is recognised
@@ -61,24 +62,45 @@ class CocoRoot:
         }
 
     def _pictures_of(self, split: str | None, document: _Document) -> Path:
-        """Return the folder that file names are relative to: where the most of them are."""
-        beside = document.path.parent
-        own_names = [name for name in {split or "", document.split_name()} if name]
-        folders = [self.root / "images" / name for name in own_names]
-        folders += [self.root / name for name in own_names]
-        folders += [self.root / "images", beside, self.root, *_subfolders(self.root / "images")]
+        """Return the folder that file names are relative to.
+
+        It is one that is called as the json's split is, where any of the pictures is there; else
+        the one that has the most. Raises DataError where there is none, or several have as many:
+        splits may use the same file names.
+        """
+        images, beside = self.root / "images", document.path.parent
+        wanted = split or split_of(document.path.stem)
+        named = [name for name in (split, document.split_name()) if name]
+        own = [above / name for above in (images, self.root) for name in named]
+        own += [
+            folder
+            for folder in (*_subfolders(images), *_subfolders(self.root))
+            if wanted is not None and split_of(folder.name) == wanted
+        ]
+        others = [images, beside, self.root, *_subfolders(images)]
+        folders = list(dict.fromkeys([*own, *others]))
         names = [image["file_name"] for image in document.images]
         looked_at = names[:: max(1, len(names) // _LOOKED_AT)]
-        hits = [sum((folder / name).is_file() for name in looked_at) for folder in folders]
-        if not any(hits) and self.loose:
+        hits = {f: sum((f / name).is_file() for name in looked_at) for f in folders}
+        of_the_split = [folder for folder in own if hits[folder]]
+        if of_the_split:
+            return max(of_the_split, key=lambda folder: hits[folder])
+        if not any(hits.values()) and self.loose:
             return self.root
-        if not any(hits):
+        if not any(hits.values()):
             tried = ", ".join(dict.fromkeys(str(folder) for folder in folders))
             raise DataError(
                 f"None of the pictures that {document.path} names was found, the first being "
                 f"{names[0]!r}: put them into one of {tried}."
             )
-        return folders[hits.index(max(hits))]
+        best = [folder for folder in folders if hits[folder] == max(hits.values())]
+        if len({folder.resolve() for folder in best}) > 1:
+            raise DataError(
+                f"The pictures that {document.path} names, such as {names[0]!r}, are in {best[0]} "
+                f"as well as in {best[1]}, and neither is called as the json is: give the folder "
+                "the name of the split, or write it before the file names."
+            )
+        return best[0]
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -105,7 +127,7 @@ class _Document:
             raise DataError(
                 f"{path}, line {error.lineno}: this is no JSON ({error.msg}): export it again."
             ) from error
-        except (UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not UTF-8, or a number of 5,000 digits
             raise DataError(
                 f"{path}, line 1: this is no JSON ({error}): export it again."
             ) from error
@@ -245,5 +267,8 @@ def _box(value: Any, file: str, place: int) -> tuple[float, float, float, float]
             f"{file}: annotation {place} has the bbox {json.dumps(value)[:200]}, which is not four "
             "numbers (left, top, width, height)."
         )
-    left, top, width, height = map(float, value)
+    try:
+        left, top, width, height = map(float, value)
+    except OverflowError:  # of a whole number beyond all floats
+        left = top = width = height = math.inf
     return left, top, left + width, top + height

@@ -16,9 +16,15 @@ from pathlib import Path
 from groundwork.data.label_coco import CocoRoot
 from groundwork.data.label_policy import Defects, Labels
 from groundwork.data.label_roots import find_root
-from groundwork.data.label_table import LabelTable
+from groundwork.data.label_table import LabelTable, check_names
 from groundwork.data.label_voc import read_xml, voc_names
-from groundwork.data.label_yolo import YoloRoot, parse_lines, read_yaml_names, with_classes_txt
+from groundwork.data.label_yolo import (
+    YoloRoot,
+    parse_lines,
+    read_yaml_keypoints,
+    read_yaml_names,
+    with_classes_txt,
+)
 from groundwork.data.shard_index import default_key
 from groundwork.errors import DataError
 
@@ -99,6 +105,7 @@ def open_lookup(data: str) -> LabelLookup:
     if isinstance(root, CocoRoot):
         root.loose = True
     tables = root.read(None, defects)
+    check_names(data, root.names)
     return LabelLookup(LabelTable.joined(list(tables.values())), root.names, defects, root.notes)
 
 
@@ -167,5 +174,8 @@ def _named(folder: Path) -> YoloRoot:
             return root
         for name in ("data.yaml", "data.yml"):
             if (place / name).is_file():
-                return YoloRoot(place, {}, read_yaml_names(place / name), str(place / name))
+                path = place / name
+                return YoloRoot(
+                    place, {}, read_yaml_names(path), str(path), keypoints=read_yaml_keypoints(path)
+                )
     return YoloRoot(folder, {})

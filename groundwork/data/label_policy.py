@@ -17,7 +17,9 @@ The policy, box by box:
 Where the file says how large the picture is: if that is the upright size, or the picture is square,
 the boxes are upright. If it is the size as stored, before the EXIF orientation exchanged the
 sides, the boxes are turned with the picture, once. If it is neither, that is reported, and the
-boxes are taken as pixels of the upright picture, unscaled.
+boxes are taken as pixels of the upright picture, unscaled. Nothing tells the two apart where EXIF
+mirrors a picture or turns it upside down, where it is square, or where the labels say no size: the
+boxes are then taken as upright, and that is reported.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ MISSING_PICTURE = "picture missing on disk, left out"
 LISTED_TWICE = "picture listed twice, kept once"
 NO_PICTURE = "label without a picture, passed over"
 NO_LABEL_FILE = "picture without a label file, kept as background"
+TWIN = "picture of another one's name but for its ending, left out"
+UNSURE = "picture is turned or mirrored by EXIF and its labels do not show it, taken as upright"
 NO_BOX = "annotation without a box, passed over"
 
 Floats = npt.NDArray[np.float64]
@@ -183,11 +187,16 @@ def settle(labels: Labels, picture: Picture, defects: Defects) -> Annotations:
 def _upright(labels: Labels, picture: Picture, defects: Defects) -> Floats:
     """Return the boxes in pixels of the upright picture."""
     width, height = picture.width, picture.height
+    exchanged = picture.orientation >= 5
+    shown = exchanged and width != height and labels.size is not None
+    if picture.orientation != 1 and len(labels.boxes) and not shown:
+        where = f"{labels.picture} has orientation {picture.orientation}"
+        defects.add(UNSURE, labels.file, where)
     if labels.unit:
         return labels.boxes * np.array([width, height, width, height], np.float64)
     if labels.size is None or labels.size == (width, height):
         return labels.boxes
-    turned = labels.size == (height, width) and picture.orientation >= 5
+    turned = labels.size == (height, width) and exchanged
     if not turned:
         said, real = "{} x {}".format(*labels.size), f"{width} x {height}"
         defects.add(OTHER_SIZE, labels.file, f"{labels.picture} has {real}, not {said}")

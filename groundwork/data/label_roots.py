@@ -27,22 +27,11 @@ from typing import Protocol
 from groundwork.config import parse_yaml
 from groundwork.data.label_coco import CocoRoot
 from groundwork.data.label_policy import Defects
-from groundwork.data.label_table import LabelTable
+from groundwork.data.label_table import SPLIT_WORDS, SPLITS, LabelTable, split_of
 from groundwork.data.label_voc import VocRoot
 from groundwork.data.label_yolo import YoloRoot, label_file, read_yaml_root, with_classes_txt
 from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError, UsageError
-
-SPLITS = ("train", "val", "test")
-_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
 
 
 class Root(Protocol):
@@ -61,12 +50,6 @@ class Root(Protocol):
 
     def read(self, split: str | None, defects: Defects) -> dict[str | None, LabelTable]:
         """Read one split, or all; data that is not split is read whatever is asked for."""
-
-
-def split_of(name: str) -> str | None:
-    """Return the split that a name speaks of: train for `instances_train2017`."""
-    words = re.findall("[a-z]+", name.lower())
-    return next((_WORDS[word] for word in words if word in _WORDS), None)
 
 
 def find_root(data: str) -> Root:
@@ -161,7 +144,7 @@ def _split_folders(folder: Path) -> Iterator[tuple[str | None, Path]]:
     """Yield the folders that are splits, in the order of SPLITS."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        split = _WORDS.get(re.sub(r"\d+$", "", path.name.lower()))  # val2017
+        split = SPLIT_WORDS.get(re.sub(r"\d+$", "", path.name.lower()))  # val2017
         if split is None or not path.is_dir():
             continue
         if split in found:

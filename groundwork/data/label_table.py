@@ -8,6 +8,7 @@ and to send to a worker.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -158,6 +159,40 @@ def relative(path: str, root: Path) -> str:
 
 
 # ---- names -------------------------------------------------------------------------------------
+
+SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a name speaks of: train for `instances_train2017`."""
+    words = re.findall("[a-z]+", name.lower())
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+
+
+def check_names(data: str, names: Sequence[str]) -> None:
+    """Raise DataError for classes that could not be told apart, drawn or written in a table."""
+    if not names:
+        raise DataError(f"The labels of {data} have no class: name at least one.")
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise DataError(
+                f"The labels of {data} have two classes of the name {name!r}, {names.index(name)} "
+                f"and {number}: give them names of their own, or make them one."
+            )
+        if not name.strip() or not name.isprintable():
+            raise DataError(
+                f"The labels of {data} call class {number} {name!r}: give it a name that can be "
+                "printed on one line."
+            )
 
 
 def choose(names_in: Path, paths: Sequence[str]) -> list[int]:

@@ -17,17 +17,19 @@ fill the memory.
 from __future__ import annotations
 
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from groundwork.data.label_policy import NO_LABEL_FILE, NO_PICTURE, Defects
+from groundwork.data.label_policy import NO_LABEL_FILE, NO_PICTURE, TWIN, Defects
 from groundwork.data.label_table import LabelTable, relative
 from groundwork.data.label_yolo import read_names
 from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError
 
+_MARKED = re.compile(r"(\S.*?)\s+-?[01]")
 _EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -64,7 +66,13 @@ class VocRoot:
         parsed: dict[str, Objects] = {}
         found = {}
         for key in self.lists:
-            found[key] = self._pairs(key)
+            wanted = split is None or key in (None, split)
+            found[key] = self._pairs(key, defects if wanted else Defects())
+        train, val = self.lists.get("train"), self.lists.get("val")
+        if train is not None and val is not None and train.name == "trainval.txt":
+            found["train"] = [pair for pair in found["train"] if pair not in set(found["val"])]
+            self.notes = ["train is trainval.txt without what val.txt names"]
+        for key in self.lists:
             for _, file in found[key]:
                 if file not in parsed and Path(file).is_file():
                     parsed[file] = read_xml(Path(file))
@@ -80,7 +88,7 @@ class VocRoot:
             if split is None or key in (None, split)
         }
 
-    def _pairs(self, key: str | None) -> list[tuple[str, str]]:
+    def _pairs(self, key: str | None, defects: Defects) -> list[tuple[str, str]]:
         """Return picture and xml of each name of a split; both may be missing."""
         pictures, annotations, listed = (
             self.pictures[key],
@@ -89,14 +97,16 @@ class VocRoot:
         )
         by_stem: dict[str, str] = {}
         for name in sorted(_names_in(pictures)):
-            if picture_suffix(name):
-                by_stem.setdefault(name.rpartition(".")[0], name)
+            stem = name.rpartition(".")[0]
+            if picture_suffix(name) and by_stem.setdefault(stem, name) != name:
+                where = f"{by_stem[stem]} has the same label file"
+                defects.add(TWIN, str(pictures / name), where)
         if listed is None:
             stems = list(by_stem)
             if {f"{stem}.xml" for stem in stems}.isdisjoint(_names_in(annotations)):
                 raise DataError(f"No picture of {pictures} has an xml in {annotations}.")
         else:
-            stems = _read_list(listed)
+            stems = _read_list(listed, by_stem)
         return [
             (str(pictures / by_stem.get(stem, f"{stem}.jpg")), str(annotations / f"{stem}.xml"))
             for stem in stems
@@ -142,19 +152,26 @@ def _names_in(folder: Path) -> list[str]:
         raise DataError(f"The folder {folder} cannot be read: {error.strerror}.") from error
 
 
-def _read_list(path: Path) -> list[str]:
-    """Read the names of a split: the first word of a line, less a picture's extension."""
+def _read_list(path: Path, pictures: Mapping[str, str]) -> list[str]:
+    """Read the names of a split, less a picture's extension. `pictures` are those there, by stem.
+
+    VOC's lists of one class have 1, 0 or -1 behind every name. Names may have blanks otherwise, and
+    may end in a number.
+    """
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
-    # VOC's lists of one class have 1, 0 or -1 behind the name; names may have blanks otherwise.
-    names = [
-        name.rpartition(" ")[0].strip() if name.endswith((" 1", " 0", "-1")) else name
-        for name in names
-    ]
-    names = [name.rpartition(".")[0] if picture_suffix(name) else name for name in names]
+    lines = [line.strip() for line in lines if line.strip()]
+    marked = [_MARKED.fullmatch(line) for line in lines]
+    names = [match[1] for match in marked if match]
+    if len(names) < len(lines) or all(_stem(line) in pictures for line in lines):
+        names = lines
+    names = [_stem(name) for name in names]
     if not names:
         raise DataError(f"The list {path} names no picture.")
     return list(dict.fromkeys(names))
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0] if picture_suffix(name) else name
 
 
 def voc_names(folder: Path, seen: Sequence[str]) -> tuple[tuple[str, ...], str]:

@@ -3,10 +3,12 @@
 What: `YoloRoot` reads the pictures of a data set and the label file of each: the path of the
 picture with its last folder `images` turned into `labels`, ending in .txt; where the picture lies
 in no such folder, the .txt beside it. x and y are the middle of the box. A line of more numbers, an
-even count of them, is the outline of the object, and is read as the box around it.
+even count of them, is the outline of the object, and is read as the box around it; where a
+data.yaml has `kpt_shape`, it is a box with keypoints, of which the box is read.
 
 Names are those of data.yaml, else of classes.txt, else class_0 and so on, as many as the labels of
-all splits use. A picture without a label file, or with an empty one, is background. Split lists in
+all splits use. A picture with an empty label file is background; one without a label file is, too,
+and is reported. Split lists in
 a data.yaml are folders, lists of folders, or text files of paths, relative to its `path`, or else
 to itself.
 """
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from groundwork.config import parse_yaml
-from groundwork.data.label_policy import NO_PICTURE, Defects
+from groundwork.data.label_policy import NO_LABEL_FILE, NO_PICTURE, Defects
 from groundwork.data.label_table import LabelTable, relative
 from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError, UsageError
@@ -44,6 +46,7 @@ class YoloRoot:
     sources: Mapping[str | None, Sequence[Path]]
     names: tuple[str, ...] = ()
     names_file: str = ""  # where they are from; "" where nothing names the classes
+    keypoints: int = 0  # numbers of a line behind its box
     notes: list[str] = field(default_factory=list)
 
     form = "YOLO text"
@@ -93,12 +96,18 @@ def read_yaml_root(path: Path) -> YoloRoot:
         raise DataError(f"{path} names no pictures: it has none of the keys train, val, test.")
     names = _yaml_names(document, path)
     root = YoloRoot(base, sources, names, str(path) if names else "")
+    root.keypoints = _keypoints(document, path)
     return root if names else with_classes_txt(root)
 
 
 def read_yaml_names(path: Path) -> tuple[str, ...]:
     """Read the names of a data.yaml alone; none where it has none. Raises DataError."""
     return _yaml_names(_yaml(path), path)
+
+
+def read_yaml_keypoints(path: Path) -> int:
+    """Read how many numbers of keypoints a line has by a data.yaml. Raises DataError."""
+    return _keypoints(_yaml(path), path)
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -131,6 +140,16 @@ def _located(base: Path, item: str, path: Path) -> Path:
         f"{path} names {item!r}, which is neither in {base} nor beside it: correct `path`, or put "
         "the pictures there."
     )
+
+
+def _keypoints(document: dict[str, Any], path: Path) -> int:
+    """Return how many numbers the keypoints of an object are: kpt_shape's two multiplied."""
+    shape = document.get("kpt_shape")
+    if shape is None:
+        return 0
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
+        raise DataError(f"{path}: kpt_shape must be two numbers: how many keypoints, and 2 or 3.")
+    return int(shape[0] * shape[1])
 
 
 def _yaml_names(document: dict[str, Any], path: Path) -> tuple[str, ...]:
@@ -192,6 +211,9 @@ def _table(root: YoloRoot, sources: Sequence[Path], defects: Defects) -> LabelTa
             f"{files[0]}: put the labels there, or name other pictures."
         )
     _report_strays(files, defects)
+    for picture, content in zip(pictures, contents, strict=True):
+        if content is None:
+            defects.add(NO_LABEL_FILE, picture)
     rows = []
     for number, (file, content) in enumerate(zip(files, contents, strict=True)):
         for box, class_number, line in parse_lines(content or b"", file, root):
@@ -242,7 +264,8 @@ def _report_strays(files: Iterable[str], defects: Defects) -> None:
         if not Path(folder).is_dir():
             continue
         for name in sorted(os.listdir(folder)):  # noqa: PTH208 (names alone, a million of them)
-            if name.endswith(".txt") and f"{folder}/{name}" not in known and name not in _NO_LABELS:
+            stray = name.lower().endswith(".txt") and name not in _NO_LABELS  # x.TXT is not read
+            if stray and f"{folder}/{name}" not in known:
                 defects.add(NO_PICTURE, f"{folder}/{name}")
 
 
@@ -257,11 +280,13 @@ def parse_lines(content: bytes, file: str, root: YoloRoot) -> list[Row]:
             first, *numbers = map(float, words)
         except ValueError:
             first, numbers = math.nan, []
-        outline = len(numbers) >= 6 and len(numbers) % 2 == 0
+        if root.keypoints and len(numbers) == 4 + root.keypoints:
+            numbers = numbers[:4]
+        outline = not root.keypoints and len(numbers) >= 6 and len(numbers) % 2 == 0
         if not first.is_integer() or not (len(numbers) == 4 or outline):
             raise DataError(
                 f"{file}, line {line}: {' '.join(words)[:100]!r} is neither `class x y width "
-                "height` nor a class and an outline: correct or remove the line."
+                f"height` nor {_more(root)}: correct or remove the line."
             )
         class_number = int(first)
         most = len(root.names) or _MOST_CLASSES
@@ -273,6 +298,12 @@ def parse_lines(content: bytes, file: str, root: YoloRoot) -> list[Row]:
             )
         rows.append((_box(numbers), class_number, line))
     return rows
+
+
+def _more(root: YoloRoot) -> str:
+    if root.keypoints:
+        return f"that with {root.keypoints} numbers of keypoints (kpt_shape)"
+    return "a class and an outline"
 
 
 def _box(numbers: list[float]) -> tuple[float, float, float, float]:

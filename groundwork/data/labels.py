@@ -22,7 +22,7 @@ from groundwork.data.decode import Picture, open_picture
 from groundwork.data.label_policy import LISTED_TWICE, MISSING_PICTURE, Defects, Labels, settle
 from groundwork.data.label_roots import Root, find_root
 from groundwork.data.label_shard_sets import SCENES, find_shards, open_shard_labels
-from groundwork.data.label_table import LabelTable, choose
+from groundwork.data.label_table import LabelTable, check_names, choose
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.samples import PictureFiles
 from groundwork.data.shard_index import sha256_text
@@ -158,6 +158,7 @@ def open_labeled(
             data, shards, split, cache=cache, cache_bytes=cache_bytes, names_in=names_in
         )
         form = "drawn scenes" if data == SCENES else "labeled shards"
+        check_names(data, names)
         # Scenes are drawn in colours: no mapping of other pictures is theirs.
         reading = Reading(reading.max_pixels) if data == SCENES else reading
         return LabeledSamples(samples, names, Defects(), form=form, splits=splits, reading=reading)
@@ -182,6 +183,7 @@ def _open_files(
 ) -> LabeledSamples:
     defects = Defects()
     tables = root.read(split, defects)
+    check_names(data, root.names)
     table, sizes = _present(LabelTable.joined(list(tables.values())), split, defects)
     if names_in is not None:
         chosen = choose(names_in, table.paths)
@@ -211,7 +213,7 @@ def _present(
             continue
         try:
             chosen[path] = number, (table.root / path).stat().st_size
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name that no file can have
             missing.append(number)
             defects.add(MISSING_PICTURE, str(table.root / path), f"named by {table.files[number]}")
     if missing and (split in ("val", "test") or not chosen):

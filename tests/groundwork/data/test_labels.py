@@ -222,6 +222,16 @@ def test_boxes_of_the_upright_picture_stay_as_they_are(orientation: int) -> None
         assert found.boxes.tolist() == [lit(picture)]
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_where_nothing_shows_which_way_boxes_are_that_is_reported(orientation: int) -> None:
+    picture, _ = marked(orientation)
+    for size in (None, (picture.width, picture.height)):
+        defects = Defects()
+        settle(labels_of([1, 2, 3, 4], size), picture, defects)
+        shown = orientation == 1 or (orientation >= 5 and size is not None)
+        assert list(defects.counts()) == ([] if shown else [label_policy.UNSURE])
+
+
 def test_a_size_that_is_neither_is_reported_and_boxes_are_pixels() -> None:
     for orientation, size in ((1, (24, 40)), (6, (80, 48)), (1, (80, 48))):
         picture, _ = marked(orientation)
@@ -258,6 +268,65 @@ def test_coco_splits_names_and_background(tmp_path: Path, make_jpeg: MakeJpeg) -
     assert len(open_(root)) == 3
     with pytest.raises(DataError, match=r"no split 'test', only train, val"):
         open_(root, "test")
+
+
+@pytest.mark.parametrize("names", ["train val", "train valid", "training validation"])
+def test_splits_that_use_the_same_file_names_are_told_apart(
+    tmp_path: Path, make_jpeg: MakeJpeg, names: str
+) -> None:
+    for place, split in enumerate(names.split()):
+        for number in range(2):
+            write(tmp_path / "images" / split / f"{number}.jpg", make_jpeg(9 * place + number))
+        rows = [(0, [1, 2, 10, 20], 1)]
+        write(tmp_path / "annotations" / f"{split}_coco.json", coco(["0.jpg", "1.jpg"], rows))
+    json_of_val = tmp_path / "annotations" / f"{names.split()[1]}_coco.json"
+    for data, split in ((tmp_path, "val"), (json_of_val, None)):
+        sample = open_(data, split).read(0, 0)
+        assert Path(sample.source) == tmp_path / "images" / names.split()[1] / "0.jpg"
+    other = json_of_val.rename(tmp_path / "annotations" / "some.json")
+    with pytest.raises(DataError, match=r"are in .* as well as in"):
+        open_(other)
+
+
+def test_pictures_of_the_split_count_where_another_split_has_more_of_these_names(
+    tmp_path: Path, make_jpeg: MakeJpeg
+) -> None:
+    root = write_coco(tmp_path, make_jpeg)
+    write(root / "annotations" / "val.json", coco(["c.jpg", "a.jpg", "b.jpg"], []))
+    with pytest.raises(
+        DataError, match=r"2 of 3 pictures are missing, the first being .*images/val/a"
+    ):
+        open_(root, "val")
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (["cell", "cell"], "two classes of the name 'cell', 0 and 1"),
+        (["a", "b\nc"], r"class 1 'b\\nc'"),
+        (["a", " "], "class 1 ' '"),
+        ([], "have no class"),
+    ],
+)
+def test_names_that_cannot_be_told_apart_or_written_are_refused(
+    tmp_path: Path, make_jpeg: MakeJpeg, names: list[str], match: str
+) -> None:
+    root = write_coco(tmp_path, make_jpeg)
+    for split, picture in (("train", "a.jpg"), ("val", "c.jpg")):
+        write(root / "annotations" / f"{split}.json", coco([picture], [], names))
+    with pytest.raises(DataError, match=match):
+        open_(root, "train")
+
+
+def test_numbers_and_names_beyond_all_bounds_are_told(tmp_path: Path, make_jpeg: MakeJpeg) -> None:
+    root = write_coco(tmp_path, make_jpeg)
+    text = json.dumps(coco(["a.jpg", "\0.jpg"], [(0, [1, 2, 7777, 4], 1)]))
+    write(root / "annotations" / "train.json", text.replace("7777", "1" + "0" * 400))
+    samples = open_(root, "train")
+    assert {label_policy.NOT_FINITE, label_policy.MISSING_PICTURE} == set(samples.defects.counts())
+    write(root / "annotations" / "train.json", text.replace("7777", "1" * 5000))
+    with pytest.raises(DataError, match="this is no JSON"):
+        open_(root, "train")
 
 
 def test_a_single_json_is_data_that_is_not_split(tmp_path: Path, make_jpeg: MakeJpeg) -> None:
@@ -398,7 +467,9 @@ def test_yolo_without_names_counts_classes_over_all_splits(
         "images/train/empty": ([], []),
         "images/train/none": ([], []),
     }
-    assert not len(train.defects)
+    assert [(d.reason, d.file) for d in train.defects] == [
+        (label_policy.NO_LABEL_FILE, str(root / "images" / "train" / "none.jpg"))
+    ]
 
 
 def test_an_outline_becomes_the_box_around_it(tmp_path: Path, make_jpeg: MakeJpeg) -> None:
@@ -412,7 +483,7 @@ def test_yolo_with_classes_txt(tmp_path: Path, make_jpeg: MakeJpeg, where: str) 
     write(root / where, "car\nbig boat\nplane\n")
     samples = open_(root, "train")
     assert samples.names == ("car", "big boat", "plane")
-    assert not len(samples.defects)
+    assert list(samples.defects.counts()) == [label_policy.NO_LABEL_FILE]
 
 
 @pytest.mark.parametrize(
@@ -496,12 +567,38 @@ def test_labels_without_a_picture_are_reported_and_no_labels_at_all_refused(
 ) -> None:
     root = write_yolo(tmp_path / "set", make_jpeg)
     stray = write(root / "labels" / "train" / "stray.txt", "0 0.5 0.5 0.1 0.1\n")
+    unread = write(root / "labels" / "train" / "none.TXT", "0 0.5 0.5 0.1 0.1\n")
     samples = open_(root, "train")
-    assert [(d.reason, d.file) for d in samples.defects] == [(label_policy.NO_PICTURE, str(stray))]
+    assert [(d.reason, d.file) for d in samples.defects] == [
+        (label_policy.NO_PICTURE, str(unread)),
+        (label_policy.NO_PICTURE, str(stray)),
+        (label_policy.NO_LABEL_FILE, str(root / "images" / "train" / "none.jpg")),
+    ]
+    unread.unlink()
     for path in (root / "labels" / "train").iterdir():
         path.unlink()
     with pytest.raises(DataError, match="None of the 3 pictures has a label file"):
         open_(root, "train")
+
+
+@pytest.mark.parametrize("shape", ["[1, 2]", "[2, 3]"])
+def test_yolo_boxes_with_keypoints_are_boxes(
+    tmp_path: Path, make_jpeg: MakeJpeg, shape: str
+) -> None:
+    root = write_yolo(tmp_path, make_jpeg)
+    points = "0.2 0.3" if shape == "[1, 2]" else "0.2 0.3 2 0 0 0"
+    write(root / "labels" / "train" / "a.b.txt", f"0 0.5 0.5 0.25 0.5 {points}\n")
+    write(root / "labels" / "val" / "c.txt", "0 0.5 0.5 0.25 0.5\n")
+    text = f"train: images/train\nval: images/val\nnames: [a]\nkpt_shape: {shape}\n"
+    path = write(root / "data.yaml", text)
+    assert all_boxes(open_(path, "train"))["images/train/a.b"] == ([[24, 12, 40, 36]], ["a"])
+    assert all_boxes(open_(path, "val"))["images/val/c"] == ([[24, 12, 40, 36]], ["a"])
+    write(root / "labels" / "val" / "c.txt", "0 0.1 0.1 0.9 0.1 0.9 0.5 0.5 1.0 0.5 0.5 0.6 0.6\n")
+    with pytest.raises(DataError, match=r"numbers of keypoints \(kpt_shape\)"):
+        open_(path, "val")
+    write(path, text.replace(shape, "17"))
+    with pytest.raises(DataError, match="kpt_shape must be two numbers"):
+        open_(path, "val")
 
 
 @pytest.mark.parametrize(
@@ -550,6 +647,36 @@ def test_voc_takes_corners_as_they_are_and_names_from_all_splits(
     }
     assert list(all_boxes(val)) == ["JPEGImages/c", "JPEGImages/d"]
     assert list(val.defects.counts()) == [label_policy.NO_LABEL_FILE]
+
+
+def test_voc_names_may_end_in_what_marks_a_class(tmp_path: Path, make_jpeg: MakeJpeg) -> None:
+    names = ["img 1", "img 0", "scan-1", "x 1"]
+    for number, name in enumerate(names):
+        write(tmp_path / "JPEGImages" / f"{name}.jpg", make_jpeg(number))
+        write(tmp_path / "Annotations" / f"{name}.xml", voc(("dog", 1, 2, 30, 40)))
+    lists = tmp_path / "ImageSets" / "Main"
+    write(lists / "train.txt", "img 1\nimg 0\n")
+    write(lists / "val.txt", "scan-1\nx 1\n")
+    write(lists / "test.txt", "scan-1 -1\nx 1  1\n")  # marked
+    assert list(all_boxes(open_(tmp_path, "train"))) == ["JPEGImages/img 1", "JPEGImages/img 0"]
+    for split in ("val", "test"):
+        assert list(all_boxes(open_(tmp_path, split))) == ["JPEGImages/scan-1", "JPEGImages/x 1"]
+
+
+def test_voc_twins_are_reported_and_trainval_does_not_leak(
+    tmp_path: Path, make_jpeg: MakeJpeg
+) -> None:
+    root = write_voc(tmp_path, make_jpeg)
+    write(root / "JPEGImages" / "a.png", make_jpeg(7))
+    (root / "ImageSets" / "Main" / "train.txt").unlink()
+    write(root / "ImageSets" / "Main" / "trainval.txt", "a\nb\nc\nd\n")
+    train = open_(root, "train")
+    assert list(all_boxes(train)) == ["JPEGImages/a", "JPEGImages/b"]
+    assert [(d.reason, d.file) for d in train.defects] == [
+        (label_policy.TWIN, str(root / "JPEGImages" / "a.png"))
+    ]
+    assert train.notes == ("train is trainval.txt without what val.txt names",)
+    assert list(all_boxes(open_(root, "val"))) == ["JPEGImages/c", "JPEGImages/d"]
 
 
 def test_voc_names_keep_the_order_of_a_list_of_them(tmp_path: Path, make_jpeg: MakeJpeg) -> None:
