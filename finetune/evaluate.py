@@ -123,7 +123,12 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     if (keys.data.val is None) == (keys.data.test is None):
         raise UsageError("Say which pictures: one of data.val=ROOT and data.test=ROOT.")
     split = keys.data.split or ("val" if keys.data.val is not None else "test")
+    folder = out or weights.parent / f"evaluation-{split}"
     detector, about = detector_from_file(weights)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be made: {error.strerror}.") from error
     detector = detector.to("cuda" if torch.cuda.is_available() else "cpu")
     source = str(keys.data.val or keys.data.test)
     labeled = _open(source, split, keys.data, _reading(keys.data, about.reading()))
@@ -140,8 +145,8 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
         labeled.close()
     assert seen is not None
     results = measure(seen, about.names)
-    folder = out or weights.parent / f"evaluation-{split}"
-    folder.mkdir(parents=True, exist_ok=True)
+    for reason, count in labeled.defects.counts().most_common():
+        logger.warning("Labels: %d x %s.", count, reason)
     document = {"weights": str(weights), "data": source, "split": split, **results.to_json()}
     write_atomically(folder / "results.json", json.dumps(document, indent=1) + "\n")
     write_atomically(folder / "detections.json", json.dumps(to_rows(seen.found, seen.keys)) + "\n")

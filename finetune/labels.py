@@ -121,6 +121,8 @@ def _count(text: str) -> int:
 
 def _show(given: argparse.Namespace) -> None:
     splits: Sequence[str | None] = splits_of(given.data) or (None,)
+    if given.split is not None and splits == (None,):
+        raise DataError(f"{given.data} is not split, so there is no {given.split}: leave it out.")
     if given.split is not None:
         splits = (given.split,)
     settings = Data()

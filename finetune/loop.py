@@ -9,6 +9,7 @@ is a function of its position, and random numbers on the device of (seed, step, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -26,13 +27,19 @@ from torch import nn
 from finetune.augment import build as build_augment
 from finetune.detector import Detector, build_detector
 from finetune.evaluate import evaluate
+from finetune.labels import survey
 from finetune.losses import Loss
 from finetune.metrics import Results
 from finetune.plan import Plan, Stretch
 from finetune.recipe import Recipe
 from finetune.regularize import regularize
 from finetune.report import save_boxes
-from finetune.training import Training, measure_batchnorm, scale_learning_rates
+from finetune.training import (
+    Training,
+    measure_batchnorm,
+    scale_learning_rates,
+    share_statistics,
+)
 from finetune.views import DetectionViews
 from finetune.weights import detector_from_file, load_init, parts_of, save_detector
 from groundwork import training_state
@@ -66,6 +73,10 @@ from groundwork.tracking import Tracking, Window
 from groundwork.training_state import Trained
 
 logger = logging.getLogger(__name__)
+
+
+# Labels of so many pictures are looked at before training: some seconds.
+SURVEYED = 10_000
 
 
 @dataclass
@@ -128,6 +139,36 @@ def open_sets(recipe: Recipe) -> Sets:
     )
 
 
+def tell_defects(sets: Sets, run: Run) -> None:
+    """Say what is wrong with the labels, by reason; label-defects.jsonl lists it.
+
+    Some defects show when a picture is opened. Pictures in files are looked at before training,
+    their headers alone, where they are not too many; the others are left to finetune.labels.
+    """
+    if not run.accelerator.is_main_process:
+        return
+    lines: list[str] = []
+    for name, labeled in (("training", sets.train), ("validation", sets.val), ("test", sets.test)):
+        if labeled is None:
+            continue
+        if labeled.in_files and len(labeled) <= SURVEYED:
+            survey(labeled)
+        elif labeled.in_files:
+            logger.info(
+                "%s are too many pictures to look at all labels first: python -m finetune.labels "
+                "does.", labeled.name,
+            )  # fmt: skip
+        for reason, count in labeled.defects.counts().most_common():
+            logger.warning("Labels for %s: %d x %s.", name, count, reason)
+        lines += [
+            json.dumps({"set": name, **dataclasses.asdict(defect)}) for defect in labeled.defects
+        ]
+    if lines:
+        file = run.folder / "label-defects.jsonl"
+        write_atomically(file, "".join(f"{line}\n" for line in lines))
+        logger.warning("Each of them is listed in %s.", file)
+
+
 def finetune(  # noqa: C901 (one loop, read from top to bottom)
     recipe: Recipe,
     run: Run,
@@ -147,6 +188,12 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     # What it is trained on.
     sets = open_sets(recipe)
     names = sets.train.names
+    tell_defects(sets, run)
+    if sets.val is None and recipe.eval.patience is not None:
+        raise UsageError(
+            f"eval.patience needs validation pictures, and {recipe.data.train} has none: name them "
+            "by data.val=ROOT."
+        )
     order = Order(sets.train.shard_sizes, seed=recipe.seed, window_shards=recipe.data.window_shards)
 
     # What is trained. Weights come from one place: a checkpoint, else --init, else the seed.
@@ -192,6 +239,12 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         position.best = bring_best(saved, run, position.best)
     plan = Plan(recipe, len(sets.train), position.seconds)
     clock = plan.clock
+    for stretch in plan.stretches:
+        if stretch.batch_size % (world * recipe.accumulate):
+            raise UsageError(
+                f"batch_size={stretch.batch_size} of a phase is not divisible by {world} processes "
+                f"x accumulate={recipe.accumulate}."
+            )
 
     if recipe.compile:
         for part in parts_of(detector).values():
@@ -214,11 +267,6 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
 
     def open_loader(stretch: Stretch) -> Loader:
         """Open this rank's batches from where the run stands."""
-        if stretch.batch_size % (world * recipe.accumulate):
-            raise UsageError(
-                f"batch_size={stretch.batch_size} of a phase is not divisible by {world} processes "
-                f"x accumulate={recipe.accumulate}."
-            )
         views = DetectionViews(
             sets.train,
             build_augment(recipe.augment, mixing=stretch.mixing),
@@ -283,6 +331,8 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         """Score what would be kept on the validation set; remember the best."""
         if sets.val is None:
             return {}
+        if world > 1:
+            share_statistics(kept().values())
         found = score(sets.val, Detector(**kept()))  # type: ignore[arg-type]
         # Every rank learns what the main process found, since it decides when to stop.
         ap = told_by_main(group, -1.0 if found is None else found.ap)
@@ -309,6 +359,10 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 logger.warning("%s Training goes on.", error)
         accelerator.wait_for_everyone()
 
+    def without_hope() -> bool:
+        """Say whether too many scorings have brought nothing better."""
+        return recipe.eval.patience is not None and position.worse >= recipe.eval.patience
+
     detector.train()
     loader: Loader | None = None
     batches: Any = None
@@ -316,7 +370,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     show = Display(clock, accelerator.is_main_process)
     try:
         clock.start()
-        while not clock.over(position.step):
+        while not clock.over(position.step) and not without_hope():
             progress = clock.progress(position.step)
             stretch = plan.stretch(progress)
             if loader is None or stretch.number != position.stretch:
@@ -403,7 +457,9 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             # Step 5. Tell, score, save: none of it changes what is learned.
             if recipe.log.samples:
                 tracking.write_samples(position.step, keys)
-            if position.step == 1 or position.step % recipe.log.every_steps == 0 or ended:
+            times = recipe.eval.times
+            scored = bool(times) and (ended or clock.crossed(progress, position.step, times))
+            if position.step == 1 or position.step % recipe.log.every_steps == 0 or ended or scored:
                 metrics = window.read(accelerator)
                 metrics["optim/lr"] = recipe.optim.lr * factor
                 metrics["train/skipped"] = float(position.skipped)
@@ -411,15 +467,14 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 tracking.write(position.step, metrics)
                 show.metrics(position.step, metrics)
                 window = Window()
-            times = recipe.eval.times
-            if times and (ended or clock.crossed(progress, position.step, times)):
+            if scored:
                 metrics = validate()
                 if metrics:
                     tracking.write(position.step, metrics)
                     logger.info(
                         "Validation at step %d: AP %.4f.", position.step, metrics["eval/ap"]
                     )
-                if recipe.eval.patience is not None and position.worse >= recipe.eval.patience:
+                if without_hope():
                     logger.info(
                         "No better AP in %d scorings: stopping at step %d. The best was %.4f.",
                         position.worse, position.step, position.best,
@@ -462,7 +517,8 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         if labeled is not None
     }
     if accelerator.is_main_process:
-        _tell_end(run.folder, position, clock.seconds, scores)
+        weights = position.best_step if use_best else position.step
+        _tell_end(run.folder, position, weights, clock.seconds, scores)
     sets.close()
     tracking.close()
     accelerator.wait_for_everyone()
@@ -497,13 +553,25 @@ def _announce(
         f" ({', '.join(held_out)})" if held_out else "", recipe.image_size, recipe.batch_size,
         length, accelerator.num_processes, accelerator.device.type,
     )  # fmt: skip
+    if sets.val is None:
+        logger.warning(
+            "Nothing is held out, so nothing will say how good it becomes, and the last weights "
+            "are kept: name validation pictures by data.val=ROOT."
+        )
     logger.info("Run folder: %s", folder)
 
 
 def _tell_end(
-    folder: Path, position: Position, seconds: float, scores: dict[str, Results | None]
+    folder: Path,
+    position: Position,
+    weights: int,
+    seconds: float,
+    scores: dict[str, Results | None],
 ) -> None:
-    """Say what was learned, and write results.json: the test set's figures, else validation's."""
+    """Say what was learned, and write results.json: the test set's figures, else validation's.
+
+    `weights` is the step that the weights are of.
+    """
     logger.info(
         "Saw %d pictures in %d steps and %s.", position.samples, position.step, minutes(seconds)
     )
@@ -513,6 +581,6 @@ def _tell_end(
             logger.info("%s: AP %.4f, AP50 %.4f, AP75 %.4f.", name, one.ap, one.ap50, one.ap75)
     if found:
         best = "test" if "test" in found else "val"
-        document = {"split": best, "step": position.step, **found[best]}
+        document = {"split": best, "step": weights, "steps": position.step, **found[best]}
         others = {name: one for name, one in found.items() if name != best}
         write_atomically(folder / "results.json", json.dumps({**document, **others}, indent=1))

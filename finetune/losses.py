@@ -22,12 +22,13 @@ Differs from the papers:
   number of positives.
 - Label smoothing (arXiv 1512.00567, section 7) is over the classes of positive points: the box's
   class gets 1 - epsilon of the target score, and every class epsilon / C of it. Background keeps
-  its targets of 0, of which there are thousands a picture.
+  its targets of 0, of which there are thousands a picture. Varifocal loss weighs a point's other
+  classes as negatives all the same, or a wrong class would cost nearly nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ BOX_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "iou": lambda first, second: 1 - overlaps(first, second),
     "giou": generalized_box_iou_loss,
     "diou": distance_box_iou_loss,
-    "ciou": lambda first, second: complete_box_iou_loss(_with_area(first), second),
+    "ciou": lambda first, second: complete_box_iou_loss(_with_area(first), _with_area(second)),
 }
 
 
@@ -67,11 +68,17 @@ class DetectionLoss:
         self.config = config
 
     def __call__(
-        self, network: nn.Module, raw: Raw, size: tuple[int, int], targets: Targets
+        self,
+        network: nn.Module,
+        raw: Raw,
+        size: tuple[int, int],
+        targets: Targets,
+        frozen: Sequence[nn.Module] = (),
     ) -> Loss:
         """Compare logits of pictures of `size` (height, width) with the targets.
 
-        `network` is what made them: a detector, or what else has a DetectionHead as its `head`.
+        `network` is what made them: a detector, or what else has a DetectionHead as its `head`. The
+        penalty leaves out what is `frozen`.
         """
         head = network.head
         assert isinstance(head, DetectionHead)
@@ -122,7 +129,7 @@ class DetectionLoss:
                 )
             )
         if config.penalty.l2 or config.penalty.l1_scales:
-            parts["penalty"] = penalty(network, config.penalty.l2, config.penalty.l1_scales)
+            parts["penalty"] = penalty(network, config.penalty.l2, config.penalty.l1_scales, frozen)
         total = torch.stack(list(parts.values())).sum()
         return Loss(total, {name: value.detach() for name, value in parts.items()})
 
@@ -152,7 +159,8 @@ def class_targets(
 def classification_loss(logits: Tensor, wanted: Tensor, config: ClassificationKeys) -> Tensor:
     """Return the loss of every point and class, of the shape of `logits`."""
     if config.kind == "focal":
-        focal: Tensor = sigmoid_focal_loss(logits, wanted, config.alpha, config.gamma)
+        alpha = 0.25 if config.alpha is None else config.alpha  # RetinaNet, section 4.1
+        focal: Tensor = sigmoid_focal_loss(logits, wanted, alpha, config.gamma)
         return focal
     entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     if config.kind == "bce":
@@ -160,8 +168,10 @@ def classification_loss(logits: Tensor, wanted: Tensor, config: ClassificationKe
     score = logits.sigmoid().detach()
     if config.kind == "quality_focal":
         return (wanted - logits.sigmoid()).abs() ** config.gamma * entropy
-    negative = config.alpha * score**config.gamma
-    return torch.where(wanted > 0, wanted, negative) * entropy  # varifocal
+    alpha = 0.75 if config.alpha is None else config.alpha  # VarifocalNet, section 4.2
+    negative = alpha * score**config.gamma
+    own = (wanted > 0) & (wanted == wanted.amax(-1, keepdim=True))  # others are smoothed to above 0
+    return torch.where(own, wanted, negative) * entropy  # varifocal
 
 
 def overlaps(first: Tensor, second: Tensor) -> Tensor:
@@ -196,19 +206,26 @@ def distribution_loss(logits: Tensor, sides: Tensor) -> Tensor:
     return -(low * (1 - upper) + high * upper).mean(1)
 
 
-def penalty(model: nn.Module, l2: float, l1_scales: float) -> Tensor:
+def penalty(
+    model: nn.Module, l2: float, l1_scales: float, frozen: Sequence[nn.Module] = ()
+) -> Tensor:
     """Return l2 / 2 times the squares of the weights that decay, plus l1 times |BatchNorm scales|.
 
-    Frozen parameters are left out.
+    Parameters without a gradient, and those of `frozen` modules, are left out.
     """
     excluded = undecayed(model)
+    still = {id(parameter) for module in frozen for parameter in module.parameters()}
     total = torch.zeros((), device=next(model.parameters()).device)
+
+    def counts(parameter: nn.Parameter) -> bool:
+        return parameter.requires_grad and id(parameter) not in still
+
     if l2:
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and name not in excluded:
+            if counts(parameter) and name not in excluded:
                 total = total + l2 / 2 * parameter.square().sum()
     if l1_scales:
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad:
+            if isinstance(module, nn.BatchNorm2d) and counts(module.weight):
                 total = total + l1_scales * module.weight.abs().sum()
     return total

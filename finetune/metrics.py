@@ -163,8 +163,8 @@ def confusion(
 ) -> npt.NDArray[np.int64]:
     """Count which class was found for which, boxes matched best overlap first, each once.
 
-    Crowds are left out. Background is the last row (found, and nothing there) and the last column
-    (there, and not found).
+    Crowds are left out, and so are boxes found mostly on a crowd of their class. Background is the
+    last row (found, and nothing there) and the last column (there, and not found).
     """
     matrix = np.zeros((classes + 1, classes + 1), np.int64)
     for one, (labeled, _, _) in zip(found, truth, strict=True):
@@ -183,9 +183,23 @@ def confusion(
                 free_found.discard(column)
         for row in free_true:
             matrix[true_labels[row], classes] += 1
-        for column in free_found:
+        passed = _on_crowds(labeled, boxes, labels)
+        for column in free_found - passed:
             matrix[classes, labels[column]] += 1
     return matrix
+
+
+def _on_crowds(
+    labeled: Annotations, boxes: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
+) -> set[int]:
+    """Return which boxes lie by half or more on a crowd of their class."""
+    crowds, of_class = labeled.boxes[labeled.crowd], labeled.classes[labeled.crowd]
+    low = np.maximum(boxes[:, None, :2], crowds[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], crowds[None, :, 2:])
+    shared = np.clip(high - low, 0, None).prod(axis=2)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)[:, None]
+    on = (shared >= CONFUSION_IOU * area) & (labels[:, None] == of_class[None])
+    return set(np.flatnonzero(on.any(axis=1)).tolist())
 
 
 def overlaps(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> Floats:

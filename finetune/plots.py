@@ -22,7 +22,8 @@ def save_curves(results: Results, names: Sequence[str], path: Path) -> None:
     known = [n for n in range(len(names)) if results.precision[n].min() >= 0]
     for number in known[:_LEGEND]:
         ap50 = results.per_class[names[number]]["ap50"]
-        axes.plot(results.recall, results.precision[number], label=f"{names[number]} {ap50:.3f}")
+        label = f"{_plain(names[number])} {ap50:.3f}"
+        axes.plot(results.recall, results.precision[number], label=label)
     if known:
         mean = results.precision[known].mean(axis=0)
         label = f"mean of {len(known)} {mean.mean():.3f}"
@@ -35,9 +36,14 @@ def save_curves(results: Results, names: Sequence[str], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+def _plain(name: str) -> str:
+    """Return a name as matplotlib writes it, and not as a formula."""
+    return name.replace("$", r"\$")
+
+
 def save_confusion(results: Results, names: Sequence[str], path: Path) -> None:
     """Draw how often each true class was found as each class; shares of the row, and counts."""
-    labels = [*names, "background"]
+    labels = [*map(_plain, names), "background"]
     counts = results.confusion
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = max(4.5, 0.45 * len(labels) + 2.5)

@@ -78,9 +78,8 @@ class ClassificationKeys(Section):
 
     kind: Literal["bce", "focal", "varifocal", "quality_focal"] = "bce"
     weight: Weight = 0.5
-    # focal: 2.0 and 0.25 (RetinaNet); varifocal: 2.0 and 0.75; quality focal: 2.0.
     gamma: Weight = 2.0
-    alpha: Fraction = 0.75
+    alpha: Fraction | None = None  # null: 0.25 for focal (RetinaNet), 0.75 for varifocal
     smoothing: Fraction = 0.0  # label smoothing's epsilon
 
 
@@ -173,7 +172,7 @@ class Recipe(Section):
     ema: Ema = Ema(enabled=True, decay=0.9998)
     ema_from: Fraction = 0.0  # share of the budget before which the average just follows
     # BatchNorm of a pretrained start: measured anew on the labeled pictures before the first
-    # step, taken from the file, or taken from the file and never changed.
+    # step, taken from the file, or (the backbone's) taken from the file and never changed.
     batchnorm: Literal["measure", "file", "freeze"] = "measure"
     freeze: Freeze = Freeze()
     loss: LossKeys = LossKeys()
@@ -200,6 +199,8 @@ class Recipe(Section):
                 f"freeze.neck={self.freeze.neck} is longer than freeze.backbone="
                 f"{self.freeze.backbone}: a neck is frozen only with its backbone"
             )
+        if self.eval.patience is not None and not self.eval.times:
+            raise ValueError("eval.patience counts scorings, and eval.times=0 asks for none")
         ends = [phase.until for phase in self.phases]
         if ends != sorted(set(ends)):
             raise ValueError("phases: each `until` must be larger than the one before it")

@@ -32,14 +32,14 @@ from groundwork.command import (
     write_status,
 )
 from groundwork.config import merge, parse_overrides, read_yaml, to_yaml
-from groundwork.errors import GroundworkError, StoppedError
+from groundwork.errors import GroundworkError, StoppedError, UsageError
 
 logger = logging.getLogger("finetune.run")
 
+SCORE = "  score it        python -m finetune.evaluate {file} data.{split}={data}\n"
 NEXT = """\
 What next:
-  score it        python -m finetune.evaluate {file} data.val={data}
-  use it          python -m finetune.predict {file} PICTURES --out found
+{score}  use it          python -m finetune.predict {file} PICTURES --out found
   take it along   python -m finetune.export {file} --format onnx"""
 
 
@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             recipe = recipes.resolve(options.recipe, options.overrides)
         else:
             recipe, options = _resumed(options)
+        _check_start(recipe, options)
         check_backbone_name(recipe.backbone.name)
         if options.print_recipe:
             sys.stdout.write(to_yaml(recipe))
@@ -76,11 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
         folder = run.folder
         stop_with_the_launcher()
-        note_init(folder, options.init)
+        note_init(folder, options.init, resumed=options.resume is not None)
         write_status(folder, "running", None, "")
         product = finetune(recipe, run, init=options.init, resume=options.resume)
         write_status(folder, "done", 0, f"The detector is in {product}.")
-        logger.info(NEXT.format(file=product, data=recipe.data.val or recipe.data.train))
+        logger.info(NEXT.format(file=product, score=_score(recipe, product)))
         return 0
     except GroundworkError as error:
         state = "stopped" if isinstance(error, StoppedError) else "failed"
@@ -91,6 +92,32 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException as error:
         write_status(folder, "failed", 1, f"{type(error).__name__}: {error}")
         raise
+
+
+def _check_start(recipe: recipes.Recipe, options: argparse.Namespace) -> None:
+    """Raise UsageError for keys about a pretrained start where there is none."""
+    if options.init is not None or options.resume is not None:
+        return
+    keys = []
+    if recipe.detector.take != "all":
+        keys.append(f"detector.take={recipe.detector.take}")
+    if recipe.batchnorm == "freeze":
+        keys.append("batchnorm=freeze")
+    if keys:
+        raise UsageError(
+            f"{' and '.join(keys)}: this is about --init's weights, and there are none."
+        )
+
+
+def _score(recipe: recipes.Recipe, product: Path) -> str:
+    """Return the line that says how to score a detector, where there is something held out."""
+    from groundwork.data.labels import has_split
+
+    for split in ("test", "val"):
+        given = getattr(recipe.data, split)
+        if given is not None or has_split(recipe.data.train, split):
+            return SCORE.format(file=product, split=split, data=given or recipe.data.train)
+    return ""
 
 
 def _resumed(options: argparse.Namespace) -> tuple[recipes.Recipe, argparse.Namespace]:

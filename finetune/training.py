@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from finetune.assign import Targets
@@ -46,8 +48,11 @@ class Training(nn.Module):
             features = detector.neck(pyramid)
         raw = detector.head(features)
         targets = Targets(batch["boxes_sample"], batch["boxes"], batch["classes"])
+        frozen = [
+            part for part, is_ in ((detector.backbone, backbone), (detector.neck, neck)) if is_
+        ]
         with torch.autocast(image.device.type, enabled=False):
-            return self.loss(detector, raw, (image.shape[2], image.shape[3]), targets)
+            return self.loss(detector, raw, (image.shape[2], image.shape[3]), targets, frozen)
 
     def coloured(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the pictures as the backbone wants them: N C H W."""
@@ -81,6 +86,20 @@ class Training(nn.Module):
                     module.eval()
         if wanted[1]:
             detector.neck.eval()
+
+
+@torch.no_grad()
+def share_statistics(parts: Iterable[nn.Module]) -> None:
+    """Give every rank the first one's floating-point buffers; each gathered those of its batches.
+
+    What the first rank has is what is saved, so it is what all of them are to score.
+    """
+    buffers = [b for part in parts for b in part.buffers() if b.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    torch.distributed.broadcast(flat, 0)
+    parts_of_flat = torch.split(flat, [buffer.numel() for buffer in buffers])
+    for buffer, values in zip(buffers, parts_of_flat, strict=True):
+        buffer.copy_(values.view_as(buffer))
 
 
 def scale_learning_rates(detector: Detector, optim: Optim) -> None:

@@ -51,15 +51,26 @@ def check_flags(options: argparse.Namespace) -> None:
         )
     if options.init is not None and not options.init.is_file():
         raise UsageError(f"--init {options.init} is not a file.")
-    if (
-        options.resume is None
-        and options.out is not None
-        and (options.out / "recipe.yaml").exists()
-    ):
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise UsageError(f"--out {options.out} is a file: name a folder.")
+    if options.resume is None and options.out is not None and holds_run(options.out):
         raise UsageError(
             f"--out {options.out} holds a run already: go on with it by --resume {options.out}, "
             "or choose another folder."
         )
+
+
+def holds_run(folder: Path) -> bool:
+    """Tell whether a run lives in a folder: one that failed before its first step does not."""
+    if not (folder / "recipe.yaml").exists():
+        return False
+    if (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoints/*/manifest.json")):
+        return True
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return not (isinstance(status, dict) and status.get("state") == "failed")
 
 
 def find_run(resume: str, stage: str) -> tuple[Path, Path]:
@@ -80,9 +91,13 @@ def find_run(resume: str, stage: str) -> tuple[Path, Path]:
     return path if is_checkpoint else folder / "checkpoints", folder
 
 
-def note_init(folder: Path, init: Path | None) -> None:
+def note_init(folder: Path, init: Path | None, *, resumed: bool) -> None:
     """Write down what weights a run begins with, for a start anew before its first checkpoint."""
-    if init is not None and is_main_process():
+    if not is_main_process():
+        return
+    if init is None and not resumed:
+        (folder / INIT_NAME).unlink(missing_ok=True)  # of a start that failed
+    elif init is not None:
         (folder / INIT_NAME).write_text(f"{init.resolve()}\n", encoding="utf-8")
 
 

@@ -118,7 +118,12 @@ def prepare_run(
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(recipe.threads or max(1, len(os.sched_getaffinity(0)) // here))
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"The run folder {folder} cannot be made: {error.strerror}. Name another by --out."
+            ) from error
         checkpoints.sweep(folder / "checkpoints")
         checkpoints.write_atomically(folder / "recipe.yaml", to_yaml(recipe))
         machine = "machine-resumed.json" if resumed else "machine.json"

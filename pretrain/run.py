@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = prepare_run(recipe, name, options.out, resumed=options.resume is not None)
         folder = run.folder
         stop_with_the_launcher()
-        note_init(folder, options.init)
+        note_init(folder, options.init, resumed=options.resume is not None)
         write_status(folder, "running", None, "")
         product = pretrain(
             recipe, task_class, config, run, init=options.init, resume=options.resume

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from finetune.augment.letterbox import Letterbox, letterbox_geometry
     from finetune.augment.mixing import CutMix, MixUp
     from finetune.augment.mosaic import Mosaic
+    from finetune.augment.pictures import Pictures
     from finetune.augment.policies import AutoAugment, RandAugment
     from finetune.augment.stack import build
 
@@ -43,6 +44,7 @@ __all__ = [
     "Letterbox",
     "MixUp",
     "Mosaic",
+    "Pictures",
     "RandAugment",
     "RandomAffine",
     "RandomCrop",
@@ -85,6 +87,7 @@ _MODULES = {
         "MixUp",
     ),
     "mosaic": ("Mosaic",),
+    "pictures": ("Pictures",),
     "policies": (
         "AutoAugment",
         "RandAugment",

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from finetune.augment.boxes import Enclose, Matrix, Rule, mapped
-from finetune.augment.contract import Item, Source
+from finetune.augment.contract import Item, Source, checked
 from finetune.augment.warp import cut, resized, warped
 
 
@@ -40,7 +40,11 @@ class RandomAffine:
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
             raise ValueError("scale must be two positive numbers, the smaller first.")
-        self.degrees, self.scale, self.translate, self.shear = degrees, scale, translate, shear
+        self.degrees, self.scale = checked("degrees", degrees, 0, 180), scale
+        self.translate, self.shear = (
+            checked("translate", translate),
+            checked("shear", shear, 0, 89.9),
+        )
         self.enclose: Enclose = enclose
         self.rule = rule or Rule()
 

@@ -78,6 +78,13 @@ class Transform(Protocol):
         """Return a new item, or `item` itself where nothing changed."""
 
 
+def checked(name: str, value: float, low: float = 0.0, high: float = 1.0) -> float:
+    """Return a setting that lies from `low` to `high`. Raises ValueError for another."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} is not between {low:g} and {high:g}.")
+    return value
+
+
 class Compose:
     """A chain of transforms, ended by a letterbox of exactly `source.size`.
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from finetune.augment.boxes import Rule, area, moved, overlap, scaled
-from finetune.augment.contract import Item, Source
+from finetune.augment.contract import Item, Source, checked
 from finetune.augment.warp import resized
 
 _TRIES = 40  # then the picture stays whole
@@ -43,7 +43,7 @@ class RandomCrop:
         *,
         rule: Rule | None = None,
     ) -> None:
-        self.prob = prob
+        self.prob = checked("prob", prob)
         self.overlaps = tuple(overlaps)
         self.scale = scale
         self.aspect = aspect

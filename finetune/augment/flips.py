@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from finetune.augment.contract import Item, Source
+from finetune.augment.contract import Item, Source, checked
 from finetune.augment.warp import mirrored, turned
 
 
@@ -14,7 +14,7 @@ class RandomHorizontalFlip:
     """Flips left to right with the probability `p`."""
 
     def __init__(self, p: float = 0.5) -> None:
-        self.p = p
+        self.p = checked("p", p)
 
     def __call__(self, item: Item, source: Source) -> Item:
         """Return the item, flipped or as it is."""
@@ -29,7 +29,7 @@ class RandomVerticalFlip:
     """Flips top to bottom with the probability `p`: for pictures that have no up."""
 
     def __init__(self, p: float = 0.5) -> None:
-        self.p = p
+        self.p = checked("p", p)
 
     def __call__(self, item: Item, source: Source) -> Item:
         """Return the item, flipped or as it is."""
@@ -48,7 +48,7 @@ class RandomQuarterTurn:
     """
 
     def __init__(self, p: float = 0.5) -> None:
-        self.p = p
+        self.p = checked("p", p)
 
     def __call__(self, item: Item, source: Source) -> Item:
         """Return the item, turned or as it is."""

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.augment.boxes import Rule, area
-from finetune.augment.contract import Item, Source
+from finetune.augment.contract import Item, Source, checked
 from finetune.augment.warp import GREY
 
 
@@ -40,8 +40,8 @@ class GridMask:
         *,
         rule: Rule | None = None,
     ) -> None:
-        self.prob = prob
-        self.ratio = ratio
+        self.prob = checked("prob", prob)
+        self.ratio = checked("ratio", ratio)
         self.pitch = pitch
         self.rule = rule or Rule()
 

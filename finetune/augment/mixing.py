@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from finetune.augment.boxes import Boxes, Rule, area, moved, overlap, uncovered
-from finetune.augment.contract import Item, Source
+from finetune.augment.contract import Item, Source, checked
 from finetune.augment.warp import GREY, Pixels
 
 
@@ -34,8 +34,8 @@ class MixUp:
     """
 
     def __init__(self, prob: float = 0.2, alpha: float = 32.0) -> None:
-        self.prob = prob
-        self.alpha = alpha
+        self.prob = checked("prob", prob)
+        self.alpha = checked("alpha", alpha, 1e-3, 1e6)
 
     def __call__(self, item: Item, source: Source) -> Item:
         """Return the blend, or the item as it is."""
@@ -72,8 +72,8 @@ class CutMix:
     """
 
     def __init__(self, prob: float = 0.5, alpha: float = 1.0, *, rule: Rule | None = None) -> None:
-        self.prob = prob
-        self.alpha = alpha
+        self.prob = checked("prob", prob)
+        self.alpha = checked("alpha", alpha, 1e-3, 1e6)
         self.rule = rule or Rule()
 
     def __call__(self, item: Item, source: Source) -> Item:

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from finetune.augment.boxes import Boxes, Mask, Rule, moved, scaled
-from finetune.augment.contract import Item, Source
+from finetune.augment.contract import Item, Source, checked
 from finetune.augment.warp import GREY, Pixels, resized
 
 
@@ -39,7 +39,7 @@ class Mosaic:
     ) -> None:
         if tiles not in (4, 9):
             raise ValueError("tiles is 4 or 9.")
-        self.prob = prob
+        self.prob = checked("prob", prob)
         self.tiles = tiles
         self.rule = rule or Rule()
 

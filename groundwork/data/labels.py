@@ -64,6 +64,11 @@ class LabeledSamples:
     def __len__(self) -> int:
         return len(self._pictures)
 
+    @property
+    def in_files(self) -> bool:
+        """Whether pictures are files of their own, which have no shards to be fetched."""
+        return isinstance(self._pictures, PictureFiles)
+
     def read(self, shard: int, index: int) -> Sample:
         """Read one sample, its labels as they are written included. Raises DataError."""
         return self._pictures.read(shard, index)

@@ -28,8 +28,10 @@ SCENES = "scenes"
 _PACK_HINT = "`python -m pretrain.pack IMAGES SHARDS` makes shards of a folder of pictures."
 
 
-def open_samples(train: str | Sequence[str], *, cache: Path, cache_bytes: int) -> Samples:
-    """Open what data.train names.
+def open_samples(
+    train: str | Sequence[str], *, cache: Path, cache_bytes: int, key: str = "data.train"
+) -> Samples:
+    """Open what data.train names, or another `key` that errors then speak of.
 
     One of: a folder of pictures; a folder, glob, brace pattern or list of tar shards; the URL of
     shards (http, https, s3, gs); a text file that lists any of these, a path a line; `scenes`; or a
@@ -45,11 +47,11 @@ def open_samples(train: str | Sequence[str], *, cache: Path, cache_bytes: int) -
         return open_remote(given, cache=cache, cache_bytes=cache_bytes)
     if len(given) > 1 and all(_is_local_shards(item) for item in given):
         return open_shards(given, cache)
-    parts = [_open_one(item, cache, cache_bytes) for item in given]
+    parts = [_open_one(item, cache, cache_bytes, key) for item in given]
     return parts[0] if len(parts) == 1 else JoinedSamples(parts)
 
 
-def _open_one(train: str, cache: Path, cache_bytes: int) -> Samples:
+def _open_one(train: str, cache: Path, cache_bytes: int, key: str) -> Samples:
     if train == SCENES:
         return open_scenes(cache)
     if is_remote(train):
@@ -73,11 +75,11 @@ def _open_one(train: str, cache: Path, cache_bytes: int) -> Samples:
         return PictureFiles(path.parent, [path.name], str(path))
     if path.exists():
         raise DataError(
-            f"data.train={train} is neither a folder, nor a tar shard, nor a picture, nor a list"
+            f"{key}={train} is neither a folder, nor a tar shard, nor a picture, nor a list"
             f" of them (.txt). {_PACK_HINT}"
         )
     raise DataError(
-        f"data.train={train} does not exist (looked for {path.absolute()}): name a folder of"
+        f"{key}={train} does not exist (looked for {path.absolute()}): name a folder of"
         f" pictures, tar shards, their URL, or {SCENES}. {_PACK_HINT}"
     )
 

@@ -184,6 +184,19 @@ def test_mistakes_of_the_command_are_told_in_a_sentence(
     assert sentence in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_set(tmp_path / "set", SIZES[:1])
+    weights = tmp_path / "detector.safetensors"
+    save_detector(
+        weights, parts_of(random_detector()), names=["square"], image_size=64, metadata={}
+    )
+    assert main([str(weights), f"data.val={root}", "--out", str(weights)]) == 2
+    told = capsys.readouterr()
+    assert "cannot be made" in told.err and "pictures" not in told.out
+
+
 def test_classes_that_differ_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -194,6 +194,12 @@ def test_a_detector_file_is_asked_for_where_the_whole_is_exported(
         (["--format", "timm"], 2, "yolo12n is no model of timm"),
         (["--format", "torchvision"], 2, "yolo12n is no model of timm"),
         (["--format", "ultralytics", "--nms"], 2, "--nms goes with --format onnx"),
+        (
+            ["--format", "onnx", "--score", "0.2", "--most", "9"],
+            2,
+            "--score, --most: without --nms",
+        ),
+        (["--format", "ultralytics", "--image-size", "320"], 2, "--image-size is noted in onnx"),
         (["--format", "onnx", "--opset", "11"], 2, "--opset 11 is too old"),
         (["--format", "onnx", "--nms", "--iou", "1.5"], 2, "between 0 and 1"),
         (["--format", "onnx", "--image-size", "100"], 2, "must be a multiple of 32"),

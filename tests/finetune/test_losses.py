@@ -52,9 +52,13 @@ def test_ciou_punishes_another_shape() -> None:
 
 @pytest.mark.parametrize("kind", sorted(BOX_LOSSES))
 def test_box_losses_and_their_gradients_are_finite_where_a_prediction_is_far_off(kind: str) -> None:
-    predicted = torch.tensor([[0.0, 0.0, 1e-3, 1e-3], [5.0, 5.0, 5.0, 5.0]], requires_grad=True)
-    true = torch.tensor([[100.0, 100.0, 110.0, 120.0], [4.0, 4.0, 6.0, 6.0]])
-    torch.autograd.backward(BOX_LOSSES[kind](predicted, true).sum())
+    rows = [[0.0, 0.0, 1e-3, 1e-3], [5.0] * 4, [5.0] * 4, [3.0, 3.0, 9.0, 9.0]]
+    predicted = torch.tensor(rows, requires_grad=True)
+    # The last two have no area, as torchvision's CIoU does not bear.
+    true = torch.tensor([[100.0, 100.0, 110.0, 120.0], [4.0, 4.0, 6.0, 6.0], [5.0] * 4, [6.0] * 4])
+    loss = BOX_LOSSES[kind](predicted, true)
+    assert torch.isfinite(loss).all()
+    torch.autograd.backward(loss.sum())
     assert predicted.grad is not None and torch.isfinite(predicted.grad).all()
 
 
@@ -94,6 +98,22 @@ def test_focal_losses_by_hand() -> None:
     alpha = 0.25 * 0.75 + 0.75 * 0.25
     expected = [alpha * 0.25 * entropy, 0.75 * 0.25 * entropy]
     assert values("focal", alpha=0.25) == pytest.approx(expected)
+    assert values("focal") == pytest.approx(expected)  # RetinaNet's alpha, and not varifocal's
+
+
+@pytest.mark.parametrize("kind", ["bce", "varifocal", "quality_focal"])
+def test_smoothing_still_punishes_a_wrong_class(kind: str) -> None:
+    found = Assignment(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([0.8]))
+    targets = Targets(torch.tensor([0]), one(0, 0, 8, 8), torch.tensor([1]))
+    gradients = []
+    for smoothing in (0.0, 0.1):
+        logits = torch.tensor([[[-2.0, 1.0, 3.0, -2.0]]], requires_grad=True)
+        wanted = class_targets(logits.detach(), found, targets, smoothing)
+        config = ClassificationKeys(kind=kind)  # type: ignore[arg-type]
+        torch.autograd.backward(classification_loss(logits, wanted, config).sum())
+        assert logits.grad is not None
+        gradients.append(float(logits.grad[0, 0, 2]))
+    assert gradients[0] > 0.3 and gradients[1] > 0.9 * gradients[0]
 
 
 def test_label_smoothing_moves_a_share_of_the_score_to_all_classes() -> None:
@@ -114,6 +134,8 @@ def test_penalty_by_hand_leaves_norms_and_biases_to_l1() -> None:
         convolution.bias.fill_(100.0)
     assert float(penalty(model, l2=0.1, l1_scales=0.0).detach()) == pytest.approx(0.1 / 2 * 18)
     assert float(penalty(model, l2=0.0, l1_scales=0.01).detach()) == pytest.approx(0.01 * 2.5)
+    assert float(penalty(model, 0.1, 0.01, frozen=[convolution]).detach()) == pytest.approx(0.025)
+    assert float(penalty(model, 0.1, 0.01, frozen=[model]).detach()) == 0
 
 
 @pytest.mark.parametrize("objectness", [False, True])

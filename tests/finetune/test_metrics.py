@@ -157,7 +157,7 @@ def test_of_many_boxes_those_count_that_count_for_pycocotools() -> None:
         )
     results = score(ours, labeled, names)
     mine = [-1.0 if results.figures[name] is None else results.figures[name] for name in FIGURES]
-    assert mine[0] > 0.01  # neither all nor nothing
+    assert 0.01 < results.ap < 0.99
     assert mine == pytest.approx(pycocotools(ours, labeled, names), abs=1e-9)
 
 
@@ -174,9 +174,16 @@ def test_confusion_counts_each_box_once_best_overlap_first() -> None:
     assert low.tolist() == [[0, 1], [0, 0]]
 
 
+def test_a_box_on_a_crowd_of_its_class_is_no_mistake() -> None:
+    crowd = Truth(Annotations.of([SQUARE], [0], [True]), 100, 100)
+    inside = (12.0, 12.0, 20.0, 20.0)
+    matrix = confusion([found((inside, 0.9, 0), (inside, 0.9, 1), (OTHER, 0.9, 0))], [crowd], 2)
+    assert matrix.tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 0]]
+
+
 def test_curves_and_confusion_are_drawn(tmp_path: Path) -> None:
     ours, labeled = random_case(0)
-    names = ["a", "b", "c", "d"]
+    names = ["a", r"$\foo$", "c", "d"]  # no formula
     results = score(ours, labeled, names)
     save_curves(results, names, tmp_path / "curves.png")
     save_confusion(results, names, tmp_path / "confusion.png")

@@ -245,10 +245,12 @@ def test_exit_codes(
         told = capsys.readouterr().err
         assert wrong in told and len(told.splitlines()) == 1
     assert main([str(weights), str(tmp_path / "nowhere"), *out]) == 3
-    assert "nowhere" in capsys.readouterr().err
+    assert f"PICTURES={tmp_path / 'nowhere'} does not exist" in capsys.readouterr().err
     assert main([str(weights), str(pictures / "broken.jpg"), *out]) == 3
     assert "None of the 1 pictures" in capsys.readouterr().err
     assert not (tmp_path / "out" / "predictions.json").exists()
+    assert main([str(weights), str(pictures), *out, "--overlap", "0.3"]) == 2
+    assert "--overlap is of tiles" in capsys.readouterr().err
     file = tmp_path / "file"
     file.touch()
     assert main([str(weights), str(pictures), "--out", str(file)]) == 3

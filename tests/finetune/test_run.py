@@ -125,6 +125,128 @@ def test_two_ranks_see_the_batches_of_one_and_score_alike(labeled: Path, tmp_pat
     assert seen[0] == seen[1]
 
 
+@pytest.mark.dist
+def test_two_ranks_validate_what_is_saved(labeled: Path, tmp_path: Path) -> None:
+    """Each rank's BatchNorm has seen other pictures; the first one's is what is kept."""
+    keys = [
+        f"data.train={labeled}", "budget.steps=80", *TINY, "data.workers=1", "eval.select=last",
+        "optim.lr=0.003", "augment.mosaic.prob=0", "augment.close=1", "ema.decay=0.9",
+        "log.every_steps=80",
+    ]  # fmt: skip
+    done = run(2, tmp_path, "--out", "out", *keys)
+    assert done.returncode == 0, done.stderr
+    told = [line["eval/ap"] for line in metrics(tmp_path / "out") if "eval/ap" in line]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["val"]["ap"] > 0.02  # it has learnt something that could differ
+    assert told == [results["val"]["ap"]]
+
+
+@pytest.mark.dist
+def test_a_phase_that_ranks_cannot_share_is_told_at_the_start(
+    labeled: Path, tmp_path: Path
+) -> None:
+    phases = "phases=[{until: 0.5}, {until: 1, batch_size: 3}]"
+    done = run(
+        2, tmp_path, "--out", "out", f"data.train={labeled}", "budget.steps=8", *TINY, phases
+    )
+    assert done.returncode != 0
+    assert status(tmp_path / "out")["exit_code"] == 2
+    assert "batch_size=3 of a phase" in status(tmp_path / "out")["message"]
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_run_without_hope_ends_and_stays_ended(labeled: Path, tmp_path: Path) -> None:
+    keys = [
+        f"data.train={labeled}", "budget.steps=10", *TINY, "eval.times=10", "eval.patience=2",
+        "eval.patience_from=0", "optim.lr=1e-12", "log.every_steps=7",
+    ]  # fmt: skip
+    done = run(1, tmp_path, "--out", "out", *keys)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert results["steps"] < 10 and results["step"] < results["steps"]
+    assert metrics(out)[-1]["step"] == results["steps"]
+    assert max(losses(out)) == results["steps"]  # the last step is always told
+    before = (out / "metrics.jsonl").read_text()
+    kept = (out / "detector.safetensors").read_bytes()
+    done = run(1, tmp_path, "--resume", "out")
+    assert done.returncode == 0, done.stderr
+    assert (out / "metrics.jsonl").read_text() == before
+    assert (out / "detector.safetensors").read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_frozen_parts_stand_still_whatever_the_penalty_and_the_average_waits(
+    labeled: Path, tmp_path: Path
+) -> None:
+    keys = [
+        f"data.train={labeled}", "budget.steps=6", *TINY, "freeze.backbone=0.5", "freeze.neck=0.2",
+        "loss.penalty.l2=0.001", "loss.penalty.l1_scales=0.001", "checkpoint.every_steps=1",
+        "checkpoint.keep=20", "ema_from=0.6", "ema.decay=0.5", "ema.warmup=false",
+    ]  # fmt: skip
+    done = run(1, tmp_path, "--out", "out", *keys)
+    assert done.returncode == 0, done.stderr
+    saved = {
+        step: load_file(tmp_path / "out" / "checkpoints" / f"step-{step}" / "detector.safetensors")
+        for step in range(1, 7)
+    }
+
+    def moved(part: str, first: int, second: int) -> bool:
+        one, other = saved[first], saved[second]
+        names = [name for name in one if name.startswith(part) and "num_batches" not in name]
+        return any(not torch.equal(one[name], other[name]) for name in names)
+
+    assert moved("head.", 1, 2) and moved("neck.", 2, 3)
+    assert not moved("backbone.", 1, 3)  # statistics of BatchNorm among it
+    assert moved("backbone.", 3, 4) and moved("backbone.", 5, 6)
+    for step, follows in ((2, True), (4, True), (6, False)):
+        file = tmp_path / "out" / "checkpoints" / f"step-{step}" / "ema.safetensors"
+        average = load_file(file)
+        name = (
+            next(name for name in average if name.endswith("head.boxes.0.0.conv.weight"))
+            if (any(name.endswith("head.boxes.0.0.conv.weight") for name in average))
+            else next(name for name in sorted(average) if name.startswith("head."))
+        )
+        assert torch.equal(average[name], saved[step][name]) == follows, step
+
+
+@pytest.mark.slow
+def test_a_start_that_failed_does_not_occupy_its_folder_and_labels_are_told(
+    labeled: Path, tmp_path: Path
+) -> None:
+    for name in ("val", "test"):
+        (labeled / "annotations" / f"{name}.json").unlink()
+    path = labeled / "annotations" / "train.json"
+    document = json.loads(path.read_text())
+    document["annotations"][0]["bbox"] = [10, 10, -4, 5]
+    document["annotations"][3]["bbox"][2] = 500
+    path.write_text(json.dumps(document))
+    keys = ["budget.steps=1", *TINY]
+    done = run(1, tmp_path, "--out", "out", "data.train=nowhere", *keys)
+    assert done.returncode == 3 and status(tmp_path / "out")["state"] == "failed"
+    done = run(1, tmp_path, "--out", "out", f"data.train={labeled}", "eval.patience=2", *keys)
+    assert done.returncode == 2 and "eval.patience needs validation pictures" in done.stderr
+    done = run(1, tmp_path, "--out", "out", f"data.train={labeled}", *keys)
+    assert done.returncode == 0, done.stderr
+    assert "Nothing is held out" in done.stdout and "finetune.evaluate" not in done.stdout
+    assert "Labels for training: 1 x box inverted, dropped." in done.stdout
+    assert "Labels for training: 1 x box partly outside its picture, clipped." in done.stdout
+    listed = (tmp_path / "out" / "label-defects.jsonl").read_text().splitlines()
+    assert [json.loads(line)["where"] for line in listed] == ["annotation 0", "annotation 3"]
+    done = run(1, tmp_path, "--out", "out", f"data.train={labeled}", *keys)
+    assert done.returncode == 2 and "holds a run already" in done.stderr
+
+
+def test_keys_about_weights_that_are_not_given_are_refused(tmp_path: Path) -> None:
+    done = run(1, tmp_path, "detector.take=backbone", "batchnorm=freeze")
+    assert done.returncode == 2
+    assert "detector.take=backbone and batchnorm=freeze: this is about --init" in done.stderr
+    (tmp_path / "file").touch()
+    done = run(1, tmp_path, "--out", "file")
+    assert done.returncode == 2 and "--out file is a file" in done.stderr
+
+
 @pytest.mark.slow
 def test_sigterm_to_the_customers_command_saves_and_the_run_goes_on(
     labeled: Path, tmp_path: Path

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from finetune.detector import build_detector
-from finetune.training import measure_batchnorm
+from finetune.recipe import Optim
+from finetune.training import measure_batchnorm, scale_learning_rates
 from groundwork.data.labels import open_labeled
 from groundwork.data.order import Order
+from groundwork.optim import build_optimizer, set_learning_rate
+
+
+def test_each_layer_learns_at_its_share_of_the_rate() -> None:
+    detector = build_detector("yolo12n", 2)
+    optim = Optim(lr=0.01, backbone_lr=0.5, layer_decay=0.9)
+    scale_learning_rates(detector, optim)
+    optimizer = build_optimizer(optim, detector)
+    set_learning_rate(optimizer, 0.01)
+    rate = {
+        id(parameter): group["lr"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    depths = detector.backbone.depths()
+    last = max(depths.values())
+    assert len(set(depths.values())) > 5
+    for name, parameter in detector.backbone.named_parameters():
+        expected = 0.01 * 0.5 * 0.9 ** (last - depths[name])
+        assert rate[id(parameter)] == pytest.approx(expected), name
+    for part in (detector.neck, detector.head):
+        assert {rate[id(p)] for p in part.parameters() if p.requires_grad} == {0.01}
 
 
 def test_batchnorm_of_backbone_and_neck_gets_the_statistics_of_the_pictures(labeled: Path) -> None:

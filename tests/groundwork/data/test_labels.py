@@ -280,8 +280,9 @@ def test_splits_that_use_the_same_file_names_are_told_apart(
         rows = [(0, [1, 2, 10, 20], 1)]
         write(tmp_path / "annotations" / f"{split}_coco.json", coco(["0.jpg", "1.jpg"], rows))
     json_of_val = tmp_path / "annotations" / f"{names.split()[1]}_coco.json"
-    for data, split in ((tmp_path, "val"), (json_of_val, None)):
-        sample = open_(data, split).read(0, 0)
+    places: list[tuple[Path, str | None]] = [(tmp_path, "val"), (json_of_val, None)]
+    for data, given in places:
+        sample = open_(data, given).read(0, 0)
         assert Path(sample.source) == tmp_path / "images" / names.split()[1] / "0.jpg"
     other = json_of_val.rename(tmp_path / "annotations" / "some.json")
     with pytest.raises(DataError, match=r"are in .* as well as in"):

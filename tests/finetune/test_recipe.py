@@ -1,0 +1,56 @@
+"""Every fine-tuning recipe that is shipped resolves, and says what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune import recipe as recipes
+from finetune.augment import (
+    ColorJitter,
+    Compose,
+    GridMask,
+    MixUp,
+    Mosaic,
+    RandomAffine,
+    RandomHorizontalFlip,
+    build,
+)
+from groundwork.errors import UsageError
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "finetune").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_resolves_and_says_what_it_is(path: Path) -> None:
+    assert recipes.resolve(path.stem, []) == recipes.resolve(str(path), [])
+    header = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert {"Command:", "Measured:", "Cost:"} <= set(header.replace("#", "").split())
+
+
+def settings_of(chain: Compose) -> list[tuple[str, dict[str, Any]]]:
+    """Name each transform with all that it was given; rules and colours by their own settings."""
+    return [
+        (type(one).__name__, {k: getattr(v, "__dict__", v) for k, v in vars(one).items()})
+        for one in chain.transforms
+    ]
+
+
+def test_the_full_stack_is_the_customers_chain() -> None:
+    chain = Compose(
+        [
+            Mosaic(prob=0.5), MixUp(prob=0.2), GridMask(prob=0.3),
+            RandomAffine(degrees=10, scale=(0.5, 1.5)),
+            ColorJitter(hue=0.1, saturation=0.4, brightness=0.3), RandomHorizontalFlip(p=0.5),
+        ]
+    )  # fmt: skip
+    ours = settings_of(build(recipes.resolve("full_stack", []).augment, True))
+    # Colour is numbers until the end, so its place in the chain is free.
+    assert sorted(ours, key=str) == sorted(settings_of(chain), key=str)
+
+
+def test_scorings_that_never_come_cannot_end_a_run() -> None:
+    with pytest.raises(UsageError, match=r"eval\.patience counts scorings"):
+        recipes.resolve(None, ["eval.patience=3", "eval.times=0"])
