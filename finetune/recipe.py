@@ -19,6 +19,7 @@ from groundwork.config import (
     merge,
     parse_overrides,
     read_yaml,
+    starting_from,
     validate,
 )
 from groundwork.settings import (
@@ -38,6 +39,11 @@ from groundwork.settings import (
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Side = Annotated[int, Field(ge=32, multiple_of=32)]
+
+
+# Where a detector's recipe differs from pretraining's; one key given leaves the others as here.
+SCHEDULE = Schedule(final=0.01)
+EMA = Ema(enabled=True, decay=0.9998)
 
 
 class LabeledData(Data):
@@ -103,6 +109,9 @@ class PenaltyKeys(Section):
     l1_scales: Weight = 0.0  # of BatchNorm
 
 
+DISTRIBUTION = PartKeys(weight=1.5)
+
+
 class AssignKeys(Section):
     """Task-aligned assignment (finetune/assign.py)."""
 
@@ -116,12 +125,13 @@ class LossKeys(Section):
 
     classification: ClassificationKeys = ClassificationKeys()
     localisation: LocalisationKeys = LocalisationKeys()
-    distribution: PartKeys = PartKeys(weight=1.5)
+    distribution: Annotated[PartKeys, starting_from(DISTRIBUTION)] = DISTRIBUTION
     objectness: PartKeys = PartKeys(weight=1.0)
     penalty: PenaltyKeys = PenaltyKeys()
     assign: AssignKeys = AssignKeys()
-    # What a box weighs in localisation and distribution: its points' scores, or all the same.
-    boxes: Literal["score", "equal"] = "score"
+    # What a box weighs in localisation and distribution: its points' scores, their roots, or all
+    # the same.
+    boxes: Literal["score", "root", "equal"] = "score"
 
 
 class Regularize(Section):
@@ -168,8 +178,8 @@ class Recipe(Section):
     budget: Budget = Budget(epochs=100)
     phases: tuple[Phase, ...] = ()
     optim: Optim = Optim()
-    schedule: Schedule = Schedule(final=0.01)
-    ema: Ema = Ema(enabled=True, decay=0.9998)
+    schedule: Annotated[Schedule, starting_from(SCHEDULE)] = SCHEDULE
+    ema: Annotated[Ema, starting_from(EMA)] = EMA
     ema_from: Fraction = 0.0  # share of the budget before which the average just follows
     # BatchNorm of a pretrained start: measured anew on the labeled pictures before the first
     # step, taken from the file, or (the backbone's) taken from the file and never changed.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from groundwork.errors import UsageError
 
@@ -120,6 +120,22 @@ def validate(model: type[SectionT], values: Mapping[str, Any], prefix: str = "")
         raise UsageError("\n".join(problems)) from error
     except TypeError as error:  # json.dumps: a date, for example
         raise UsageError(f"A value of the recipe is of no usable type: {error}.") from error
+
+
+def starting_from(default: BaseModel) -> BeforeValidator:
+    """Let a recipe that sets one key of a section keep `default` in the others.
+
+    Pydantic would fill them with the section's own defaults, which may be others.
+    """
+
+    def fill(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        # JSON has lists only, and strict models take tuples: they are lists no more by now.
+        given = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+        return default.model_dump() | given
+
+    return BeforeValidator(fill)
 
 
 def to_yaml(model: BaseModel) -> str:

@@ -40,7 +40,7 @@ from torch.nn import functional
 
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
-from groundwork.config import Section
+from groundwork.config import Section, starting_from
 from pretext_tasks.contract import PretextTask, StepOutput, Views
 from pretext_tasks.two_views import (
     TwoViews,
@@ -48,7 +48,6 @@ from pretext_tasks.two_views import (
     colour_both,
     seen_views,
     spread,
-    starting_from,
 )
 
 # Appendix B, table 6: T colours view 1, T' view 2.

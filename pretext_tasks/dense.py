@@ -33,7 +33,7 @@ from torch.nn import functional
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
-from groundwork.config import Section
+from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
 from pretext_tasks.byol import VIEW_1, VIEW_2
 from pretext_tasks.contract import StepOutput, Views
@@ -45,7 +45,6 @@ from pretext_tasks.two_views import (
     draw_window,
     seen_views,
     spread,
-    starting_from,
 )
 
 Box = tuple[float, float, float, float]

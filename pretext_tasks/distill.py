@@ -35,13 +35,12 @@ from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.from_timm import TimmTeacher
 from groundwork.colour import Colour, Probability
-from groundwork.config import Section
+from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
 from groundwork.errors import UsageError
 from pretext_tasks.contract import StepOutput, Views
 from pretext_tasks.crops import check_side, draw_crop, draw_turn
 from pretext_tasks.through_neck import Letter, ThroughNeck
-from pretext_tasks.two_views import starting_from
 
 Positive = Annotated[float, Field(gt=0)]
 # Mild: a teacher's features of a strange picture are strange.

@@ -34,11 +34,11 @@ from torchvision.ops import MLP
 
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
-from groundwork.config import Section
+from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
 from pretext_tasks.contract import PretextTask, StepOutput, Views
 from pretext_tasks.multi_crop import Crops, MultiCrop, coloured, seen
-from pretext_tasks.two_views import Width, spread, starting_from
+from pretext_tasks.two_views import Width, spread
 
 _DRAWN = 16  # directions with each picture
 

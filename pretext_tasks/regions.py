@@ -38,14 +38,13 @@ from finetune.recipe import LossKeys
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
-from groundwork.config import Section
+from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
 from groundwork.modes import evaluating
 from pretext_tasks.contract import StepOutput, Views
 from pretext_tasks.crops import check_side, draw_crop, draw_turn
 from pretext_tasks.stable_regions import KINDS, RegionKeys, kinds_of, stable_regions
 from pretext_tasks.through_neck import Letter, ThroughNeck
-from pretext_tasks.two_views import starting_from
 
 # BYOL's second view without solarisation, and a blur that leaves small things to be seen.
 COLOUR = Colour(grayscale=0.1, blur=0.3, blur_sigma=(0.1, 1.0))

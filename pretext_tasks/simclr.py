@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
-from groundwork.config import Section
+from groundwork.config import Section, starting_from
 from pretext_tasks.contract import PretextTask, StepOutput, Views
 from pretext_tasks.two_views import (
     TwoViews,
@@ -36,7 +36,6 @@ from pretext_tasks.two_views import (
     colour_both,
     seen_views,
     spread,
-    starting_from,
 )
 
 # Appendix A, colour distortion of strength s = 1.0; blur from the same appendix.

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,22 +25,6 @@ from groundwork.errors import UsageError
 from pretext_tasks.crops import check_side, draw_crop, draw_turn
 
 Width = Annotated[int, Field(ge=1)]
-
-
-def starting_from(default: Colour) -> BeforeValidator:
-    """Let a recipe that sets one key of a colour keep `default` in the others.
-
-    Pydantic would fill them with Colour's own defaults, which are not the paper's.
-    """
-
-    def fill(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        # JSON has lists only, and strict models take tuples: they are lists no more by now.
-        given = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
-        return default.model_dump() | given
-
-    return BeforeValidator(fill)
 
 
 @dataclass(frozen=True)

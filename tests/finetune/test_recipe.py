@@ -51,6 +51,12 @@ def test_the_full_stack_is_the_customers_chain() -> None:
     assert sorted(ours, key=str) == sorted(settings_of(chain), key=str)
 
 
+def test_one_key_of_a_section_leaves_the_others_as_they_are() -> None:
+    recipe = recipes.resolve(None, ["ema.decay=0.5", "schedule.warmup=0.2"])
+    assert recipe.ema.enabled and recipe.ema.decay == 0.5
+    assert recipe.schedule.final == 0.01 and recipe.schedule.warmup == 0.2
+
+
 def test_scorings_that_never_come_cannot_end_a_run() -> None:
     with pytest.raises(UsageError, match=r"eval\.patience counts scorings"):
         recipes.resolve(None, ["eval.patience=3", "eval.times=0"])
