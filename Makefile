@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Tests that run at once, one thread each; those of several ranks start more.
+JOBS ?= 2
 STAMP = $(VENV)/.installed
 
 .PHONY: help pretrain test quick check format golden bench
@@ -19,7 +21,7 @@ pretrain: $(STAMP)  ## the main job on drawn scenes: accelerate launch pretrain/
 	$(BIN)/accelerate launch pretrain/run.py --task byol
 
 test: $(STAMP)  ## every test that needs no GPU, the slow ones too
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist worksteal
 
 quick: $(STAMP)  ## the tests that take under two minutes
 	$(BIN)/python -m pytest

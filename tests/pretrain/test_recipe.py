@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -80,7 +80,7 @@ def test_a_mistake_in_the_tasks_own_keys_is_told() -> None:
 
 
 def test_a_mistake_is_told_in_under_a_second() -> None:
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "pretrain/run.py", "--task", "byol", "optim.lrr=1"],
         cwd=ROOT, capture_output=True, text=True, timeout=30,
@@ -88,7 +88,9 @@ def test_a_mistake_is_told_in_under_a_second() -> None:
     assert done.returncode == 2
     assert "Unknown key optim.lrr. Did you mean optim.lr?" in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.perf_counter() - began < 1.0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of the processor, since other tests may run beside this one; 0.2 s when it is alone.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_resume_refuses_another_model_and_takes_harmless_changes() -> None:

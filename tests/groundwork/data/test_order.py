@@ -168,11 +168,11 @@ def test_nonsense_is_refused() -> None:
 def test_a_hundred_million_samples_open_at_once_and_small() -> None:
     sizes = np.full(100_000, 1000)
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     order = Order(sizes, seed=0)
     for position in (0, 1, 99_999_999, 100_000_000, 5_000_000_000):
         order[position]
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seconds < 0.5

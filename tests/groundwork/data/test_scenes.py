@@ -193,9 +193,9 @@ def test_scenes_are_drawn_once_and_say_what_they_are(
     assert "drawn pictures, not photographs: 5 aerial scenes" in caplog.text
     assert str(tmp_path) in caplog.text
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
-    started = time.perf_counter()
+    started = time.process_time()
     second = scenes.open_scenes(tmp_path, count=5, size=96, seed=4)
-    assert time.perf_counter() - started < 0.1
+    assert time.process_time() - started < 0.1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")} == written
     assert first.fingerprint == second.fingerprint and len(second) == 5
     folder = next(path for path in tmp_path.iterdir() if path.is_dir())
