@@ -66,6 +66,7 @@ from groundwork.run_folder import (
     copy_whole,
     data_workers,
     find_checkpoint,
+    set_aside,
     step_seed,
 )
 from groundwork.schedule import multiplier
@@ -235,6 +236,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         check_same_data(saved, sets.train)
         position = Position(**saved.documents["state"])
         trained.restore(saved)
+        set_aside(run, saved)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
         position.best = bring_best(saved, run, position.best)
     plan = Plan(recipe, len(sets.train), position.seconds)
@@ -246,6 +248,8 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 f"x accumulate={recipe.accumulate}."
             )
 
+    if run.resumed:
+        run.begin()
     if recipe.compile:
         for part in parts_of(detector).values():
             part.compile()
@@ -255,7 +259,13 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     buffers = list(detector.buffers())
     kept_buffers = [buffer.clone() for buffer in buffers]
     group = host_group() if world > 1 else None
-    quarantine = Quarantine(run.folder, len(sets.train), recipe.data.max_bad_fraction)
+    quarantine = Quarantine(
+        run.folder,
+        len(sets.train),
+        recipe.data.max_bad_fraction,
+        before=None if saved is None else saved.path.parent.parent,
+        main=accelerator.is_main_process,
+    )
     tracking = Tracking(
         run.folder,
         accelerator,
@@ -349,7 +359,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     def save(required: bool) -> None:
         """Save a checkpoint; a failed one is a warning unless it is the last chance."""
         position.seconds = clock.seconds
-        position.window = window.plain()
+        position.window = window.plain(accelerator)
         if accelerator.is_main_process:
             try:
                 trained.save(run.checkpoints, position, recipe, sets.train, recipe.checkpoint.keep)
@@ -391,7 +401,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             torch._foreach_copy_(kept_buffers, buffers)
 
             # Step 1. Forward and backward over the micro-batches of this rank.
-            positions: list[int] = []
+            replaced = 0
             keys: list[str] = []
             for micro in range(recipe.accumulate):
                 began = time.perf_counter()
@@ -399,8 +409,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 window.add("wait", time.perf_counter() - began)
                 window.add("worker", batch.worker_seconds)
                 quarantine.note(batch)
-                position.replaced += len(batch.replaced)
-                positions += batch.positions
+                replaced += len(batch.replaced)
                 keys += batch.keys
                 views = {k: v.to(device, non_blocking=True) for k, v in batch.views.items()}
                 if position.step == 0 and micro == 0 and accelerator.is_main_process:
@@ -440,7 +449,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 position.skipped_in_a_row += 1
                 logger.warning(
                     "Step %d is skipped: a gradient is not finite. Samples %d to %d of the stream.",
-                    position.step, positions[0], positions[-1],
+                    position.step, position.samples - stretch.batch_size, position.samples - 1,
                 )  # fmt: skip
                 if position.skipped_in_a_row >= recipe.guard.skips:
                     trained.roll_back(run.checkpoints, position, recipe.guard.rollbacks)
@@ -448,9 +457,12 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             window.add("images", float(stretch.batch_size))
 
             # Step 4. Everybody agrees on the time, on whether to stop, and on what was unreadable.
-            stopping, seconds, bad = agree(group, stop.asked, clock.seconds, quarantine.bad)
-            clock.set(seconds)
-            quarantine.check(bad)
+            agreed = agree(group, stop.asked, clock.seconds, quarantine.fresh, replaced)
+            clock.set(agreed.seconds)
+            position.replaced += agreed.total
+            if agreed.news:
+                quarantine.share(group)
+            quarantine.check()
             ended = clock.over(position.step)
             window.add("seconds", clock.lap())
 
@@ -480,7 +492,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                         position.worse, position.step, position.best,
                     )  # fmt: skip
                     break
-            if stopping and not ended:
+            if agreed.stop and not ended:
                 save(required=True)
                 raise StoppedError(
                     f"Stopped on request at step {position.step}; saved. "

@@ -237,7 +237,8 @@ def build(values: dict[str, Any]) -> Recipe:
 
 # Keys that make another model or another stream: a resumed run must not change them.
 FIXED = (
-    "backbone", "detector", "seed", "image_size", "optim.name", "data.window_shards", "ema.",
+    "backbone", "detector", "seed", "image_size", "optim.name", "data.window_shards", "data.bands",
+    "data.value_range", "ema.",
     "batchnorm", "freeze", "phases", "augment",
 )  # fmt: skip
 

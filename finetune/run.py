@@ -17,22 +17,28 @@ if not __package__:
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune import recipe as recipes
 from groundwork.backbones import check_backbone_name
 from groundwork.command import (
     begun_with,
     check_flags,
+    check_other_folder,
     find_run,
     flags,
-    is_main_process,
     log_to_standard_output,
     note_init,
+    resume_after_restart,
     stop_with_the_launcher,
+    tell_failure,
     write_status,
 )
 from groundwork.config import merge, parse_overrides, read_yaml, to_yaml
-from groundwork.errors import GroundworkError, StoppedError, UsageError
+from groundwork.errors import GroundworkError, UsageError
+
+if TYPE_CHECKING:
+    from groundwork.run_folder import Run
 
 logger = logging.getLogger("finetune.run")
 
@@ -53,8 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     log_to_standard_output(("groundwork", "finetune"))
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    folder: Path | None = None
+    run: Run | None = None
     try:
+        resume_after_restart(options)
         check_flags(options)
         if options.resume is None:
             recipe = recipes.resolve(options.recipe, options.overrides)
@@ -75,22 +82,17 @@ def main(arguments: list[str] | None = None) -> int:
             resumed=options.resume is not None,
             parts_without_gradient=recipe.freeze.backbone > 0,
         )
-        folder = run.folder
         stop_with_the_launcher()
-        note_init(folder, options.init, resumed=options.resume is not None)
-        write_status(folder, "running", None, "")
+        note_init(run.folder, options.init, resumed=options.resume is not None)
         product = finetune(recipe, run, init=options.init, resume=options.resume)
-        write_status(folder, "done", 0, f"The detector is in {product}.")
+        write_status(run.folder, "done", 0, f"The detector is in {product}.")
         logger.info(NEXT.format(file=product, score=_score(recipe, product)))
         return 0
     except GroundworkError as error:
-        state = "stopped" if isinstance(error, StoppedError) else "failed"
-        write_status(folder, state, error.exit_code, str(error))
-        if is_main_process():
-            sys.stderr.write(f"{error}\n")
+        tell_failure(run.folder if run is not None and run.begun else None, error)
         return error.exit_code
     except BaseException as error:
-        write_status(folder, "failed", 1, f"{type(error).__name__}: {error}")
+        tell_failure(run.folder if run is not None and run.begun else None, error)
         raise
 
 
@@ -123,6 +125,7 @@ def _score(recipe: recipes.Recipe, product: Path) -> str:
 def _resumed(options: argparse.Namespace) -> tuple[recipes.Recipe, argparse.Namespace]:
     """Find the run to go on with, and lay the overrides over its recipe."""
     options.resume, folder = find_run(options.resume, "finetune")
+    check_other_folder(options.out, folder)
     old = recipes.build(read_yaml(folder / "recipe.yaml"))
     changes = merge(old.model_dump(mode="json"), parse_overrides(options.overrides), recipes.WHOLE)
     new = recipes.build(changes)

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 TEMPORARY = ".tmp-"
+REPLACED = ".replaced-"
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,14 @@ def save(
         path.write_text(json.dumps({"step": step, "sha256": manifest}, indent=1), encoding="utf-8")
         _seal(path)
         _sync_folder(temporary)
+        # One of this step that is there already goes aside whole, and is gone when the new one is
+        # there: a kill in between leaves one of the two under a name that `sweep` mends.
+        aside = folder / f"{REPLACED}{step}"
         if final.exists():
-            shutil.rmtree(final)
+            final.replace(aside)
         temporary.replace(final)
         _sync_folder(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -133,6 +138,12 @@ def load(path: Path) -> Checkpoint:
 def sweep(folder: Path) -> None:
     """Remove what a killed save left behind."""
     if folder.is_dir():
+        for path in folder.glob(f"{REPLACED}*"):
+            final = folder / f"{PREFIX}{path.name.removeprefix(REPLACED)}"
+            if final.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.replace(final)
         for path in folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
 

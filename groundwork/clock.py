@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 import torch.distributed
@@ -90,20 +91,30 @@ def host_group() -> torch.distributed.ProcessGroup:
     return group
 
 
-def agree(
-    group: torch.distributed.ProcessGroup | None, stop: bool, seconds: float, bad: int
-) -> tuple[bool, float, int]:
-    """Give every rank the same answers: did anyone ask to stop, what time is it, how many bad.
+class Agreed(NamedTuple):
+    """What all ranks take for true."""
 
-    `group` is host_group's; None where there is one process.
-    """
+    stop: bool  # someone asked for it
+    seconds: float  # the main process's clock
+    news: bool  # someone has something to share
+    total: int  # of all ranks
+
+
+def agree(
+    group: torch.distributed.ProcessGroup | None,
+    stop: bool,
+    seconds: float = 0.0,
+    news: bool = False,
+    total: int = 0,
+) -> Agreed:
+    """Give every rank the same answers. `group` is host_group's; None: there is one process."""
     if group is None:
-        return stop, seconds, bad
-    # The main process's clock is the largest: the others put in nothing.
+        return Agreed(stop, seconds, news, total)
+    # A sum is the main process's clock where the others put in nothing.
     mine = seconds if torch.distributed.get_rank() == 0 else 0.0
-    shared = torch.tensor([float(stop), mine, float(bad)], dtype=torch.float64)
-    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=group)
-    return bool(shared[0]), float(shared[1]), int(shared[2])
+    shared = torch.tensor([float(stop), mine, float(news), float(total)], dtype=torch.float64)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.SUM, group=group)
+    return Agreed(bool(shared[0]), float(shared[1]), bool(shared[2]), int(shared[3]))
 
 
 def told_by_main(group: torch.distributed.ProcessGroup | None, value: float) -> float:

@@ -14,8 +14,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from groundwork.errors import UsageError
+from groundwork.errors import GroundworkError, StoppedError, UsageError
 
 INIT_NAME = "init.txt"  # of a run folder: the file that --init named
 
@@ -60,17 +61,34 @@ def check_flags(options: argparse.Namespace) -> None:
         )
 
 
+def check_other_folder(out: Path | None, run: Path) -> None:
+    """Raise UsageError where a run is to go on in a folder that holds another one."""
+    if out is not None and out.resolve() != run.resolve() and holds_run(out):
+        raise UsageError(f"--out {out} holds another run than {run}: choose another folder.")
+
+
+def resume_after_restart(options: argparse.Namespace) -> None:
+    """Go on with the run of --out where the launcher has started its processes anew.
+
+    torchrun --max-restarts gives the first command again. Without --out every start has a folder of
+    its own, and nothing is gone on with.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if restarted and options.resume is None and options.out is not None and holds_run(options.out):
+        options.resume, options.out = str(options.out), None
+        options.recipe = options.init = None
+        options.overrides = []
+        if hasattr(options, "task"):
+            options.task = None
+
+
 def holds_run(folder: Path) -> bool:
     """Tell whether a run lives in a folder: one that failed before its first step does not."""
     if not (folder / "recipe.yaml").exists():
         return False
     if (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoints/*/manifest.json")):
         return True
-    try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return True
-    return not (isinstance(status, dict) and status.get("state") == "failed")
+    return _status(folder).get("state") != "failed"
 
 
 def find_run(resume: str, stage: str) -> tuple[Path, Path]:
@@ -147,12 +165,46 @@ def stop_with_the_launcher() -> None:
 
 def write_status(folder: Path | None, state: str, exit_code: int | None, message: str) -> None:
     """Write status.json, since launchers turn every exit code into 1."""
-    if folder is None or not is_main_process():
-        return
+    if folder is not None and is_main_process():
+        _write_status(folder, state, exit_code, message)
+
+
+def _write_status(folder: Path, state: str, exit_code: int | None, message: str) -> None:
     from groundwork.checkpoint import write_atomically  # imports torch
 
     text = json.dumps({"state": state, "exit_code": exit_code, "message": message}, indent=1)
     write_atomically(folder / "status.json", text + "\n")
+
+
+def tell_failure(folder: Path | None, error: BaseException) -> None:
+    """Write what ended a run to standard error and status.json: by the process that knows it.
+
+    Where one of several processes fails, the others fail of its silence; the launcher then tells
+    nothing that helps. So that one speaks for all, and what the others say later does not count.
+    """
+    known = isinstance(error, GroundworkError)
+    code = error.exit_code if isinstance(error, GroundworkError) else 1
+    said = str(error) if known else f"{type(error).__name__}: {error}"
+    state = "stopped" if isinstance(error, StoppedError) else "failed"
+    told = _status(folder)
+    if told.get("state") == "failed" and (not known or told.get("message") == said):
+        return
+    if not is_main_process() and (folder is None or state == "stopped" or not known):
+        return
+    if known:
+        rank = "" if is_main_process() else f"Process {os.environ['RANK']}: "
+        sys.stderr.write(f"{rank}{said}\n")
+    if folder is not None:
+        _write_status(folder, state, code, said)
+
+
+def _status(folder: Path | None) -> dict[str, Any]:
+    try:
+        assert folder is not None
+        found = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (AssertionError, OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_main_process() -> bool:

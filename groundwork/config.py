@@ -197,11 +197,13 @@ def find_recipe(name: str, stage: str) -> Path:
     return path
 
 
-def changes_on_resume(old: BaseModel, new: BaseModel, fixed: tuple[str, ...]) -> list[str]:
+def changes_on_resume(
+    old: BaseModel, new: BaseModel, fixed: tuple[str, ...], free: tuple[str, ...] = ()
+) -> list[str]:
     """Compare the recipe of a checkpoint with the one asked for on resume.
 
     Returns a line for every harmless change; raises UsageError for a key that begins with one of
-    `fixed`, which would make another model or another order of the data.
+    `fixed` and is not in `free`, which would make another model or another order of the data.
     """
     before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
     changed = [
@@ -209,7 +211,19 @@ def changes_on_resume(old: BaseModel, new: BaseModel, fixed: tuple[str, ...]) ->
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-    refused = [line for line in changed if line.split(":")[0].startswith(fixed)]
+    names = [line.split(":")[0] for line in changed]
+    refused = [
+        line
+        for name, line in zip(names, changed, strict=True)
+        if name.startswith(fixed) and name not in free
+    ]
+    # Steps are counted: with another batch the same count is another part of these.
+    counted = next((k for k in ("epochs", "samples") if after.get(f"budget.{k}") is not None), None)
+    if counted is not None and "batch_size" in names:
+        raise UsageError(
+            f"A resumed run cannot change batch_size while budget.{counted} is set, since steps so "
+            "far were of another size: give budget.steps=N, all steps from the beginning."
+        )
     if refused:
         raise UsageError(
             "A resumed run cannot change "

@@ -7,20 +7,42 @@ import json
 import logging
 from pathlib import Path
 
+import torch
+import torch.distributed
+
 from groundwork.data.loader import Batch
 from groundwork.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+NAME = "quarantine.jsonl"  # of a run folder
+
 
 class Quarantine:
-    """Unreadable pictures that this rank met: listed in quarantine.jsonl, bounded in number."""
+    """Unreadable pictures, of all ranks: listed in quarantine.jsonl, bounded in number.
 
-    def __init__(self, folder: Path, pictures: int, max_bad_fraction: float) -> None:
-        self.path = folder / "quarantine.jsonl"
+    `before` is the folder of the run that is gone on with: what was bad there is known.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        pictures: int,
+        max_bad_fraction: float,
+        *,
+        before: Path | None = None,
+        main: bool = True,
+    ) -> None:
+        self.path = folder / NAME
         self.pictures = pictures
         self.allowed = max(1, int(pictures * max_bad_fraction)) if max_bad_fraction else 0
-        self.seen: set[tuple[str, str]] = set()
+        known = {} if before is None else _read(before / NAME)
+        self.seen: set[tuple[str, str]] = set(known)
+        self.fresh = False  # whether this rank has met some that the others may not know
+        if main and (before is None or before.resolve() != folder.resolve()):
+            self.path.unlink(missing_ok=True)  # of a start that failed
+            if known:
+                self.path.write_text("".join(known.values()), encoding="utf-8")
 
     @property
     def bad(self) -> int:
@@ -31,15 +53,26 @@ class Quarantine:
         """Write down the pictures of a batch that had to be replaced."""
         fresh = [one for one in batch.replaced if (one.source, one.key) not in self.seen]
         if fresh:
+            self.fresh = True
             self.seen.update((one.source, one.key) for one in fresh)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in fresh)
 
-    def check(self, bad: int) -> None:
-        """Raise DataError when `bad` different pictures are more than the recipe allows."""
-        if bad > self.allowed:
+    def share(self, group: torch.distributed.ProcessGroup | None) -> None:
+        """Tell every rank what the others have met; all of them call it, or none."""
+        self.fresh = False
+        if group is None:
+            return
+        world = torch.distributed.get_world_size(group)
+        all_seen: list[set[tuple[str, str]]] = [set()] * world
+        torch.distributed.all_gather_object(all_seen, self.seen, group=group)
+        self.seen = set().union(*all_seen)
+
+    def check(self) -> None:
+        """Raise DataError when more pictures were unreadable than the recipe allows."""
+        if self.bad > self.allowed:
             raise DataError(
-                f"{bad} of {self.pictures} pictures are unreadable, more than "
+                f"{self.bad} of {self.pictures} pictures are unreadable, more than "
                 f"data.max_bad_fraction allows; they are listed in {self.path}. Mend or remove "
                 "them, or raise data.max_bad_fraction."
             )
@@ -51,3 +84,15 @@ class Quarantine:
                 "%d pictures were unreadable and replaced %d times by their neighbours: see %s.",
                 self.bad, replaced, self.path,
             )  # fmt: skip
+
+
+def _read(path: Path) -> dict[tuple[str, str], str]:
+    """Return the lines of a list by source and key; the last one may have been cut by a kill."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            one = json.loads(line)
+            found[one["source"], one["key"]] = f"{line}\n"
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from pydantic import BaseModel
 
 from groundwork import checkpoint as checkpoints
 from groundwork.checkpoint import Checkpoint
+from groundwork.command import write_status
 from groundwork.config import to_yaml
 from groundwork.data.shards import Samples
 from groundwork.errors import CheckpointError, UsageError
@@ -30,6 +32,7 @@ from groundwork.tracking import check_trackers
 logger = logging.getLogger(__name__)
 
 BEST = "best.safetensors"  # of a run folder: the weights with the best score so far
+LOCK = ".lock"  # of a run folder
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -63,6 +66,27 @@ class Run:
 
     folder: Path
     accelerator: Accelerator
+    recipe: BaseModel
+    resumed: bool
+    # Held open, and so locked, as long as the run lives.
+    lock: IO[str] | None = None
+    _begun: list[bool] = field(default_factory=list)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder is this run's: one that is gone on with stays as it was until then."""
+        return bool(self._begun)
+
+    def begin(self) -> None:
+        """Write recipe, machine and state into the folder: the run has what it needs."""
+        if self.accelerator.is_main_process:
+            checkpoints.write_atomically(self.folder / "recipe.yaml", to_yaml(self.recipe))
+            machine = "machine-resumed.json" if self.resumed else "machine.json"
+            text = json.dumps(_machine(self.accelerator), indent=1)
+            checkpoints.write_atomically(self.folder / machine, text)
+            write_status(self.folder, "running", None, "")
+        self._begun.append(True)
+        self.accelerator.wait_for_everyone()
 
     @property
     def checkpoints(self) -> Path:
@@ -117,19 +141,34 @@ def prepare_run(
     if accelerator.device.type == "cpu":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(recipe.threads or max(1, len(os.sched_getaffinity(0)) // here))
+    lock, problem = _take(folder) if accelerator.is_main_process else (None, "")
+    problem = broadcast_object_list([problem])[0]
+    if problem:
+        raise UsageError(problem)
     if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"The run folder {folder} cannot be made: {error.strerror}. Name another by --out."
-            ) from error
         checkpoints.sweep(folder / "checkpoints")
-        checkpoints.write_atomically(folder / "recipe.yaml", to_yaml(recipe))
-        machine = "machine-resumed.json" if resumed else "machine.json"
-        checkpoints.write_atomically(folder / machine, json.dumps(_machine(accelerator), indent=1))
-    accelerator.wait_for_everyone()
-    return Run(folder, accelerator)
+    run = Run(folder, accelerator, recipe, resumed, lock)
+    if not resumed:
+        run.begin()
+    return run
+
+
+def _take(folder: Path) -> tuple[IO[str] | None, str]:
+    """Make the run folder and lock it; also return why that cannot be, or an empty string."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w", encoding="utf-8")
+    except OSError as error:
+        why = f"The run folder {folder} cannot be made: {error.strerror}. Name another by --out."
+        return None, why
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None, f"Another process trains in {folder}: wait for it, or stop it first."
+    except OSError as error:  # a file system without locks
+        logger.warning("%s cannot be locked (%s).", folder, error.strerror)
+    return lock, ""
 
 
 def find_checkpoint(run: Run, resume: Path | None) -> Checkpoint | None:
@@ -147,6 +186,22 @@ def find_checkpoint(run: Run, resume: Path | None) -> Checkpoint | None:
     if found is None:
         logger.warning("%s holds no checkpoint yet: starting from the beginning.", resume)
     return found
+
+
+def set_aside(run: Run, saved: Checkpoint) -> None:
+    """Rename checkpoints behind the one that a run goes on from: they are of another course.
+
+    Left where they are they would be taken for the newest, and the new ones pruned as older.
+    """
+    if run.accelerator.is_main_process and saved.path.parent.resolve() == run.checkpoints.resolve():
+        for path in run.checkpoints.glob(f"{checkpoints.PREFIX}*"):
+            number = path.name.removeprefix(checkpoints.PREFIX)
+            if number.isdigit() and int(number) > saved.step:
+                aside = path.with_name(f"abandoned-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.replace(aside)
+                logger.warning("%s is of a course that is left; it is kept as %s.", path, aside)
+    run.accelerator.wait_for_everyone()
 
 
 def check_same_data(saved: Checkpoint, samples: Samples) -> None:

@@ -45,9 +45,19 @@ class Window:
         """Add to a sum; waits for no device."""
         self._sums[name] = self._sums.get(name, 0.0) + value
 
-    def plain(self) -> dict[str, float]:
-        """Return the sums as numbers, for a checkpoint."""
-        return {key: float(value) for key, value in self._sums.items()}
+    def plain(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the sums as numbers, for a checkpoint: their means over the ranks.
+
+        Every rank goes on from the same sums, so that the next line's means are over all ranks.
+        """
+        names = sorted(self._sums)
+        if accelerator.num_processes == 1 or not names:
+            return {name: float(self._sums[name]) for name in names}
+        sums = torch.stack(
+            [torch.as_tensor(self._sums[n], dtype=torch.float32).cpu() for n in names]
+        )
+        means = accelerator.reduce(sums.to(accelerator.device), "mean").tolist()
+        return dict(zip(names, means, strict=True))
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Turn the sums into means over their steps and over the ranks."""

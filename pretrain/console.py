@@ -63,5 +63,5 @@ def tell_end(step: int, pictures: int, seconds: float, probe: Mapping[str, Any])
         return
     first, last = probe["first"], probe["last"]
     for name, title in LEARNED.items():
-        if name in last:
+        if name in last and name in first:
             logger.info("%s: %.3f before, %.3f after.", title, first[name], last[name])

@@ -48,6 +48,7 @@ from groundwork.run_folder import (
     copy_whole,
     data_workers,
     find_checkpoint,
+    set_aside,
     step_seed,
 )
 from groundwork.schedule import multiplier
@@ -120,7 +121,10 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         check_same_data(saved, samples)
         position = Position(**saved.documents["state"])
         trained.restore(saved)
+        set_aside(run, saved)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
+    if run.resumed:
+        run.begin()
     clock = Clock(recipe.budget, len(samples), recipe.batch_size, position.seconds)
     alarm = CollapseAlarm()
     indicator = recipe.probe.indicator() if recipe.probe.times else None
@@ -142,7 +146,13 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     buffers = list(task.buffers())
     kept_buffers = [buffer.clone() for buffer in buffers]
     group = host_group() if world > 1 else None
-    quarantine = Quarantine(run.folder, len(samples), recipe.data.max_bad_fraction)
+    quarantine = Quarantine(
+        run.folder,
+        len(samples),
+        recipe.data.max_bad_fraction,
+        before=None if saved is None else saved.path.parent.parent,
+        main=accelerator.is_main_process,
+    )
     tracking = Tracking(
         run.folder,
         accelerator,
@@ -210,7 +220,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     def save(required: bool) -> None:
         """Save a checkpoint; a failed one is a warning unless it is the last chance."""
         position.seconds = clock.seconds
-        position.window = window.plain()
+        position.window = window.plain(accelerator)
         if accelerator.is_main_process:
             try:
                 trained.save(run.checkpoints, position, recipe, samples, recipe.checkpoint.keep)
@@ -237,7 +247,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             torch._foreach_copy_(kept_buffers, buffers)
 
             # Step 1. Forward and backward over the micro-batches of this rank.
-            positions: list[int] = []
+            replaced = 0
             keys: list[str] = []
             for micro in range(recipe.accumulate):
                 began = time.perf_counter()
@@ -245,8 +255,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 window.add("wait", time.perf_counter() - began)
                 window.add("worker", batch.worker_seconds)
                 quarantine.note(batch)
-                position.replaced += len(batch.replaced)
-                positions += batch.positions
+                replaced += len(batch.replaced)
                 keys += batch.keys
                 views = {k: v.to(device, non_blocking=True) for k, v in batch.views.items()}
                 last = micro == recipe.accumulate - 1
@@ -284,7 +293,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 position.skipped_in_a_row += 1
                 logger.warning(
                     "Step %d is skipped: a gradient is not finite. Samples %d to %d of the stream.",
-                    position.step, positions[0], positions[-1],
+                    position.step, position.samples - recipe.batch_size, position.samples - 1,
                 )  # fmt: skip
                 if position.skipped_in_a_row >= recipe.guard.skips:
                     trained.roll_back(run.checkpoints, position, recipe.guard.rollbacks)
@@ -292,16 +301,22 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             window.add("images", float(recipe.batch_size))
 
             # Step 4. Everybody agrees on the time, on whether to stop, and on what was unreadable.
-            stopping, seconds, bad = agree(group, stop.asked, clock.seconds, quarantine.bad)
-            clock.set(seconds)
-            quarantine.check(bad)
+            agreed = agree(group, stop.asked, clock.seconds, quarantine.fresh, replaced)
+            clock.set(agreed.seconds)
+            position.replaced += agreed.total
+            if agreed.news:
+                quarantine.share(group)
+            quarantine.check()
             ended = clock.over(position.step)
             window.add("seconds", clock.lap())
 
             # Step 5. Tell, probe, save: none of it changes what is learned.
             if recipe.log.samples:
                 tracking.write_samples(position.step, keys)
-            if position.step == 1 or position.step % recipe.log.every_steps == 0 or ended:
+            probed = recipe.probe.times and (
+                ended or clock.crossed(progress, position.step, recipe.probe.times)
+            )
+            if position.step == 1 or position.step % recipe.log.every_steps == 0 or ended or probed:
                 metrics = window.read(accelerator)
                 metrics["optim/lr"] = recipe.optim.lr * factor
                 metrics["train/skipped"] = float(position.skipped)
@@ -309,27 +324,24 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 tracking.write(position.step, metrics)
                 show.metrics(position.step, metrics)
                 window = Window()
-            due = ended or clock.crossed(progress, position.step, recipe.probe.times)
-            if recipe.probe.times and due:
+            if probed:
                 metrics = measure()
                 tracking.write(position.step, metrics)
                 _sheet(run, task, sheet, position.step)
                 tell_probe(position.step, metrics, collapse)
-                if (
-                    agree(group, bool(collapse), clock.seconds, 0)[0]
-                    and recipe.probe.stop_on_collapse
-                ):
+                if agree(group, bool(collapse)).stop and recipe.probe.stop_on_collapse:
                     save(required=True)
                     raise DivergedError(f"Stopped at step {position.step}. {collapse}")
                 patience = recipe.probe.patience
-                enough = patience is not None and position.worse >= patience
-                if agree(group, enough, clock.seconds, 0)[0] and not ended:
+                # The main process alone measures, and so it alone knows.
+                enough = probe is not None and patience is not None and position.worse >= patience
+                if agree(group, enough).stop and not ended:
                     logger.info(
                         "No better %s in %d measurements: stopping at step %d.",
                         indicator, position.worse, position.step,
                     )  # fmt: skip
                     break
-            if stopping and not ended:
+            if agreed.stop and not ended:
                 save(required=True)
                 raise StoppedError(
                     f"Stopped on request at step {position.step}; saved. "

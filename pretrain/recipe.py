@@ -180,9 +180,14 @@ def all_keys() -> list[str]:
 
 
 # Keys that make another model or another stream: a resumed run must not change them.
-FIXED = ("task", "backbone", "seed", "image_size", "optim.name", "data.window_shards", "ema")
+FIXED = (
+    "task", "backbone", "seed", "image_size", "optim.name", "data.window_shards", "data.bands",
+    "data.value_range", "ema",
+)  # fmt: skip
+# A teacher's file may have moved: its weights are in the checkpoint.
+FREE = ("task.weights", "task.distill.weights")
 
 
 def refuse_changes(old: Recipe, new: Recipe) -> list[str]:
     """Return a line for every harmless change on resume; raises UsageError for another kind."""
-    return changes_on_resume(old, new, FIXED)
+    return changes_on_resume(old, new, FIXED, FREE if "distill" in new.task_name.split("+") else ())

@@ -109,34 +109,38 @@ Path.mkdir = counted(Path.mkdir)
 Path.write_text = counted(Path.write_text)
 Path.replace = counted(Path.replace)
 checkpoint.shutil.rmtree = counted(checkpoint.shutil.rmtree)
-checkpoint.save(folder, 2, {"task": {"a": torch.full((9,), 2.0)}}, {"state": {"step": 2}}, 1)
+step = int(sys.argv[3])
+checkpoint.save(folder, step, {"task": {"a": torch.full((9,), 2.0)}}, {"state": {}}, 1)
 print(points)
 """
 
 
 @pytest.mark.slow
-def test_a_process_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [1, 2])  # 1 is there already
+def test_a_process_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path, step: int) -> None:
     seen = set()
     for victim in range(1, 40):
         folder = tmp_path / str(victim)
         write(folder, 1)
         done = subprocess.run(
-            [sys.executable, "-c", KILL, str(folder), str(victim)],
+            [sys.executable, "-c", KILL, str(folder), str(victim), str(step)],
             capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2],
         )  # fmt: skip
         checkpoint.sweep(folder)
         found = checkpoint.latest(folder)
         assert found is not None
-        seen.add(found.step)
-        assert not list(folder.glob(".tmp*"))
+        value = float(found.tensors["task"]["a"][0])
+        seen.add(value)
+        assert found.step == (step if value == 2 else 1)
+        assert not list(folder.glob(".*"))
         if done.returncode == 0:
-            assert found.step == 2
+            assert value == 2
             break
         assert done.returncode == -signal.SIGKILL
     else:
         pytest.fail("the save never came to its end")
     assert victim > 10
-    assert seen == {1, 2}
+    assert seen == {1.0, 2.0}
 
 
 def test_a_full_disk_is_told_and_the_older_one_stays(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from groundwork.clock import Clock, StopRequest, agree
+from groundwork.clock import Agreed, Clock, StopRequest, agree
 from groundwork.settings import Budget
 
 
@@ -57,4 +57,4 @@ def test_a_signal_is_noted_and_handlers_are_given_back() -> None:
 
 
 def test_one_process_agrees_with_itself() -> None:
-    assert agree(None, True, 3.5, 2) == (True, 3.5, 2)
+    assert agree(None, True, 3.5, False, 2) == Agreed(True, 3.5, False, 2)

@@ -34,6 +34,25 @@ def test_more_than_the_allowed_share_ends_the_run(
     tmp_path: Path, pictures: int, fraction: float, allowed: int
 ) -> None:
     quarantine = Quarantine(tmp_path, pictures, fraction)
-    quarantine.check(allowed)
+    quarantine.note(batch(*map(str, range(allowed))))
+    quarantine.check()
+    quarantine.note(batch("one more"))
     with pytest.raises(DataError, match=f"{allowed + 1} of {pictures} pictures are unreadable"):
-        quarantine.check(allowed + 1)
+        quarantine.check()
+
+
+def test_what_was_bad_before_a_stop_is_known(tmp_path: Path) -> None:
+    Quarantine(tmp_path / "a", 1000, 0.01).path.parent.mkdir()
+    Quarantine(tmp_path / "a", 1000, 0.01).note(batch("a", "b"))
+    path = tmp_path / "a" / "quarantine.jsonl"
+    path.write_text(path.read_text() + '{"source": "shard-0')  # cut by a kill
+    (tmp_path / "b").mkdir()
+    for folder in ("a", "b"):
+        resumed = Quarantine(tmp_path / folder, 1000, 0.01, before=tmp_path / "a")
+        assert resumed.bad == 2
+        resumed.note(batch("b", "c"))
+        assert resumed.bad == 3
+    lines = (tmp_path / "b" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == ["a", "b", "c"]
+    assert Quarantine(tmp_path / "a", 1000, 0.01).bad == 0  # a new start
+    assert not path.exists()
