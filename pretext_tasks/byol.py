@@ -42,6 +42,7 @@ from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
 from groundwork.config import Section, starting_from
 from pretext_tasks.contract import PretextTask, StepOutput, Views
+from pretext_tasks.crops import AreaRange, RatioRange
 from pretext_tasks.two_views import (
     TwoViews,
     Width,
@@ -71,9 +72,9 @@ class BYOLConfig(Section):
     projection_width: Width = 256  # section 3.3
     momentum: Probability = 0.996  # section 3.3: tau_base, for 1,000 epochs; 0.99 for 300
     predictor_lr: Annotated[float, Field(gt=0)] = 1.0  # times optim.lr; see the module
-    window_scale: tuple[float, float] = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # appendix B: part of the picture's area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # appendix B: width to height, log-uniform
+    window_scale: AreaRange = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
+    crop_scale: AreaRange = (0.08, 1.0)  # appendix B: part of the picture's area
+    crop_ratio: RatioRange = (3 / 4, 4 / 3)  # appendix B: width to height, log-uniform
     flip: Probability = 0.5  # appendix B
     rotate: Probability = 0.0  # ours; 0.75 makes the four directions equally likely
     colour_1: Annotated[Colour, starting_from(VIEW_1)] = VIEW_1

@@ -11,14 +11,31 @@ ratio is allowed. Edges are whole pixels, which are cut faster than fractions of
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator, Field
 
 from groundwork.errors import UsageError
 
 _TRIES = 10
+
+
+def _ordered(values: tuple[float, float]) -> tuple[float, float]:
+    if values[0] > values[1]:
+        raise ValueError("two numbers are wanted, the smaller first")
+    return values
+
+
+# Shares of a picture's area, and width over height: from the first to the second.
+AreaRange = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
+    AfterValidator(_ordered),
+]
+RatioRange = Annotated[
+    tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], AfterValidator(_ordered)
+]
 
 
 def draw_crop(

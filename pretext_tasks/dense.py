@@ -37,7 +37,7 @@ from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
 from pretext_tasks.byol import VIEW_1, VIEW_2
 from pretext_tasks.contract import StepOutput, Views
-from pretext_tasks.crops import check_side, draw_crop, draw_turn
+from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
 from pretext_tasks.through_neck import Letter, ThroughNeck
 from pretext_tasks.two_views import (
     Width,
@@ -64,9 +64,9 @@ class DenseConfig(Section):
     invariance: float = Field(default=25.0, ge=0)  # VICReg, section 4.2: lambda
     variance: float = Field(default=25.0, ge=0)  # mu
     covariance: float = Field(default=1.0, ge=0)  # nu
-    window_scale: tuple[float, float] = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # part of the picture's area; ours
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # VICReg, appendix C: width to height
+    window_scale: AreaRange = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
+    crop_scale: AreaRange = (0.2, 1.0)  # part of the picture's area; ours
+    crop_ratio: RatioRange = (3 / 4, 4 / 3)  # VICReg, appendix C: width to height
     flip: Probability = 0.5  # VICReg, appendix C
     rotate: Probability = 0.0  # ours; 0.75 makes the four directions equally likely
     colour_1: Annotated[Colour, starting_from(VIEW_1)] = VIEW_1  # BYOL's, as VICReg, appendix C

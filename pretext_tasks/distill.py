@@ -39,7 +39,7 @@ from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
 from groundwork.errors import UsageError
 from pretext_tasks.contract import StepOutput, Views
-from pretext_tasks.crops import check_side, draw_crop, draw_turn
+from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
 from pretext_tasks.through_neck import Letter, ThroughNeck
 
 Positive = Annotated[float, Field(gt=0)]
@@ -57,8 +57,8 @@ class DistillConfig(Section):
     weights: str | None = None  # a timm checkpoint of the teacher; must be named
     neck: Letter | None = None  # a YOLOv12 neck of this width learns too
     hidden_width: int = Field(default=512, ge=8)  # of a level's projection
-    crop_scale: tuple[Positive, Positive] = (0.25, 1.0)  # Beyer et al., section 3: of the area
-    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width to height, log-uniform
+    crop_scale: AreaRange = (0.25, 1.0)  # Beyer et al., section 3: of the area
+    crop_ratio: RatioRange = (3 / 4, 4 / 3)  # width to height, log-uniform
     flip: Probability = 0.5
     rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
     colour: Annotated[Colour, starting_from(MILD)] = MILD

@@ -37,6 +37,7 @@ from groundwork.colour import Colour, Probability
 from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
 from pretext_tasks.contract import PretextTask, StepOutput, Views
+from pretext_tasks.crops import AreaRange, RatioRange
 from pretext_tasks.multi_crop import Crops, MultiCrop, coloured, seen
 from pretext_tasks.two_views import Width, spread
 
@@ -67,10 +68,10 @@ class LeJEPAConfig(Section):
     large_views: Width = 2  # ours
     small_views: int = Field(default=6, ge=0)  # ours
     small_size: Width = 96  # pixels, a multiple of 32
-    window_scale: tuple[Share, Share] = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
-    large_scale: tuple[Share, Share] = (0.3, 1.0)  # part of the picture's area
-    small_scale: tuple[Share, Share] = (0.05, 0.3)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width to height, log-uniform
+    window_scale: AreaRange = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
+    large_scale: AreaRange = (0.3, 1.0)  # part of the picture's area
+    small_scale: AreaRange = (0.05, 0.3)
+    crop_ratio: RatioRange = (3 / 4, 4 / 3)  # width to height, log-uniform
     flip: Probability = 0.5
     rotate: Probability = 0.0  # ours; 0.75 makes the four directions equally likely
     colour: Annotated[Colour, starting_from(COLOUR)] = COLOUR

@@ -42,7 +42,7 @@ from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
 from groundwork.modes import evaluating
 from pretext_tasks.contract import StepOutput, Views
-from pretext_tasks.crops import check_side, draw_crop, draw_turn
+from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
 from pretext_tasks.stable_regions import KINDS, RegionKeys, kinds_of, stable_regions
 from pretext_tasks.through_neck import Letter, ThroughNeck
 
@@ -60,8 +60,8 @@ class RegionsConfig(Section):
     neck: Letter | Literal["auto"] = "auto"
     kinds: bool = True  # as classes; false: one class, any region
     regions: RegionKeys = RegionKeys()
-    crop_scale: tuple[float, float] = (0.25, 1.0)  # part of the picture's area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width to height
+    crop_scale: AreaRange = (0.25, 1.0)  # part of the picture's area
+    crop_ratio: RatioRange = (3 / 4, 4 / 3)  # width to height
     flip: Probability = 0.5
     rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
     colour: Annotated[Colour, starting_from(COLOUR)] = COLOUR

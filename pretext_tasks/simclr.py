@@ -30,6 +30,7 @@ from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
 from groundwork.config import Section, starting_from
 from pretext_tasks.contract import PretextTask, StepOutput, Views
+from pretext_tasks.crops import AreaRange, RatioRange
 from pretext_tasks.two_views import (
     TwoViews,
     Width,
@@ -59,9 +60,9 @@ class SimCLRConfig(Section):
     projector_batch_norm: bool = True  # as in the authors' code; the text does not say
     # Table 5: 0.1 is best at batch 4096 on ImageNet; appendix B.9: 0.5 on CIFAR-10 at 256 to 4096.
     temperature: Annotated[float, Field(gt=0.001)] = 0.1
-    window_scale: tuple[float, float] = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # appendix A: part of the picture's area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # appendix A: width to height
+    window_scale: AreaRange = (1.0, 1.0)  # ours; see pretext_tasks/two_views.py
+    crop_scale: AreaRange = (0.08, 1.0)  # appendix A: part of the picture's area
+    crop_ratio: RatioRange = (3 / 4, 4 / 3)  # appendix A: width to height
     flip: Probability = 0.5  # appendix A
     rotate: Probability = 0.0  # ours; 0.75 makes the four directions equally likely
     colour: Annotated[Colour, starting_from(STRENGTH_1)] = STRENGTH_1

@@ -257,7 +257,9 @@ def pack(
             packed[done.row.name] = done
         results = [packed[shard.name] for shard in plan]
         _write_quarantine(folder, results)
-        _check_bad_fraction(folder, results, max_bad_fraction)
+        _check_bad_fraction(
+            folder, results, sum(len(shard.pictures) for shard in plan), max_bad_fraction
+        )
         classes = list(options.classes)
         finish_set(folder, [done.row for done in results], plan=plan_hash, classes=classes)
         (folder / UNFINISHED_NAME).unlink(missing_ok=True)
@@ -267,7 +269,10 @@ def pack(
 @contextlib.contextmanager
 def _owned(folder: Path, plan_hash: str) -> Iterator[None]:
     """Make sure that the folder is for this plan alone, and that no other process packs there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"The folder {folder} cannot be made: {error.strerror}.") from error
     with (folder / _LOCK_NAME).open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -321,14 +326,16 @@ def _write_quarantine(folder: Path, results: Sequence[Packed]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _check_bad_fraction(folder: Path, results: Sequence[Packed], limit: float) -> None:
+def _check_bad_fraction(
+    folder: Path, results: Sequence[Packed], pictures: int, limit: float
+) -> None:
+    """Raise DataError where too many of the pictures that were given are bad, tiled or not."""
     bad = sum(len(done.quarantined) for done in results)
-    good = sum(done.row.pictures for done in results)
-    if good and bad <= limit * (bad + good):
+    if any(done.row.pictures for done in results) and bad <= limit * pictures:
         return
     first = next(done.quarantined[0] for done in results if done.quarantined)
     raise DataError(
-        f"{bad} of {bad + good} pictures cannot be read, the first being {first[0]!r} "
+        f"{bad} of {pictures} pictures cannot be read, the first being {first[0]!r} "
         f"({first[1]}); all are in {folder / QUARANTINE_NAME}. Mend or remove them, or allow "
         "more with --max-bad-fraction."
     )

@@ -220,7 +220,8 @@ def open_probe(
         if path == "scenes":
             opened.append(open_scene_objects(cache, split))
         elif path is not None:
-            opened.append(open_samples(path, cache=cache, cache_bytes=cache_bytes))
+            key = "probe.labeled" if split == "train" else "probe.val"
+            opened.append(open_samples(path, cache=cache, cache_bytes=cache_bytes, key=key))
         else:
             opened.append(None)
     try:

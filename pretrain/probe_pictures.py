@@ -111,8 +111,8 @@ def number(names: Sequence[str], classes: Sequence[str], where: str) -> Tensor:
     strange = sorted(set(names) - numbers.keys())
     if strange:
         raise DataError(
-            f"{where} has the class {strange[0]}, which the labeled pictures do not have; "
-            f"they have {', '.join(classes)}."
+            f"{where} has the class {strange[0]}, which none of the labeled pictures taken has; "
+            f"they have {', '.join(classes)}. Remove it, or raise probe.pictures."
         )
     return torch.tensor([numbers[name] for name in names], dtype=torch.int64)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import html
 import io
 import json
@@ -88,7 +89,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     if not (run / "recipe.yaml").is_file() or not (run / "metrics.jsonl").is_file():
         raise UsageError(f"{run} is no run folder: it has no recipe.yaml and metrics.jsonl.")
     recipe = build(read_yaml(run / "recipe.yaml"))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run / "metrics.jsonl")
     status = _json(run / "status.json")
     machine = _json(run / "machine.json")
     title = f"{recipe.task_name} on {recipe.backbone.name}"
@@ -116,8 +117,20 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         f"</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
     out = out or run / "report.html"
-    write_atomically(out, page)
+    try:
+        write_atomically(out, page)
+    except OSError as error:
+        raise UsageError(f"The page {out} cannot be written: {error.strerror}.") from error
     return out
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; the last line of a run that goes on may be half written, and is left."""
+    lines = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -111,10 +111,10 @@ class RemoteSamples:
             self._warned = True
             _LOGGER.warning(
                 "The cache has room for %d of the %d shards that come next, so some will be fetched"
-                " more than once: set data.cache_bytes to %d or more.",
+                " more than once: set data.cache_gb to %.3g or more.",
                 len(fitting),
                 len(shards),
-                taken[-1] * 5 // 4,
+                taken[-1] * 5 / 4 / 1e9,
             )
         self._cache.want([self._key(shard) for shard in fitting])
         with self._news:

@@ -153,8 +153,8 @@ class ShardCache:
         wanted = sum(sizes.values())
         if wanted > self.limit:
             raise DataError(
-                f"One shard has {wanted} bytes, more than data.cache_bytes={self.limit}: raise it"
-                " to at least four times a shard, or pack smaller shards."
+                f"One shard has {wanted} bytes, more than data.cache_gb={self.limit / 1e9:g}: raise"
+                " it to at least four times a shard, or pack smaller shards."
             )
         while True:
             with locked(self._locks / "room"):

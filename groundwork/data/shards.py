@@ -282,7 +282,7 @@ def open_shards(
         tars = [
             (folder, part.index.names[row])
             for part in sets
-            for folder in [part.folder.absolute()]
+            for folder in [part.folder.resolve()]
             for row in part.rows.tolist()
         ]
         if len(set(tars)) != len(tars):

@@ -210,13 +210,13 @@ def test_a_cache_too_small_for_what_comes_next_is_said_once(
         samples.prefetch([0, 1, 2, 3])
         samples.prefetch([1, 2, 3, 4])
         assert everything(samples) == local(packed, tmp_path)
-    assert [record for record in caplog.records if "data.cache_bytes" in record.message] == [
+    assert [record for record in caplog.records if "data.cache_gb" in record.message] == [
         caplog.records[0]
     ]
 
 
 def test_a_shard_larger_than_the_whole_cache_is_refused(web: Web, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"more than data\.cache_bytes=1000"):
+    with pytest.raises(DataError, match=r"more than data\.cache_gb=1e-06"):
         opened(web, tmp_path, cache_bytes=1000).read(0, 0)
 
 
