@@ -109,10 +109,7 @@ class DetectionLoss:
         )
         predicted, true = boxes[found.image, found.point], targets.boxes[found.target]
         share = found.score * scale
-        if config.boxes == "root":
-            root = found.score.sqrt()
-            share = root / root.sum().clamp(min=1)
-        elif config.boxes == "equal":
+        if config.boxes == "equal":
             share = box_shares(found, len(targets.boxes))
         box_loss = BOX_LOSSES[config.localisation.kind](predicted, true)
         parts["localisation"] = config.localisation.weight * (box_loss * share).sum()

@@ -129,9 +129,8 @@ class LossKeys(Section):
     objectness: PartKeys = PartKeys(weight=1.0)
     penalty: PenaltyKeys = PenaltyKeys()
     assign: AssignKeys = AssignKeys()
-    # What a box weighs in localisation and distribution: its points' scores, their roots, or all
-    # the same.
-    boxes: Literal["score", "root", "equal"] = "score"
+    # What a box weighs in localisation and distribution: its points' scores, or all the same.
+    boxes: Literal["score", "equal"] = "score"
 
 
 class Regularize(Section):

@@ -328,7 +328,7 @@ def test_a_run_that_had_saved_nothing_begins_again_with_its_weights(
     assert f"Loaded from {init}" in done.stdout
     same_tensors(tmp_path / "two/detector.safetensors", tmp_path / "three/detector.safetensors")
     init.unlink()
-    done = run(1, tmp_path, "--resume", "two", "--out", "three", "budget.steps=2")
+    done = run(1, tmp_path, "--resume", "two", "--out", "four", "budget.steps=2")
     assert done.returncode == 2 and "is not there any more" in done.stderr
 
 
