@@ -292,6 +292,19 @@ def test_too_many_unreadable_pictures_are_an_error(
     assert "0 shards written now" in capsys.readouterr().out
 
 
+def test_tiles_do_not_make_bad_scenes_few(
+    tmp_path: Path, make_jpeg: MakeJpeg, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    (scenes / "good.jpg").write_bytes(make_jpeg(0, 320, 320))  # 100 tiles
+    for number in range(3):
+        (scenes / f"bad-{number}.jpg").write_bytes(b"no picture")
+    given = (scenes, tmp_path / "shards", "--tiles", 32, "--overlap", 0, "--max-bad-fraction", 0.05)
+    assert run(*given) == 3
+    assert "3 of 4 pictures cannot be read" in capsys.readouterr().err
+
+
 def test_a_shard_of_nothing_but_unreadable_pictures_is_left_out(
     tmp_path: Path, images: Path
 ) -> None:

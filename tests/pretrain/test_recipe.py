@@ -79,6 +79,18 @@ def test_a_mistake_in_the_tasks_own_keys_is_told() -> None:
         recipes.with_task_defaults(recipe, load_task("byol").Config)
 
 
+@pytest.mark.parametrize("task", ["byol", "simclr", "dense", "regions", "lejepa", "distill"])
+def test_crops_that_cannot_be_drawn_are_refused(task: str) -> None:
+    config = load_task(task).Config
+    area = "large_scale" if task == "lejepa" else "crop_scale"
+    more = ["task.weights=FILE"] if task == "distill" else []
+    for wrong in (f"{area}=[1.0,0.1]", f"{area}=[0,1]", f"{area}=[0.5,2]", "crop_ratio=[0,1]",
+                  "crop_ratio=[2,1]"):  # fmt: skip
+        recipe = recipes.resolve(task, None, [f"task.{wrong}", *more])
+        with pytest.raises(UsageError, match=wrong.partition("=")[0]):
+            recipes.with_task_defaults(recipe, config)
+
+
 def test_a_mistake_is_told_in_under_a_second() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(

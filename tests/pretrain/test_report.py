@@ -79,6 +79,16 @@ def test_a_loss_that_was_not_finite_is_left_out(run: Path) -> None:
     assert "<td>1</td><td>0.3333</td>" in write_report(run).read_text()
 
 
+def test_a_line_that_is_being_written_is_left_out(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')
+    assert "<h2>Curves</h2>" in write_report(run).read_text()
+    assert main([str(run), "--out", str(run / "nowhere" / "page.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_run_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -364,8 +364,98 @@ def test_data_that_changed_is_refused_on_resume(pictures: Path, tmp_path: Path) 
     keys = [f"data.train={pictures}", "budget.steps=2", *TINY]
     assert run(1, tmp_path, "--task", "byol", "--out", "out", *keys).returncode == 0
     (pictures / "99.jpg").write_bytes((pictures / "00.jpg").read_bytes())
+    recipe = (tmp_path / "out" / "recipe.yaml").read_text()
     done = run(1, tmp_path, "--resume", "out", "budget.steps=4")
     assert done.returncode == 2
     assert "22 pictures" in done.stderr
+    # A start that cannot go on leaves the folder as it was.
     values: dict[str, Any] = status(tmp_path / "out")
-    assert values["state"] == "failed"
+    assert values["state"] == "done"
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == recipe
+
+
+@pytest.mark.slow
+def test_a_resume_takes_what_can_be_meant_and_leaves_other_runs_alone(
+    pictures: Path, tmp_path: Path
+) -> None:
+    keys = [f"data.train={pictures}", *TINY, "checkpoint.every_steps=2", "checkpoint.keep=9"]
+    whole = [*keys, "budget.samples=48", "--task", "byol"]  # six steps
+    for name in ("one", "two"):
+        done = run(1, tmp_path, "--out", name, *whole)
+        assert done.returncode == 0, done.stderr
+    # Another batch would make another part of the samples of the same steps.
+    done = run(1, tmp_path, "--resume", "one", "batch_size=16")
+    assert done.returncode == 2 and "give budget.steps=N" in done.stderr
+    done = run(1, tmp_path, "--resume", "one", "data.bands=[1]", "probe.labeled=null")
+    assert done.returncode == 2 and "data.bands" in done.stderr
+    done = run(1, tmp_path, "--resume", "one", "--out", "two")
+    assert done.returncode == 2 and "holds another run" in done.stderr
+    # From an older checkpoint: what lies behind it is of another course.
+    done = run(1, tmp_path, "--resume", "one/checkpoints/step-2", "budget.steps=5")
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "one" / "checkpoints").iterdir())
+    assert names == ["abandoned-step-4", "abandoned-step-6", "step-2", "step-4", "step-5"]
+    done = run(1, tmp_path, "--resume", "one", "budget.steps=7", "batch_size=16")
+    assert done.returncode == 0, done.stderr
+    assert "step-5: step 5." in done.stdout
+    assert sorted(losses(tmp_path / "one")) == list(range(1, 8))
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_train_in_one_folder_and_a_restart_goes_on(
+    pictures: Path, tmp_path: Path
+) -> None:
+    keys = ["--task", "byol", "--out", "out", f"data.train={pictures}", *TINY]
+    long = [*keys, "budget.steps=4000", "checkpoint.every_steps=1"]
+    first = subprocess.Popen(
+        launch(1, *long), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, text=True
+    )
+    try:
+        wait_for_step(tmp_path / "out", 3, first)
+        done = run(1, tmp_path, "--resume", "out")
+        assert done.returncode == 2 and "Another process trains in out" in done.stderr
+        assert status(tmp_path / "out")["state"] == "running"
+    finally:
+        first.kill()
+        first.wait()
+    # As torchrun --max-restarts starts it: the first command again.
+    restarted = environment() | {"TORCHELASTIC_RESTART_COUNT": "1"}
+    second = subprocess.Popen(
+        launch(1, *long), cwd=tmp_path, env=restarted, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert second.stdout is not None
+        lines = iter(second.stdout.readline, "")
+        assert any("Going on from" in line for line in lines)
+    finally:
+        second.kill()
+        second.wait()
+
+
+@pytest.mark.dist
+def test_what_one_rank_meets_is_told_and_counted_for_all(pictures: Path, tmp_path: Path) -> None:
+    keys = ["--task", "byol", f"data.train={pictures}", "budget.steps=8", *TINY, "log.samples=true"]
+    done = run(2, tmp_path, "--out", "healthy", *keys)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "healthy" / "samples-1.jsonl").read_text().splitlines()
+    key = json.loads(lines[0])["keys"][0]  # of the second rank
+    (pictures / f"{key}.jpg").write_bytes(b"<html>")
+    done = run(2, tmp_path, "--out", "raised", *keys, "data.on_error=raise")
+    assert done.returncode != 0
+    told = status(tmp_path / "raised")
+    assert told["exit_code"] == 3 and key in told["message"]
+    assert f"Process 1: {told['message']}" in done.stderr
+    done = run(2, tmp_path, "--out", "replaced", *keys, "data.max_bad_fraction=0.5")
+    assert done.returncode == 0, done.stderr
+    counted = {line["data/replaced"] for line in metrics(tmp_path / "replaced")[-2:-1]}
+    listed = (tmp_path / "replaced" / "quarantine.jsonl").read_text().splitlines()
+    assert len(listed) >= 1 and {json.loads(line)["key"] for line in listed} == {key}
+    assert counted and min(counted) >= 3  # 64 samples of 21 pictures
+    others = [path for path in sorted(pictures.glob("*.jpg")) if path.stem != key][:5]
+    for path in others:
+        path.write_bytes(b"")
+    # Four are allowed, and neither rank meets five in the first epoch.
+    done = run(2, tmp_path, "--out", "many", *keys, "data.max_bad_fraction=0.2")
+    assert done.returncode != 0
+    assert status(tmp_path / "many")["exit_code"] == 3
+    assert "of 21 pictures are unreadable" in status(tmp_path / "many")["message"]

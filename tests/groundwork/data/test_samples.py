@@ -120,6 +120,13 @@ def test_nothing_there_says_what_was_looked_for_and_how_to_go_on(tmp_path: Path)
         opened([], tmp_path)
 
 
+def test_the_same_place_named_twice_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    for other in (str(folder), f"{folder}/../{folder.name}", str(tmp_path / "link")):
+        with pytest.raises(DataError, match="twice: name each of them once"):
+            opened([str(folder), other], tmp_path)
+
+
 @pytest.mark.parametrize("train", ["pipe:touch {}", "exec:touch {}"])
 def test_commands_are_never_run(tmp_path: Path, train: str) -> None:
     marker = tmp_path / "marker"
