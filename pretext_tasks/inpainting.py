@@ -88,8 +88,6 @@ class InpaintingConfig(Section):
     patch: int | None = Field(default=16, ge=2)  # MAE: side in pixels; None: not normalised
     eps: Positive = 1.5e-5  # added to a patch's variance: (1 / 255) squared
     loss: Literal["l2", "l1"] = "l2"  # MAE; SimMIM: l1
-    # Weight of the same loss on visible pixels, which asks for what is too small to be guessed.
-    visible: float = Field(default=0.0, ge=0)
     scales: tuple[Literal[8, 16, 32], ...] = (8,)  # strides that predict; 8 must be one
     filling: Literal["token", "mean"] = "token"  # of holes, for a dense encoder
     # dense: the backbone sees filled holes. sparse: SparK's, it sees visible cells alone.
@@ -238,7 +236,7 @@ class Inpainting(ThroughNeck):
         return InpaintingViews(config, image_size, hidden)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """Return the loss on hidden pixels, with `visible` times that on others; mean over scales.
+        """Return the loss on hidden pixels, averaged over the scales.
 
         Metrics: hidden_error, the mean absolute error of hidden pixels in grey levels (0 to 255)
         once each patch has its own mean and deviation back.
@@ -247,15 +245,15 @@ class Inpainting(ThroughNeck):
         predictions = self.decoder(self._features(self._filled(batch, hidden), batch["hidden"]))
         with torch.no_grad():
             target = self._target(batch, hidden)
-        losses = []
-        for scale, prediction in predictions.items():
-            wanted = _shrunk(target.value, scale // _STRIDE)
-            cells = spread(batch["hidden"], self.config.block * _STRIDE // scale)
-            loss = hidden_loss(prediction, wanted, cells, self.config.loss)
-            if self.config.visible:
-                seen = hidden_loss(prediction, wanted, ~cells, self.config.loss)
-                loss = loss + self.config.visible * seen
-            losses.append(loss)
+        losses = [
+            hidden_loss(
+                prediction,
+                _shrunk(target.value, scale // _STRIDE),
+                spread(batch["hidden"], self.config.block * _STRIDE // scale),
+                self.config.loss,
+            )
+            for scale, prediction in predictions.items()
+        ]
         with torch.no_grad():
             error = (predictions[_STRIDE].float() - target.value).abs() * target.deviation
             metrics = {"hidden_error": 255 * _mean_over(error, hidden)}

@@ -112,17 +112,6 @@ def test_visible_pixels_have_no_part_in_the_loss(
     assert task(other).loss.item() == pytest.approx(task(batch).loss.item(), abs=1e-6)
 
 
-def test_visible_pixels_count_by_their_weight(make_task: MakeTask, make_batch: MakeBatch) -> None:
-    """A prediction that is wrong by 2 where one can see, and right where one cannot."""
-    task = make_task(patch=None, visible=0.5)
-    batch = make_batch(Inpainting, task.config)
-    truth = (batch["image"] / 255).permute(0, 3, 1, 2)
-    hidden = spread(batch["hidden"], task.config.block)
-    fixed = {8: torch.where(hidden, truth, truth + 2)}
-    task.decoder.register_forward_hook(lambda *_: fixed)
-    assert task(batch).loss.item() == pytest.approx(0.5 * 4, rel=1e-4)
-
-
 @pytest.mark.parametrize(("kind", "expected"), [("l2", 3.0), ("l1", 5 / 3)])
 def test_the_loss_by_hand(kind: str, expected: float) -> None:
     """Two hidden pixels of three channels: errors 1, 1, 2 and 2, 2, 2; others would be 100."""
