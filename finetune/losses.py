@@ -111,6 +111,8 @@ class DetectionLoss:
         share = found.score * scale
         if config.boxes == "equal":
             share = box_shares(found, len(targets.boxes))
+        elif config.boxes == "class":
+            share = class_shares(found, targets.classes, raw.classes.shape[2])
         box_loss = BOX_LOSSES[config.localisation.kind](predicted, true)
         parts["localisation"] = config.localisation.weight * (box_loss * share).sum()
         bins = raw.boxes[found.image, found.point]
@@ -142,6 +144,21 @@ def box_shares(found: Assignment, boxes: int) -> Tensor:
     of_box = found.score.new_zeros(boxes).index_add_(0, found.target, found.score)
     seen = (of_box > 0).sum().clamp(min=1)
     return found.score / of_box[found.target].clamp(min=1e-9) / seen
+
+
+def class_shares(found: Assignment, classes: Tensor, count: int) -> Tensor:
+    """Return each positive point's share of the box losses, P: by score within its class.
+
+    A class gets the share of the boxes that are of it, whatever their scores, 1 in all: the scores
+    of a class that is common and soon found would leave nothing to a rare and small one. Where
+    there is one class, shares are those by score.
+    """
+    own = classes[found.target]
+    scores = found.score.new_zeros(count).index_add_(0, own, found.score)
+    boxes = found.score.new_zeros(count).index_add_(0, classes, torch.ones_like(classes).float())
+    boxes = torch.where(scores > 0, boxes, 0)  # a class without a point has nothing to learn from
+    part = boxes / boxes.sum().clamp(min=1)
+    return found.score / scores[own].clamp(min=1e-9) * part[own]
 
 
 def class_targets(

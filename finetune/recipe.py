@@ -129,8 +129,9 @@ class LossKeys(Section):
     objectness: PartKeys = PartKeys(weight=1.0)
     penalty: PenaltyKeys = PenaltyKeys()
     assign: AssignKeys = AssignKeys()
-    # What a box weighs in localisation and distribution: its points' scores, or all the same.
-    boxes: Literal["score", "equal"] = "score"
+    # What a box weighs in localisation and distribution: its points' scores, these within its
+    # class, or all the same.
+    boxes: Literal["score", "class", "equal"] = "score"
 
 
 class Regularize(Section):
