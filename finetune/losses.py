@@ -149,15 +149,15 @@ def box_shares(found: Assignment, boxes: int) -> Tensor:
 def class_shares(found: Assignment, classes: Tensor, count: int) -> Tensor:
     """Return each positive point's share of the box losses, P: by score within its class.
 
-    A class gets the share of the boxes that are of it, whatever their scores, 1 in all: the scores
-    of a class that is common and soon found would leave nothing to a rare and small one. Where
-    there is one class, shares are those by score.
+    A class gets the share of the boxes that are of it, whatever their scores: the scores of a class
+    that is common and soon found would leave nothing to a rare and small one. All shares are 1, or
+    the sum of the scores where that is less, so that with one class they are those by score.
     """
     own = classes[found.target]
     scores = found.score.new_zeros(count).index_add_(0, own, found.score)
     boxes = found.score.new_zeros(count).index_add_(0, classes, torch.ones_like(classes).float())
     boxes = torch.where(scores > 0, boxes, 0)  # a class without a point has nothing to learn from
-    part = boxes / boxes.sum().clamp(min=1)
+    part = boxes / boxes.sum().clamp(min=1) * scores.sum().clamp(max=1)
     return found.score / scores[own].clamp(min=1e-9) * part[own]
 
 

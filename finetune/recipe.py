@@ -129,9 +129,9 @@ class LossKeys(Section):
     objectness: PartKeys = PartKeys(weight=1.0)
     penalty: PenaltyKeys = PenaltyKeys()
     assign: AssignKeys = AssignKeys()
-    # What a box weighs in localisation and distribution: its points' scores, these within its
-    # class, or all the same.
-    boxes: Literal["score", "class", "equal"] = "score"
+    # What a box weighs in localisation and distribution: its points' scores within its class, with
+    # each class by its number of boxes; its points' scores alone; or all boxes the same.
+    boxes: Literal["class", "score", "equal"] = "class"
 
 
 class Regularize(Section):

@@ -16,6 +16,7 @@ from finetune.losses import (
     BOX_LOSSES,
     DetectionLoss,
     box_shares,
+    class_shares,
     class_targets,
     classification_loss,
     distribution_loss,
@@ -230,6 +231,26 @@ def test_every_box_has_the_same_share_and_its_points_share_by_score() -> None:
         torch.tensor([0.6, 0.3, 0.1, 0.01]),
     )
     torch.testing.assert_close(box_shares(found, 4), torch.tensor([0.3, 0.15, 0.05, 0.5]))
+
+
+def test_a_class_has_the_share_of_its_boxes_and_within_it_scores_decide() -> None:
+    found = Assignment(
+        torch.zeros(4, dtype=torch.int64),
+        torch.arange(4),
+        torch.tensor([0, 0, 1, 3]),
+        torch.tensor([0.9, 0.6, 0.5, 0.01]),
+    )
+    # Three boxes of class 0 (one without a point), one of class 2; class 1's has no point at all.
+    classes = torch.tensor([0, 0, 0, 2, 1])
+    shares = class_shares(found, classes, 4)
+    expected = torch.tensor([0.9 / 2 * 3 / 4, 0.6 / 2 * 3 / 4, 0.5 / 2 * 3 / 4, 1 / 4])
+    torch.testing.assert_close(shares, expected)
+    one = torch.zeros(5, dtype=torch.int64)
+    torch.testing.assert_close(class_shares(found, one, 1), found.score / found.score.sum())
+    few = found._replace(score=found.score / 10)  # below 1 in all: as by score
+    torch.testing.assert_close(class_shares(few, one, 1), few.score)
+    none = Assignment(*(part[:0] for part in found))
+    assert class_shares(none, classes, 4).shape == (0,)
 
 
 def test_boxes_equal_changes_the_box_losses_alone() -> None:
