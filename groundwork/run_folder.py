@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -9,10 +10,12 @@ import os
 import platform
 import shutil
 import sys
+import time
+import weakref
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 BEST = "best.safetensors"  # of a run folder: the weights with the best score so far
 LOCK = ".lock"  # of a run folder
+_TRIES, _PAUSE = 12, 0.5  # of taking it; seconds between two
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -60,6 +64,13 @@ class RunKeys(Protocol):
         """Of a one-process CPU run."""
 
 
+class Lock:
+    """An open file that keeps others out; it is closed when nothing holds this any more."""
+
+    def __init__(self, descriptor: int) -> None:
+        weakref.finalize(self, os.close, descriptor)
+
+
 @dataclass(frozen=True)
 class Run:
     """Where a run keeps its files, and the processes that take part in it."""
@@ -68,8 +79,7 @@ class Run:
     accelerator: Accelerator
     recipe: BaseModel
     resumed: bool
-    # Held open, and so locked, as long as the run lives.
-    lock: IO[str] | None = None
+    lock: Lock | None = None  # of the folder, as long as the run lives
     _begun: list[bool] = field(default_factory=list)
 
     @property
@@ -153,22 +163,26 @@ def prepare_run(
     return run
 
 
-def _take(folder: Path) -> tuple[IO[str] | None, str]:
+def _take(folder: Path) -> tuple[Lock | None, str]:
     """Make the run folder and lock it; also return why that cannot be, or an empty string."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w", encoding="utf-8")
+        descriptor = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         why = f"The run folder {folder} cannot be made: {error.strerror}. Name another by --out."
         return None, why
+    lock = Lock(descriptor)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
+        # Data workers of a process that was killed hold it for some seconds more.
+        for _ in range(_TRIES):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock, ""
+            time.sleep(_PAUSE)
         return None, f"Another process trains in {folder}: wait for it, or stop it first."
     except OSError as error:  # a file system without locks
         logger.warning("%s cannot be locked (%s).", folder, error.strerror)
-    return lock, ""
+        return lock, ""
 
 
 def find_checkpoint(run: Run, resume: Path | None) -> Checkpoint | None:
