@@ -9,7 +9,6 @@ is a function of its position, and random numbers on the device of (seed, step, 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -27,13 +26,13 @@ from torch import nn
 from finetune.augment import build as build_augment
 from finetune.detector import Detector, build_detector
 from finetune.evaluate import evaluate
-from finetune.labels import survey
 from finetune.losses import Loss
 from finetune.metrics import Results
 from finetune.plan import Plan, Stretch
 from finetune.recipe import Recipe
 from finetune.regularize import regularize
 from finetune.report import save_boxes
+from finetune.sets import Sets, open_sets, tell_defects
 from finetune.training import (
     Training,
     measure_batchnorm,
@@ -47,11 +46,11 @@ from groundwork.backbones.from_timm import synchronised
 from groundwork.checkpoint import write_atomically
 from groundwork.clock import StopRequest, agree, host_group, told_by_main
 from groundwork.console import Display, minutes
-from groundwork.data.labels import LabeledSamples, has_split, open_labeled
+from groundwork.data.labels import LabeledSamples
 from groundwork.data.loader import Loader
 from groundwork.data.order import Order
 from groundwork.ema import Ema
-from groundwork.errors import CheckpointError, DataError, StoppedError, UsageError
+from groundwork.errors import CheckpointError, StoppedError, UsageError
 from groundwork.optim import (
     build_optimizer,
     set_learning_rate,
@@ -66,7 +65,6 @@ from groundwork.run_folder import (
     copy_whole,
     data_workers,
     find_checkpoint,
-    set_aside,
     step_seed,
 )
 from groundwork.schedule import multiplier
@@ -76,10 +74,6 @@ from groundwork.training_state import Trained
 logger = logging.getLogger(__name__)
 
 
-# Labels of so many pictures are looked at before training: some seconds.
-SURVEYED = 10_000
-
-
 @dataclass
 class Position(training_state.Position):
     """Where a run stands; all of it is in every checkpoint."""
@@ -87,87 +81,6 @@ class Position(training_state.Position):
     stretch: int = -1  # of the plan: which part of training this is
     origin: int = 0  # samples consumed when it began
     best_step: int = 0
-
-
-@dataclass(frozen=True)
-class Sets:
-    """The labeled pictures of a run; `val` and `test` where there are any."""
-
-    train: LabeledSamples
-    val: LabeledSamples | None
-    test: LabeledSamples | None
-
-    def close(self) -> None:
-        """Close every open file."""
-        for one in (self.train, self.val, self.test):
-            if one is not None:
-                one.close()
-
-
-def open_sets(recipe: Recipe) -> Sets:
-    """Open training, validation and test pictures, by the rules of recipe.data.
-
-    Raises DataError where a set is missing or knows other classes, UsageError for a bad key.
-    """
-    data = recipe.data
-    cache, cache_bytes = data.cache_folder(), int(data.cache_gb * 1e9)
-    names_in = None if data.train_list is None else Path(data.train_list)
-    split = "train" if has_split(data.train, "train") else None
-    where: dict[str, Any] = {
-        "cache": cache, "cache_bytes": cache_bytes, "reading": data.reading(),
-    }  # fmt: skip
-    train = open_labeled(data.train, split, names_in=names_in, **where)
-
-    def other(given: str | None, split: str) -> LabeledSamples | None:
-        if given is None and not has_split(data.train, split):
-            return None
-        source = given or data.train
-        found = open_labeled(source, split, **where)
-        if found.names != train.names:
-            raise DataError(
-                f"The classes of {source} ({', '.join(found.names)}) are not those of {data.train} "
-                f"({', '.join(train.names)}): give both the same names in the same order."
-            )
-        if found.reading.channels != train.reading.channels:
-            raise UsageError(
-                f"{source} has {found.reading.channels} channels and {data.train} "
-                f"{train.reading.channels}, by data.bands: name other pictures."
-            )
-        return found
-
-    return Sets(
-        train, other(data.val, "val"), other(data.test, "test") if recipe.eval.test else None
-    )
-
-
-def tell_defects(sets: Sets, run: Run) -> None:
-    """Say what is wrong with the labels, by reason; label-defects.jsonl lists it.
-
-    Some defects show when a picture is opened. Pictures in files are looked at before training,
-    their headers alone, where they are not too many; the others are left to finetune.labels.
-    """
-    if not run.accelerator.is_main_process:
-        return
-    lines: list[str] = []
-    for name, labeled in (("training", sets.train), ("validation", sets.val), ("test", sets.test)):
-        if labeled is None:
-            continue
-        if labeled.in_files and len(labeled) <= SURVEYED:
-            survey(labeled)
-        elif labeled.in_files:
-            logger.info(
-                "%s are too many pictures to look at all labels first: python -m finetune.labels "
-                "does.", labeled.name,
-            )  # fmt: skip
-        for reason, count in labeled.defects.counts().most_common():
-            logger.warning("Labels for %s: %d x %s.", name, count, reason)
-        lines += [
-            json.dumps({"set": name, **dataclasses.asdict(defect)}) for defect in labeled.defects
-        ]
-    if lines:
-        file = run.folder / "label-defects.jsonl"
-        write_atomically(file, "".join(f"{line}\n" for line in lines))
-        logger.warning("Each of them is listed in %s.", file)
 
 
 def finetune(  # noqa: C901 (one loop, read from top to bottom)
@@ -189,7 +102,6 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     # What it is trained on.
     sets = open_sets(recipe)
     names = sets.train.names
-    tell_defects(sets, run)
     if sets.val is None and recipe.eval.patience is not None:
         raise UsageError(
             f"eval.patience needs validation pictures, and {recipe.data.train} has none: name them "
@@ -236,7 +148,6 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         check_same_data(saved, sets.train)
         position = Position(**saved.documents["state"])
         trained.restore(saved)
-        set_aside(run, saved)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
         position.best = bring_best(saved, run, position.best)
     plan = Plan(recipe, len(sets.train), position.seconds)
@@ -249,7 +160,9 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             )
 
     if run.resumed:
-        run.begin()
+        run.begin(saved)
+    if accelerator.is_main_process:
+        tell_defects(sets, run.folder)
     if recipe.compile:
         for part in parts_of(detector).values():
             part.compile()
@@ -369,7 +282,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 logger.warning("%s Training goes on.", error)
         accelerator.wait_for_everyone()
 
-    def without_hope() -> bool:
+    def out_of_patience() -> bool:
         """Say whether too many scorings have brought nothing better."""
         return recipe.eval.patience is not None and position.worse >= recipe.eval.patience
 
@@ -380,7 +293,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     show = Display(clock, accelerator.is_main_process)
     try:
         clock.start()
-        while not clock.over(position.step) and not without_hope():
+        while not clock.over(position.step) and not out_of_patience():
             progress = clock.progress(position.step)
             stretch = plan.stretch(progress)
             if loader is None or stretch.number != position.stretch:
@@ -460,9 +373,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             agreed = agree(group, stop.asked, clock.seconds, quarantine.fresh, replaced)
             clock.set(agreed.seconds)
             position.replaced += agreed.total
-            if agreed.news:
-                quarantine.share(group)
-            quarantine.check()
+            quarantine.check(group, agreed.news)
             ended = clock.over(position.step)
             window.add("seconds", clock.lap())
 
@@ -486,7 +397,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                     logger.info(
                         "Validation at step %d: AP %.4f.", position.step, metrics["eval/ap"]
                     )
-                if without_hope():
+                if out_of_patience():
                     logger.info(
                         "No better AP in %d scorings: stopping at step %d. The best was %.4f.",
                         position.worse, position.step, position.best,
@@ -529,8 +440,8 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         if labeled is not None
     }
     if accelerator.is_main_process:
-        weights = position.best_step if use_best else position.step
-        _tell_end(run.folder, position, weights, clock.seconds, scores)
+        kept_step = position.best_step if use_best else position.step
+        _tell_end(run.folder, position, kept_step, clock.seconds, scores)
     sets.close()
     tracking.close()
     accelerator.wait_for_everyone()
@@ -576,13 +487,13 @@ def _announce(
 def _tell_end(
     folder: Path,
     position: Position,
-    weights: int,
+    kept_step: int,
     seconds: float,
     scores: dict[str, Results | None],
 ) -> None:
     """Say what was learned, and write results.json: the test set's figures, else validation's.
 
-    `weights` is the step that the weights are of.
+    `kept_step` is the step that the kept weights are of.
     """
     logger.info(
         "Saw %d pictures in %d steps and %s.", position.samples, position.step, minutes(seconds)
@@ -593,6 +504,6 @@ def _tell_end(
             logger.info("%s: AP %.4f, AP50 %.4f, AP75 %.4f.", name, one.ap, one.ap50, one.ap75)
     if found:
         best = "test" if "test" in found else "val"
-        document = {"split": best, "step": weights, "steps": position.step, **found[best]}
+        document = {"split": best, "step": kept_step, "steps": position.step, **found[best]}
         others = {name: one for name, one in found.items() if name != best}
         write_atomically(folder / "results.json", json.dumps({**document, **others}, indent=1))

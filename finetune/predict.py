@@ -48,6 +48,8 @@ from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import CheckpointError, DataError, GroundworkError, UsageError
 from groundwork.settings import Data
 
+OVERLAP = 0.2  # of a tile's side that neighbours share
+
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
@@ -63,7 +65,7 @@ class Predictor:
     iou: float = 0.7
     most: int = 300
     tile: int | None = None
-    overlap: float = 0.2
+    overlap: float = OVERLAP
     at_once: int = 1  # tiles in a batch
 
     def find(self, picture: Picture) -> Detections:
@@ -174,7 +176,13 @@ def _run(options: argparse.Namespace) -> None:
     # On a CPU one tile at a time is 1.1 times as fast as eight (LOG.md).
     at_once = 1 if finder.device.type == "cpu" else 8
     predictor = Predictor(
-        finder, size, options.iou, options.most, options.tile, options.overlap or 0.2, at_once
+        finder,
+        size,
+        options.iou,
+        options.most,
+        options.tile,
+        options.overlap or OVERLAP,
+        at_once,
     )
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -267,8 +275,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--overlap",
         type=_overlap,
-        help="the share of a tile's side that neighbours share (0.2); objects up to that size are "
-        "seen whole",
+        help=f"the share of a tile's side that neighbours share ({OVERLAP}); objects up to that "
+        "size are seen whole",
     )
     add_flags(parser, "as in training")
     add(

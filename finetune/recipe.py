@@ -109,9 +109,6 @@ class PenaltyKeys(Section):
     l1_scales: Weight = 0.0  # of BatchNorm
 
 
-DISTRIBUTION = PartKeys(weight=1.5)
-
-
 class AssignKeys(Section):
     """Task-aligned assignment (finetune/assign.py)."""
 
@@ -125,7 +122,7 @@ class LossKeys(Section):
 
     classification: ClassificationKeys = ClassificationKeys()
     localisation: LocalisationKeys = LocalisationKeys()
-    distribution: Annotated[PartKeys, starting_from(DISTRIBUTION)] = DISTRIBUTION
+    distribution: PartKeys = PartKeys(weight=1.5)
     objectness: PartKeys = PartKeys(weight=1.0)
     penalty: PenaltyKeys = PenaltyKeys()
     assign: AssignKeys = AssignKeys()

@@ -48,9 +48,7 @@ class Training(nn.Module):
             features = detector.neck(pyramid)
         raw = detector.head(features)
         targets = Targets(batch["boxes_sample"], batch["boxes"], batch["classes"])
-        frozen = [
-            part for part, is_ in ((detector.backbone, backbone), (detector.neck, neck)) if is_
-        ]
+        frozen = [detector.backbone] * backbone + [detector.neck] * neck
         with torch.autocast(image.device.type, enabled=False):
             return self.loss(detector, raw, (image.shape[2], image.shape[3]), targets, frozen)
 

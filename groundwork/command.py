@@ -199,10 +199,11 @@ def tell_failure(folder: Path | None, error: BaseException) -> None:
 
 
 def _status(folder: Path | None) -> dict[str, Any]:
+    if folder is None:
+        return {}
     try:
-        assert folder is not None
         found = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (AssertionError, OSError, ValueError):
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -58,18 +58,18 @@ class Quarantine:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in fresh)
 
-    def share(self, group: torch.distributed.ProcessGroup | None) -> None:
-        """Tell every rank what the others have met; all of them call it, or none."""
-        self.fresh = False
-        if group is None:
-            return
-        world = torch.distributed.get_world_size(group)
-        all_seen: list[set[tuple[str, str]]] = [set()] * world
-        torch.distributed.all_gather_object(all_seen, self.seen, group=group)
-        self.seen = set().union(*all_seen)
+    def check(self, group: torch.distributed.ProcessGroup | None = None, news: bool = True) -> None:
+        """Raise DataError when more pictures were unreadable than the recipe allows.
 
-    def check(self) -> None:
-        """Raise DataError when more pictures were unreadable than the recipe allows."""
+        `group` is of all ranks, None for one process; every rank calls this, with the same `news`:
+        whether one of them has met a picture that the others may not know.
+        """
+        if group is not None and news:
+            world = torch.distributed.get_world_size(group)
+            all_seen: list[set[tuple[str, str]]] = [set()] * world
+            torch.distributed.all_gather_object(all_seen, self.seen, group=group)
+            self.seen = set().union(*all_seen)
+        self.fresh = False
         if self.bad > self.allowed:
             raise DataError(
                 f"{self.bad} of {self.pictures} pictures are unreadable, more than "

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -71,7 +71,7 @@ class Lock:
         weakref.finalize(self, os.close, descriptor)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """Where a run keeps its files, and the processes that take part in it."""
 
@@ -80,22 +80,23 @@ class Run:
     recipe: BaseModel
     resumed: bool
     lock: Lock | None = None  # of the folder, as long as the run lives
-    _begun: list[bool] = field(default_factory=list)
+    # Whether the folder is this run's: one that is gone on with stays as it was until then.
+    begun: bool = False
 
-    @property
-    def begun(self) -> bool:
-        """Whether the folder is this run's: one that is gone on with stays as it was until then."""
-        return bool(self._begun)
+    def begin(self, saved: Checkpoint | None = None) -> None:
+        """Write recipe, machine and state into the folder: the run has what it needs.
 
-    def begin(self) -> None:
-        """Write recipe, machine and state into the folder: the run has what it needs."""
+        `saved` is the checkpoint that it goes on from.
+        """
         if self.accelerator.is_main_process:
+            if saved is not None and saved.path.parent.resolve() == self.checkpoints.resolve():
+                _set_aside(self.checkpoints, saved.step)
             checkpoints.write_atomically(self.folder / "recipe.yaml", to_yaml(self.recipe))
             machine = "machine-resumed.json" if self.resumed else "machine.json"
             text = json.dumps(_machine(self.accelerator), indent=1)
             checkpoints.write_atomically(self.folder / machine, text)
             write_status(self.folder, "running", None, "")
-        self._begun.append(True)
+        self.begun = True
         self.accelerator.wait_for_everyone()
 
     @property
@@ -151,7 +152,7 @@ def prepare_run(
     if accelerator.device.type == "cpu":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(recipe.threads or max(1, len(os.sched_getaffinity(0)) // here))
-    lock, problem = _take(folder) if accelerator.is_main_process else (None, "")
+    lock, problem = _make_and_lock(folder) if accelerator.is_main_process else (None, "")
     problem = broadcast_object_list([problem])[0]
     if problem:
         raise UsageError(problem)
@@ -163,7 +164,7 @@ def prepare_run(
     return run
 
 
-def _take(folder: Path) -> tuple[Lock | None, str]:
+def _make_and_lock(folder: Path) -> tuple[Lock | None, str]:
     """Make the run folder and lock it; also return why that cannot be, or an empty string."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,20 +203,18 @@ def find_checkpoint(run: Run, resume: Path | None) -> Checkpoint | None:
     return found
 
 
-def set_aside(run: Run, saved: Checkpoint) -> None:
-    """Rename checkpoints behind the one that a run goes on from: they are of another course.
+def _set_aside(folder: Path, step: int) -> None:
+    """Rename checkpoints behind the step that a run goes on from: they are of another course.
 
     Left where they are they would be taken for the newest, and the new ones pruned as older.
     """
-    if run.accelerator.is_main_process and saved.path.parent.resolve() == run.checkpoints.resolve():
-        for path in run.checkpoints.glob(f"{checkpoints.PREFIX}*"):
-            number = path.name.removeprefix(checkpoints.PREFIX)
-            if number.isdigit() and int(number) > saved.step:
-                aside = path.with_name(f"abandoned-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.replace(aside)
-                logger.warning("%s is of a course that is left; it is kept as %s.", path, aside)
-    run.accelerator.wait_for_everyone()
+    for path in folder.glob(f"{checkpoints.PREFIX}*"):
+        number = path.name.removeprefix(checkpoints.PREFIX)
+        if number.isdigit() and int(number) > step:
+            aside = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+            logger.warning("%s is of a course that is left; it is kept as %s.", path, aside)
 
 
 def check_same_data(saved: Checkpoint, samples: Samples) -> None:

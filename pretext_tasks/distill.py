@@ -42,7 +42,6 @@ from pretext_tasks.contract import StepOutput, Views
 from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
 from pretext_tasks.through_neck import Letter, ThroughNeck
 
-Positive = Annotated[float, Field(gt=0)]
 # Mild: a teacher's features of a strange picture are strange.
 MILD = Colour(
     probability=0.8, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, grayscale=0.0,

@@ -69,7 +69,7 @@ from groundwork.errors import UsageError
 from groundwork.modes import evaluating
 from groundwork.necks.yolo12 import Features
 from pretext_tasks.contract import StepOutput, Views
-from pretext_tasks.crops import check_side, draw_crop, draw_turn
+from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
 from pretext_tasks.through_neck import Letter, ThroughNeck
 from pretext_tasks.visible import check_backbone, visible_only
 
@@ -95,8 +95,8 @@ class InpaintingConfig(Section):
     # A YOLOv12 neck of this width is trained too, and predicts: n, s, m, l or x.
     neck: Letter | None = None
     width: int = Field(default=128, multiple_of=_GROUP, ge=_GROUP)  # of the decoder, channels
-    crop_scale: tuple[Positive, Positive] = (0.5, 1.0)  # part of the picture's area
-    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width to height, log-uniform
+    crop_scale: AreaRange = (0.5, 1.0)  # part of the picture's area
+    crop_ratio: RatioRange = (3 / 4, 4 / 3)  # width to height, log-uniform
     flip: Probability = 0.5
     rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
     colour: Colour | None = None
@@ -111,10 +111,6 @@ class InpaintingConfig(Section):
             )
         if 8 not in self.scales or len(set(self.scales)) != len(self.scales):
             raise ValueError("scales must hold 8, and 16 or 32 once each where they are wanted")
-        if not self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError("crop_scale must be (least, most) with least <= most <= 1")
-        if self.crop_ratio[0] > self.crop_ratio[1]:
-            raise ValueError("crop_ratio must be (least, most)")
         return self
 
 

@@ -43,7 +43,6 @@ from pretext_tasks.two_views import Width, spread
 
 _DRAWN = 16  # directions with each picture
 
-Share = Annotated[float, Field(gt=0, le=1)]
 # After DINO's (arXiv 2104.14294), one rule for all views.
 COLOUR = Colour(
     probability=0.8,

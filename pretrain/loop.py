@@ -48,7 +48,6 @@ from groundwork.run_folder import (
     copy_whole,
     data_workers,
     find_checkpoint,
-    set_aside,
     step_seed,
 )
 from groundwork.schedule import multiplier
@@ -121,10 +120,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         check_same_data(saved, samples)
         position = Position(**saved.documents["state"])
         trained.restore(saved)
-        set_aside(run, saved)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
-    if run.resumed:
-        run.begin()
     clock = Clock(recipe.budget, len(samples), recipe.batch_size, position.seconds)
     alarm = CollapseAlarm()
     indicator = recipe.probe.indicator() if recipe.probe.times else None
@@ -139,6 +135,8 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         if position.probe:
             alarm.load(position.probe["alarm"])
 
+    if run.resumed:
+        run.begin(saved)
     if recipe.compile:
         backbone_of(task).compile()
     wrapped, stepper = accelerator.prepare(task, optimizer)
@@ -304,18 +302,15 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             agreed = agree(group, stop.asked, clock.seconds, quarantine.fresh, replaced)
             clock.set(agreed.seconds)
             position.replaced += agreed.total
-            if agreed.news:
-                quarantine.share(group)
-            quarantine.check()
+            quarantine.check(group, agreed.news)
             ended = clock.over(position.step)
             window.add("seconds", clock.lap())
 
             # Step 5. Tell, probe, save: none of it changes what is learned.
             if recipe.log.samples:
                 tracking.write_samples(position.step, keys)
-            probed = recipe.probe.times and (
-                ended or clock.crossed(progress, position.step, recipe.probe.times)
-            )
+            times = recipe.probe.times
+            probed = bool(times) and (ended or clock.crossed(progress, position.step, times))
             if position.step == 1 or position.step % recipe.log.every_steps == 0 or ended or probed:
                 metrics = window.read(accelerator)
                 metrics["optim/lr"] = recipe.optim.lr * factor

@@ -190,4 +190,4 @@ FREE = ("task.weights", "task.distill.weights")
 
 def refuse_changes(old: Recipe, new: Recipe) -> list[str]:
     """Return a line for every harmless change on resume; raises UsageError for another kind."""
-    return changes_on_resume(old, new, FIXED, FREE if "distill" in new.task_name.split("+") else ())
+    return changes_on_resume(old, new, FIXED, FREE)

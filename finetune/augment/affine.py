@@ -40,11 +40,10 @@ class RandomAffine:
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
             raise ValueError("scale must be two positive numbers, the smaller first.")
-        self.degrees, self.scale = checked("degrees", degrees, 0, 180), scale
-        self.translate, self.shear = (
-            checked("translate", translate),
-            checked("shear", shear, 0, 89.9),
-        )
+        self.degrees = checked("degrees", degrees, 0, 180)
+        self.scale = scale
+        self.translate = checked("translate", translate)
+        self.shear = checked("shear", shear, 0, 89.9)
         self.enclose: Enclose = enclose
         self.rule = rule or Rule()
 

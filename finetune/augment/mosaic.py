@@ -49,7 +49,7 @@ class Mosaic:
             return item
         tiles = [item, *(source.other() for _ in range(self.tiles - 1))]
         if self.tiles == 9:
-            tiles = [_smaller(tile, 2 / 3) for tile in tiles]
+            tiles = [scaled_item(tile, 2 / 3) for tile in tiles]
             tiles[0], tiles[4] = tiles[4], tiles[0]
         shapes = np.array([tile.pixels.shape for tile in tiles])
         rows, columns = (
@@ -111,7 +111,8 @@ def _stretch(lines: list[int], cell: int, length: int) -> tuple[int, int, int]:
     return start, max(start, low), min(start + length, high)
 
 
-def _smaller(tile: Item, factor: float) -> Item:
+def scaled_item(tile: Item, factor: float) -> Item:
+    """Scale a picture and its boxes."""
     height, width = tile.pixels.shape[:2]
     size = max(1, round(height * factor)), max(1, round(width * factor))
     boxes = scaled(tile.boxes, size[1] / width, size[0] / height)

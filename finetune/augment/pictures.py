@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from finetune.augment.contract import Compose, Item, unchanged_colour
-from finetune.augment.warp import resized
+from finetune.augment.mosaic import scaled_item
 from groundwork import colour
 
 
@@ -29,7 +29,7 @@ class Pictures:
     def __init__(self, items: Sequence[Item], size: tuple[int, int], seed: int = 0) -> None:
         if not items:
             raise ValueError("Pictures needs one item at least.")
-        self._items = [_fitting(item, max(size)) for item in items]
+        self._items = [scaled_item(one, max(size) / max(one.pixels.shape[:2])) for one in items]
         self.size = size
         self.generator = np.random.default_rng(seed)
 
@@ -47,13 +47,3 @@ class Pictures:
         )  # fmt: skip
         pixels = (values[0] * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
         return replace(item, pixels=pixels.numpy(), colour=unchanged_colour())
-
-
-def _fitting(item: Item, side: int) -> Item:
-    """Bring an item's longer side to the one that a chain takes."""
-    height, width = item.pixels.shape[:2]
-    scale = side / max(height, width)
-    size = max(1, round(height * scale)), max(1, round(width * scale))
-    by = np.array([size[1] / width, size[0] / height] * 2, np.float32)
-    boxes = np.asarray(item.boxes, np.float32).reshape(-1, 4) * by
-    return replace(item, pixels=resized(item.pixels, size), boxes=boxes)

@@ -21,8 +21,7 @@ from groundwork.data.label_voc import read_xml, voc_names
 from groundwork.data.label_yolo import (
     YoloRoot,
     parse_lines,
-    read_yaml_keypoints,
-    read_yaml_names,
+    read_yaml_alone,
     with_classes_txt,
 )
 from groundwork.data.shard_index import default_key
@@ -174,8 +173,5 @@ def _named(folder: Path) -> YoloRoot:
             return root
         for name in ("data.yaml", "data.yml"):
             if (place / name).is_file():
-                path = place / name
-                return YoloRoot(
-                    place, {}, read_yaml_names(path), str(path), keypoints=read_yaml_keypoints(path)
-                )
+                return read_yaml_alone(place / name)
     return YoloRoot(folder, {})

@@ -182,11 +182,12 @@ def check_names(data: str, names: Sequence[str]) -> None:
     """Raise DataError for classes that could not be told apart, drawn or written in a table."""
     if not names:
         raise DataError(f"The labels of {data} have no class: name at least one.")
+    first: dict[str, int] = {}
     for number, name in enumerate(names):
-        if name in names[:number]:
+        if first.setdefault(name, number) != number:
             raise DataError(
-                f"The labels of {data} have two classes of the name {name!r}, {names.index(name)} "
-                f"and {number}: give them names of their own, or make them one."
+                f"The labels of {data} have two classes of the name {name!r}, {first[name]} and "
+                f"{number}: give them names of their own, or make them one."
             )
         if not name.strip() or not name.isprintable():
             raise DataError(

@@ -70,7 +70,8 @@ class VocRoot:
             found[key] = self._pairs(key, defects if wanted else Defects())
         train, val = self.lists.get("train"), self.lists.get("val")
         if train is not None and val is not None and train.name == "trainval.txt":
-            found["train"] = [pair for pair in found["train"] if pair not in set(found["val"])]
+            held_out = set(found["val"])
+            found["train"] = [pair for pair in found["train"] if pair not in held_out]
             self.notes = ["train is trainval.txt without what val.txt names"]
         for key in self.lists:
             for _, file in found[key]:

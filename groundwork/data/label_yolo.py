@@ -8,9 +8,8 @@ data.yaml has `kpt_shape`, it is a box with keypoints, of which the box is read.
 
 Names are those of data.yaml, else of classes.txt, else class_0 and so on, as many as the labels of
 all splits use. A picture with an empty label file is background; one without a label file is, too,
-and is reported. Split lists in
-a data.yaml are folders, lists of folders, or text files of paths, relative to its `path`, or else
-to itself.
+and is reported. Split lists in a data.yaml are folders, lists of folders, or text files of paths,
+relative to its `path`, or else to itself.
 """
 
 from __future__ import annotations
@@ -95,19 +94,19 @@ def read_yaml_root(path: Path) -> YoloRoot:
     if not sources:
         raise DataError(f"{path} names no pictures: it has none of the keys train, val, test.")
     names = _yaml_names(document, path)
-    root = YoloRoot(base, sources, names, str(path) if names else "")
-    root.keypoints = _keypoints(document, path)
+    keypoints = _keypoints(document, path)
+    root = YoloRoot(base, sources, names, str(path) if names else "", keypoints)
     return root if names else with_classes_txt(root)
 
 
-def read_yaml_names(path: Path) -> tuple[str, ...]:
-    """Read the names of a data.yaml alone; none where it has none. Raises DataError."""
-    return _yaml_names(_yaml(path), path)
+def read_yaml_alone(path: Path) -> YoloRoot:
+    """Read what a data.yaml says of lines, names and keypoints, not of pictures. Raises DataError.
 
-
-def read_yaml_keypoints(path: Path) -> int:
-    """Read how many numbers of keypoints a line has by a data.yaml. Raises DataError."""
-    return _keypoints(_yaml(path), path)
+    It may have no names.
+    """
+    document = _yaml(path)
+    names = _yaml_names(document, path)
+    return YoloRoot(path.parent, {}, names, str(path), _keypoints(document, path))
 
 
 def _yaml(path: Path) -> dict[str, Any]:

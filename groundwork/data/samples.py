@@ -43,13 +43,16 @@ def open_samples(
     given = [train] if isinstance(train, str) else list(train)
     if not given:
         raise UsageError("data.train is an empty list: name at least one folder, or shards.")
-    places = [item if is_remote(item) else os.path.realpath(item) for item in given]
-    if twice := next((a for n, a in enumerate(given) if places[n] in places[:n]), None):
-        raise DataError(f"{key} names {twice} twice: name each of them once.")
     if len(given) > 1 and all(is_remote(item) and item.endswith(".tar") for item in given):
         return open_remote(given, cache=cache, cache_bytes=cache_bytes)
     if len(given) > 1 and all(_is_local_shards(item) for item in given):
         return open_shards(given, cache)
+    places: set[str] = set()
+    for item in given:
+        place = item if _scheme(item) else os.path.realpath(item)
+        if place in places:
+            raise DataError(f"{key} names {item} twice: name each of them once.")
+        places.add(place)
     parts = [_open_one(item, cache, cache_bytes, key) for item in given]
     return parts[0] if len(parts) == 1 else JoinedSamples(parts)
 

@@ -1,0 +1,100 @@
+"""The labeled pictures of a run: which they are, and what is wrong with their labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.labels import survey
+from finetune.recipe import Recipe
+from groundwork.checkpoint import write_atomically
+from groundwork.data.labels import LabeledSamples, has_split, open_labeled
+from groundwork.errors import DataError, UsageError
+
+logger = logging.getLogger(__name__)
+
+# Labels of so many pictures are looked at before training: some seconds.
+SURVEYED = 10_000
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The labeled pictures of a run; `val` and `test` where there are any."""
+
+    train: LabeledSamples
+    val: LabeledSamples | None
+    test: LabeledSamples | None
+
+    def close(self) -> None:
+        """Close every open file."""
+        for one in (self.train, self.val, self.test):
+            if one is not None:
+                one.close()
+
+
+def open_sets(recipe: Recipe) -> Sets:
+    """Open training, validation and test pictures, by the rules of recipe.data.
+
+    Raises DataError where a set is missing or knows other classes, UsageError for a bad key.
+    """
+    data = recipe.data
+    cache, cache_bytes = data.cache_folder(), int(data.cache_gb * 1e9)
+    names_in = None if data.train_list is None else Path(data.train_list)
+    split = "train" if has_split(data.train, "train") else None
+    where: dict[str, Any] = {
+        "cache": cache, "cache_bytes": cache_bytes, "reading": data.reading(),
+    }  # fmt: skip
+    train = open_labeled(data.train, split, names_in=names_in, **where)
+
+    def other(given: str | None, split: str) -> LabeledSamples | None:
+        if given is None and not has_split(data.train, split):
+            return None
+        source = given or data.train
+        found = open_labeled(source, split, **where)
+        if found.names != train.names:
+            raise DataError(
+                f"The classes of {source} ({', '.join(found.names)}) are not those of {data.train} "
+                f"({', '.join(train.names)}): give both the same names in the same order."
+            )
+        if found.reading.channels != train.reading.channels:
+            raise UsageError(
+                f"{source} has {found.reading.channels} channels and {data.train} "
+                f"{train.reading.channels}, by data.bands: name other pictures."
+            )
+        return found
+
+    return Sets(
+        train, other(data.val, "val"), other(data.test, "test") if recipe.eval.test else None
+    )
+
+
+def tell_defects(sets: Sets, folder: Path) -> None:
+    """Say what is wrong with the labels, by reason; label-defects.jsonl lists it.
+
+    Some defects show when a picture is opened. Pictures in files are looked at before training,
+    their headers alone, where they are not too many; the others are left to finetune.labels.
+    """
+    lines: list[str] = []
+    for name, labeled in (("training", sets.train), ("validation", sets.val), ("test", sets.test)):
+        if labeled is None:
+            continue
+        if labeled.in_files and len(labeled) <= SURVEYED:
+            survey(labeled)
+        elif labeled.in_files:
+            logger.info(
+                "%s are too many pictures to look at all labels first: python -m finetune.labels "
+                "does.", labeled.name,
+            )  # fmt: skip
+        for reason, count in labeled.defects.counts().most_common():
+            logger.warning("Labels for %s: %d x %s.", name, count, reason)
+        lines += [
+            json.dumps({"set": name, **dataclasses.asdict(defect)}) for defect in labeled.defects
+        ]
+    if lines:
+        file = folder / "label-defects.jsonl"
+        write_atomically(file, "".join(f"{line}\n" for line in lines))
+        logger.warning("Each of them is listed in %s.", file)
