@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from pydantic import BaseModel
 
 from groundwork import checkpoint as checkpoints
+from groundwork.backbones.product import read_product
 from groundwork.checkpoint import Checkpoint
 from groundwork.command import write_status
 from groundwork.config import to_yaml
@@ -272,18 +274,24 @@ def commit() -> str:
 def bring_best(saved: Checkpoint, run: Run, best: float) -> float:
     """Take the best weights along where a run goes on in another folder.
 
-    Return the score to beat: -1 where the weights that had `best` are not there any more.
+    Return the score to beat: -1 where the weights that had `best` are not there any more. Weights
+    of a step behind the checkpoint are of a course that is left, or of steps to be taken again.
     """
-    here = run.folder / BEST
-    if best < 0 or here.is_file():
-        return best
-    there = saved.path.parent.parent / BEST
-    found = there.is_file()
+    here, there = run.folder / BEST, saved.path.parent.parent / BEST
+    found = best >= 0 and _step_of(there) <= saved.step
     run.accelerator.wait_for_everyone()  # before one writes what another looks for
-    if found and run.accelerator.is_main_process:
+    if found and run.accelerator.is_main_process and here.resolve() != there.resolve():
         copy_whole(there, here)
     run.accelerator.wait_for_everyone()
     return best if found else -1.0
+
+
+def _step_of(path: Path) -> float:
+    """Return the step that weights are of; infinite where there are none that can be read."""
+    try:
+        return int(read_product(path)[1]["step"])
+    except CheckpointError:
+        return math.inf
 
 
 def copy_whole(source: Path, target: Path) -> None:

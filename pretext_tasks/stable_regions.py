@@ -42,8 +42,9 @@ class RegionKeys(Section):
     """What counts as a region. All values are ours; LOG.md has what they find."""
 
     most: int = Field(default=40, ge=1)  # boxes of a view
-    # Of the view's sides, at which regions are looked for: 0.7 takes half of the time (LOG.md).
-    shrink: float = Field(default=1.0, gt=0, le=1)
+    # Pixels of the view's longer side at which regions are looked for; a longer one is resized.
+    # All values in pixels are at this size, and the time is as its square.
+    resolution: int = Field(default=256, ge=32)
     votes: float = Field(default=5.0, ge=0)  # other boxes that agree, at least
     larger: float = Field(default=4.0, ge=0)  # votes for being e times as large: outer outlines win
     agree: Share = 0.7  # intersection over union from which on two boxes are the same
@@ -61,6 +62,10 @@ class RegionKeys(Section):
 
 def stable_regions(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     """Return the boxes of the regions of a view (H W C), the best first; there may be none."""
+    full = view.shape[1::-1]
+    scale = keys.resolution / max(full)
+    if scale < 1:
+        view = _smaller(view, *(max(1, round(scale * side)) for side in full))
     boxes = _candidates(view, keys)
     if not len(boxes):
         return boxes
@@ -78,7 +83,8 @@ def stable_regions(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
             kept.append(row)
             free &= (overlap[row] <= keys.apart) & (shared[row] <= keys.inside * areas)
     found = [boxes[same[row]].mean(0) for row in kept]
-    return np.array(found, np.float32).reshape(-1, 4)
+    back = np.tile(np.divide(full, view.shape[1::-1]), 2)
+    return (np.array(found).reshape(-1, 4) * back).astype(np.float32)
 
 
 def kinds_of(view: npt.NDArray[np.uint8], boxes: Boxes) -> npt.NDArray[np.int64]:
@@ -111,10 +117,6 @@ def kinds_of(view: npt.NDArray[np.uint8], boxes: Boxes) -> npt.NDArray[np.int64]
 
 def _candidates(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     """Find the boxes of all stable regions of all maps that could be an object by their shape."""
-    full = np.array(view.shape[1::-1])
-    if keys.shrink < 1:
-        width, height = np.maximum(np.rint(keys.shrink * full), 1).astype(int).tolist()
-        view = _smaller(view, width, height)
     height, width = view.shape[:2]
     largest = int(keys.area * height * width)
     finder = cv2.MSER_create(  # type: ignore[attr-defined]
@@ -132,13 +134,13 @@ def _candidates(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     left, top, wide, tall = np.concatenate(places).T
     shorter, longer = np.minimum(wide, tall), np.maximum(wide, tall)
     possible = (
-        (shorter >= keys.shrink * keys.side)
+        (shorter >= keys.side)
         & (longer <= keys.ratio * shorter)
         & (wide * tall <= keys.area * height * width)
         & (np.concatenate(areas) >= keys.fill * wide * tall)
     )
     boxes: Boxes = np.stack((left, top, left + wide, top + tall), 1)[possible]
-    return boxes * np.tile(full / (width, height), 2).astype(np.float32)
+    return boxes
 
 
 def _smaller(view: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:

@@ -49,9 +49,9 @@ SHAPES = (
 )
 
 
-@pytest.mark.parametrize(("shrink", "least"), [(1.0, 0.8), (0.7, 0.7)])
-def test_every_shape_is_found_once(shrink: float, least: float) -> None:
-    boxes = stable_regions(_scene(*SHAPES), RegionKeys(shrink=shrink))
+@pytest.mark.parametrize(("resolution", "least"), [(256, 0.8), (134, 0.7)])
+def test_every_shape_is_found_once(resolution: int, least: float) -> None:
+    boxes = stable_regions(_scene(*SHAPES), RegionKeys(resolution=resolution))
     assert boxes.dtype == np.float32
     for _, box, colour in SHAPES:
         overlaps = sorted(_overlaps(boxes, box))
@@ -97,13 +97,20 @@ def test_no_more_than_most_and_the_best_of_them() -> None:
     np.testing.assert_array_equal(stable_regions(view, RegionKeys(most=2)), every[:2])
 
 
-@pytest.mark.parametrize("shrink", [1.0, 0.7, 0.33])
-def test_boxes_stay_inside_the_view(shrink: float) -> None:
+@pytest.mark.parametrize("resolution", [192, 134, 63])
+def test_boxes_stay_inside_the_view(resolution: int) -> None:
     cut = (("ellipse", (-20, -20, 30, 30), "#203060"), ("ellipse", (170, 130, 215, 190), "#802010"))
-    boxes = stable_regions(_scene(*cut), RegionKeys(shrink=shrink))
+    boxes = stable_regions(_scene(*cut), RegionKeys(resolution=resolution))
     assert len(boxes) >= 2
     assert (boxes >= 0).all() and (boxes[:, 2] <= 192).all() and (boxes[:, 3] <= 160).all()
     assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_a_larger_view_is_looked_at_in_the_same_way() -> None:
+    view = _scene(*SHAPES)
+    small = stable_regions(view, RegionKeys(resolution=192))
+    large = view.repeat(3, 0).repeat(3, 1)
+    np.testing.assert_array_equal(stable_regions(large, RegionKeys(resolution=192)), 3 * small)
 
 
 def test_shared_areas_by_hand() -> None:
