@@ -11,6 +11,9 @@ probe on the labeled pictures of the fraction. Then Spearman's rank correlation 
 on the validation split after fine-tuning, over the inits of a set. `scratch` takes part, with the
 random weights that its fine-tuning began with. Of several --steps the best on val counts.
 
+Those that use labels are of the same validation pictures as the AP that they are to rank: what is
+odd about these pictures helps them a little, and spread and rank not.
+
 Writes --results (a JSON list) and a Markdown table beside it.
 """
 

@@ -154,10 +154,15 @@ class Study:
         where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
         run = self.train(init, fraction, seed, best)  # it is there
         command = (run.parent / f"{run.name}.command.txt").read_text().strip()
+        by_steps = {str(steps): ap for steps, ap in found.items()}
         for one in self.results:
-            same = where.items() <= one.items() and one["steps"] == best
-            if same and one["command"] == command:  # not of a plan with other keys
-                one["val_ap_by_steps"] |= {str(steps): ap for steps, ap in found.items()}
+            if not where.items() <= one.items():
+                continue
+            if _without_length(one["command"], one["steps"]) != _without_length(command, best):
+                continue  # of a plan with other keys
+            by_steps = one["val_ap_by_steps"] | by_steps
+            if (one["val_ap"], -one["steps"]) >= (found[best], -best):
+                one["val_ap_by_steps"] = by_steps
                 return one
         file = run / "detector.safetensors"
         detector, about = detector_from_file(file)
@@ -182,7 +187,7 @@ class Study:
             "ap": scored.ap,
             "ap50": scored.ap50,
             "val_ap": found[best],
-            "val_ap_by_steps": {str(steps): ap for steps, ap in found.items()},
+            "val_ap_by_steps": by_steps,
             "val_curve": curve(run),
             "pretrain_minutes": init.minutes,
             "command": command,
@@ -190,6 +195,11 @@ class Study:
         }
         self.results.append(row)
         return row
+
+
+def _without_length(command: str, steps: int) -> str:
+    """Return a command less the number of steps that it trains for."""
+    return command.replace(f"-{steps} ", "- ").replace(f"budget.steps={steps} ", "")
 
 
 def curve(run: Path) -> list[list[float]]:

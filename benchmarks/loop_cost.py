@@ -35,7 +35,7 @@ from pretrain.loop import pretrain
 
 
 def bare_steps(recipe: recipes.Recipe, steps: int) -> list[float]:
-    """Seconds of each bare step: forward, backward, clip, update, on one ready batch."""
+    """Seconds of each bare step: forward, backward, update (no clip), on one ready batch."""
     torch.manual_seed(0)
     task_class = load_task(recipe.task_name)
     _, config = recipes.with_task_defaults(recipe, task_class.Config)

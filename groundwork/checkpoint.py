@@ -150,7 +150,7 @@ def sweep(folder: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a small text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

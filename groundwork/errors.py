@@ -5,6 +5,19 @@ Every error says what is wrong, where, and what to do. Only a run.py turns one i
 
 from __future__ import annotations
 
+import errno
+
+# Of a file that is out of reach for now: a network file system, or this machine, is at its limits.
+_PASSING = frozenset(
+    getattr(errno, name)
+    for name in (
+        "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED", "EHOSTDOWN",
+        "EHOSTUNREACH", "ENETUNREACH", "ENETDOWN", "ESHUTDOWN", "EMFILE", "ENFILE", "ENOMEM",
+        "ENOSPC", "EDQUOT",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+
 
 class GroundworkError(Exception):
     """An error whose text is meant for a person; shown without a traceback."""
@@ -22,6 +35,15 @@ class DataError(GroundworkError):
     """Pictures, shards or labels that cannot be used."""
 
     exit_code = 3
+
+
+class UnavailableError(DataError):
+    """Data that cannot be reached now: no fault of the picture, which may be read later."""
+
+
+def not_read(error: OSError, sentence: str) -> DataError:
+    """Return the error for a file that could not be read: its own fault, or one that passes."""
+    return (UnavailableError if error.errno in _PASSING else DataError)(sentence)
 
 
 class CheckpointError(GroundworkError):

@@ -56,7 +56,9 @@ def measure_statistics(network: nn.Module, run: Callable[[], object]) -> None:
         for norm, total, count in zip(norms, sums, counts, strict=True)
     ]
     try:
-        run()
+        # A compiled network does not hear of hooks that came after it was compiled.
+        with torch.compiler.set_stance("force_eager"):
+            run()
     finally:
         for hook in hooks:
             hook.remove()

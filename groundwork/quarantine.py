@@ -21,7 +21,8 @@ NAME = "quarantine.jsonl"  # of a run folder
 class Quarantine:
     """Unreadable pictures, of all ranks: listed in quarantine.jsonl, bounded in number.
 
-    `before` is the folder of the run that is gone on with: what was bad there is known.
+    `before` is the folder of the run that is gone on with: what was bad there is known, unless it
+    was so much that it ended that run, after which it is counted anew.
     """
 
     def __init__(
@@ -37,9 +38,13 @@ class Quarantine:
         self.pictures = pictures
         self.allowed = max(1, int(pictures * max_bad_fraction)) if max_bad_fraction else 0
         known = {} if before is None else _read(before / NAME)
+        # So many ended that run with a sentence: who goes on with it has done what it says.
+        ended = len(known) > self.allowed
+        if ended:
+            known = {}
         self.seen: set[tuple[str, str]] = set(known)
         self.fresh = False  # whether this rank has met some that the others may not know
-        if main and (before is None or before.resolve() != folder.resolve()):
+        if main and (ended or before is None or before.resolve() != folder.resolve()):
             self.path.unlink(missing_ok=True)  # of a start that failed
             if known:
                 self.path.write_text("".join(known.values()), encoding="utf-8")

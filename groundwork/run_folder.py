@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 BEST = "best.safetensors"  # of a run folder: the weights with the best score so far
 LOCK = ".lock"  # of a run folder
-_TRIES, _PAUSE = 12, 0.5  # of taking it; seconds between two
+_TRIES, _PAUSE = 12, 0.5  # of taking it, or seeing what another wrote; seconds between two
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -189,9 +189,33 @@ def _make_and_lock(folder: Path) -> tuple[Lock | None, str]:
 
 
 def find_checkpoint(run: Run, resume: Path | None) -> Checkpoint | None:
-    """Read what to resume from: a checkpoint, or the newest whole one of a folder of them."""
+    """Read what to resume from: a checkpoint, or the newest whole one of a folder of them.
+
+    The main process chooses: on a network file system the others may not see the newest yet.
+    """
     if resume is None:
         return None
+    found, told = None, ["", ""]  # the path of the checkpoint, and what is wrong
+    if run.accelerator.is_main_process:
+        try:
+            found = _newest(resume)
+        except CheckpointError as error:
+            told[1] = str(error)
+        else:
+            told[0] = "" if found is None else str(found.path)
+    path, problem = broadcast_object_list(told)
+    if problem:
+        raise CheckpointError(problem)
+    if path and found is None:
+        for _ in range(_TRIES):
+            if (Path(path) / checkpoints.MANIFEST).is_file():
+                break
+            time.sleep(_PAUSE)
+        found = checkpoints.load(Path(path))
+    return found
+
+
+def _newest(resume: Path) -> Checkpoint | None:
     if (resume / checkpoints.MANIFEST).is_file():
         return checkpoints.load(resume)
     found = checkpoints.latest(resume)

@@ -3,15 +3,18 @@
 A detector reads features cell by cell, and pooled losses say nothing of cells. Two overlapping
 crops are cut, points are drawn in what both show, and the features of a point in one view are to
 predict those in the other, at strides 8, 16 and 32, through the neck where one is trained. VICReg's
-regularisers (Bardes, Ponce and LeCun 2022, arXiv 2105.04906, equations 1 to 6) keep them from
-collapsing: no target network, no negatives, no large batch, since a batch has as many vectors as
-points. A pooled term of the coarsest level is beside it. VICRegL (Bardes et al. 2022, arXiv
-2210.01571) is the closest relative: its location-based matches (section 3.2) are our points.
+regularisers (Bardes, Ponce and LeCun 2022, arXiv 2105.04906, equations 1 to 6, scaled as lightly
+and the authors' code do) keep them from collapsing: no target network, no negatives, no large
+batch, since a batch has as many vectors as points. A pooled term of the coarsest level is beside
+it. VICRegL (Bardes et al. 2022, arXiv 2210.01571) is the closest relative: its location-based
+matches (section 3.2) are our points.
 
 Differs from VICRegL:
 - Points are drawn uniformly in the common area and read by bilinear interpolation, instead of
   pairing each cell with the nearest of the other view, so that matches are exact; there are no
   matches by feature (its second kind).
+- `whole` weighs the pooled term, and is small: a detector reads cells. The paper's alpha of 0.75 is
+  for its global term.
 - Three levels of a pyramid instead of one map; each has its own projector. The loss is the mean.
 - Widths of the projectors are settings; the paper's are 8192 (global) and 512 (local).
 """
@@ -58,7 +61,7 @@ class DenseConfig(Section):
     neck: Letter | None = None  # a YOLOv12 neck of this width learns too
     points: int = Field(default=16, ge=1)  # of a picture; ours
     overlap: Probability = 0.2  # least share of the smaller crop that both show; ours
-    whole: Probability = 0.25  # VICRegL, section 4.1: 1 - alpha, here of the pooled term
+    whole: Probability = 0.25  # of the pooled term; the rest is that of the points
     hidden_width: Width = 512
     projection_width: Width = 256
     invariance: float = Field(default=25.0, ge=0)  # VICReg, section 4.2: lambda

@@ -84,7 +84,8 @@ def stable_regions(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
             free &= (overlap[row] <= keys.apart) & (shared[row] <= keys.inside * areas)
     found = [boxes[same[row]].mean(0) for row in kept]
     back = np.tile(np.divide(full, view.shape[1::-1]), 2)
-    return (np.array(found).reshape(-1, 4) * back).astype(np.float32)
+    regions: Boxes = (np.array(found).reshape(-1, 4) * back).astype(np.float32)
+    return regions
 
 
 def kinds_of(view: npt.NDArray[np.uint8], boxes: Boxes) -> npt.NDArray[np.int64]:

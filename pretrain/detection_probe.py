@@ -198,12 +198,18 @@ def open_detection_probe(
 ) -> DetectionProbe | None:
     """Open what the settings name; None where they name nothing.
 
-    Raises DataError where the set has no validation split and `val` names none.
+    Raises DataError where the set has no validation split and `val` names none, or has splits but
+    no train split.
     """
     if settings.data is None:
         return None
     names = None if settings.train_list is None else Path(settings.train_list)
     split = "train" if has_split(settings.data, "train") else None
+    if split is None and any(has_split(settings.data, other) for other in ("val", "test")):
+        raise DataError(
+            f"{settings.data} has no train split for the detection probe, which must not learn "
+            "from the others: name data that has one as probe.detection.data."
+        )
     if settings.val is None and not has_split(settings.data, "val"):
         raise DataError(
             f"{settings.data} has no validation split for the detection probe: give one as "

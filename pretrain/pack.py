@@ -252,13 +252,15 @@ def _pack(arguments: argparse.Namespace) -> int:
     pictures: Sequence[Source] = findings.pictures
     if arguments.tiles is not None:
         check_tile_names(pictures)
+    lookup = open_lookup(arguments.labels) if arguments.labels is not None else None
+    if lookup is not None:
+        pictures = with_labels(pictures, lookup)
     dropped: list[tuple[str, str]] = []
     if arguments.drop_duplicates:
         pictures, dropped = drop_duplicates(pictures, arguments.workers)
     classes = sorted({picture.label for picture in pictures if picture.label is not None})
-    lookup = open_lookup(arguments.labels) if arguments.labels is not None else None
     if lookup is not None:
-        pictures, classes = with_labels(pictures, lookup), list(lookup.names)
+        classes = list(lookup.names)
     reading = stated_by(
         arguments.bands, arguments.value_range, Reading(max_pixels=arguments.max_pixels)
     )

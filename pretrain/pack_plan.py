@@ -22,15 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from groundwork.data.folders import walk
 from groundwork.data.label_policy import Labels
 from groundwork.data.shard_index import default_key, sha256_text
 from groundwork.data.tar_format import BLOCK, PICTURE_SUFFIXES, picture_suffix
 from groundwork.data.write_shards import shard_name
 from groundwork.errors import DataError, UsageError
 
-# macOS writes these beside real pictures, with the same extension: they hold no picture.
-_SYSTEM_PREFIX = "._"
-_SYSTEM_FOLDER = "__MACOSX"
 _TILE_KEY = re.compile(r"(.+)_x\d+_y\d+")  # pretrain.pack_shards names tiles so
 
 
@@ -74,9 +72,9 @@ class PlannedShard:
 def find_pictures(inputs: Sequence[Path], *, class_folders: bool) -> Findings:
     """Find the pictures of folders, list files (.txt) and single files, sorted, with their keys.
 
-    Symbolic links are followed, except those that lead into a circle. With `class_folders` the
-    first folder below an input is the class of what is in it. Raises UsageError for inputs that
-    do not exist, DataError where there is no picture.
+    Links to folders are followed, no folder twice; names that begin with a dot are passed over.
+    With `class_folders` the first folder below an input is the class of what is in it. Raises
+    UsageError for inputs that do not exist, DataError where there is no picture.
     """
     findings = Findings()
     roots: list[str] = []
@@ -131,22 +129,15 @@ def _open_input(given: Path, other_files: Counter[str]) -> tuple[str, Iterable[s
     return str(Path(absolute).parent), [absolute]
 
 
-def _walk(folder: str, other_files: Counter[str], above: tuple[str, ...] = ()) -> Iterator[str]:
-    real = os.path.realpath(folder)
-    if real in above:  # a link that leads back up
-        return
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise DataError(f"The folder {folder} cannot be read: {error.strerror}.") from error
-    for entry in entries:
-        if entry.is_dir():
-            if entry.name != _SYSTEM_FOLDER:
-                yield from _walk(entry.path, other_files, (*above, real))
-        elif picture_suffix(entry.name) is None or entry.name.startswith(_SYSTEM_PREFIX):
-            other_files[Path(entry.name).suffix or entry.name] += 1
-        else:
-            yield entry.path
+def _walk(folder: str, other_files: Counter[str]) -> Iterator[str]:
+    for place, names in walk(folder):
+        for name in names:
+            file = Path(place, name)
+            # A link that leads nowhere is quarantined when it is read; a pipe is no picture.
+            if picture_suffix(name) and (file.is_symlink() or file.is_file()):
+                yield str(file)
+            else:
+                other_files[Path(name).suffix or name] += 1
 
 
 def _read_list(path: Path) -> tuple[str, list[str]]:
@@ -188,9 +179,9 @@ def _with_keys(pictures: Iterable[Source]) -> Iterator[Source]:
 def drop_duplicates(
     pictures: Sequence[Source], threads: int
 ) -> tuple[list[Source], list[tuple[str, str]]]:
-    """Leave out exact copies (sha256 of the bytes) of an earlier picture.
+    """Leave out exact copies (sha256 of the bytes): the first stays, or the first with labels.
 
-    Also returns (path, path of the first) for each. Only files of equal size are read.
+    Also returns (path, path of the one that stays) for each. Only files of equal size are read.
     """
     sizes = Counter(picture.size for picture in pictures)
     doubtful = [picture for picture in pictures if sizes[picture.size] > 1 and picture.size > 0]
@@ -202,15 +193,26 @@ def drop_duplicates(
                 strict=True,
             )
         )
-    first: dict[str, str] = {}
+    best: dict[str, Source] = {}
+    for picture in doubtful:
+        digest = hashes[picture.path]
+        if digest is not None and _known(picture) > _known(best.get(digest)):
+            best[digest] = picture
     kept, dropped = [], []
     for picture in pictures:
-        digest = hashes.get(picture.path)
-        if digest is not None and first.setdefault(digest, picture.path) != picture.path:
-            dropped.append((picture.path, first[digest]))
-        else:
+        stays = best.get(hashes.get(picture.path) or "", picture)
+        if stays.path == picture.path:
             kept.append(picture)
+        else:
+            dropped.append((picture.path, stays.path))
     return kept, dropped
+
+
+def _known(picture: Source | None) -> int:
+    """Return how much is known of a picture: it has boxes, is named by labels, or is there."""
+    if picture is None:
+        return 0
+    return 1 if picture.labels is None else 3 if len(picture.labels.boxes) else 2
 
 
 def _hash(file: str) -> str | None:

@@ -22,7 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,9 @@ from pretrain.pack_plan import PlannedShard, Source
 QUARANTINE_NAME = "quarantine.jsonl"
 _LOCK_NAME = ".pack.lock"
 JPEG_QUALITY = 90
+# What reasons that are not the picture's say: they may be gone when the command is run again.
+_NOT_READ = "it cannot be read"
+_TO_INSTALL = "pip install"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +145,7 @@ def _entries(picture: Source, options: Options, defects: Defects) -> list[Entry]
     try:
         content = Path(picture.file).read_bytes()
     except OSError as error:
-        raise DataError(f"it cannot be read: {error.strerror}") from error
+        raise DataError(f"{_NOT_READ}: {error.strerror}") from error
     opened = open_picture(content, options.reading)
     if options.tiles is not None and max(opened.width, opened.height) > options.tiles:
         return _tiles(picture, opened, options, defects)
@@ -204,7 +207,12 @@ def _encoded(pixels: npt.NDArray[np.uint8]) -> tuple[str, bytes]:
     """Encode H W C anew: RGB as JPEG, other channels as a TIFF without loss."""
     file = io.BytesIO()
     if pixels.shape[2] == 3:
-        Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY)
+        try:
+            Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY)
+        except OSError as error:  # libjpeg's longest side is 65,500
+            height, width = pixels.shape[:2]
+            what = f"its {width} x {height} pixels cannot be encoded as a JPEG ({error})"
+            raise DataError(f"{what}: pack it at its own size, or in tiles") from error
         return "jpg", file.getvalue()
     write_bands(file, pixels)
     return "tif", file.getvalue()
@@ -220,6 +228,9 @@ def finished_shard(folder: Path, shard: PlannedShard) -> Packed | None:
         return None
     if samples.plan != shard.plan or samples.tar_bytes != size:
         return None
+    reasons = [reason for _, reason in samples.quarantined]
+    if any(reason.startswith(_NOT_READ) or _TO_INSTALL in reason for reason in reasons):
+        return None  # it may be mended by now, and nothing of the picture's file shows it
     return Packed(Row.of(shard.name, samples), samples.quarantined, samples.mended, False)
 
 
@@ -273,7 +284,7 @@ def _owned(folder: Path, plan_hash: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"The folder {folder} cannot be made: {error.strerror}.") from error
-    with (folder / _LOCK_NAME).open("wb") as lock:
+    with _opened(folder / _LOCK_NAME) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -285,6 +296,15 @@ def _owned(folder: Path, plan_hash: str) -> Iterator[None]:
             write_file(folder / UNFINISHED_NAME, dump({"plan": plan_hash}))
         yield
         (folder / _LOCK_NAME).unlink()
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("wb")
+    except OSError as error:
+        raise UsageError(
+            f"The folder {path.parent} cannot be written to: {error.strerror}."
+        ) from error
 
 
 def _check_plan(folder: Path, plan_hash: str) -> None:

@@ -125,15 +125,30 @@ def resolve(task: str | None, recipe: str | None, overrides: Sequence[str]) -> R
         raise UsageError(
             f"Say what to train: --task NAME with one of {', '.join(sorted(TASKS))}, or --recipe."
         )
+    given = parse_overrides(overrides)
     if recipe is None and len(parts) > 1:
-        return build(merge(_joined(parts), parse_overrides(overrides), WHOLE))
+        values = _joined(parts)
+        if "image_size" in given:  # one size for all that do not have their own on the line
+            del values["task"]["image_sizes"]
+        return build(merge(_without_scenes(values, given), given, WHOLE))
     values = read_yaml(find_recipe(recipe or str(task), "pretrain"))
     if task is not None:
         below = values.get("task")
         if isinstance(below, dict) and below.get("name") not in (None, task):
             below = None  # another task's keys
         values["task"] = {**(below or {}), "name": task}
-    return build(merge(values, parse_overrides(overrides), WHOLE))
+    return build(merge(_without_scenes(values, given), given, WHOLE))
+
+
+def _without_scenes(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Take drawn objects out of a recipe's probe where the line names pictures of one's own.
+
+    How well drawn vehicles are told apart says nothing of features for other pictures.
+    """
+    own = given.get("data", {}).get("train", "scenes") != "scenes"
+    if own and values.get("probe", {}).get("labeled") == "scenes":
+        return {**values, "probe": {**values["probe"], "labeled": None}}
+    return values
 
 
 def _unknown(name: str, part: str) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from groundwork.data.folders import files_below, walk
 from groundwork.data.foreign_shards import read_member
 from groundwork.data.shard_index import (
     INDEX_NAME,
@@ -64,8 +65,8 @@ def verify(folder: Path, *, threads: int, progress: Callable[[int], object]) -> 
     Raises UsageError when there is nothing to check.
     """
     single = folder.is_file()
-    tars = [folder] if single else sorted(folder.rglob("*.tar"))
-    folders = dict.fromkeys([folder.parent if single else folder, *(tar.parent for tar in tars)])
+    tars = [folder] if single else [Path(tar) for tar in files_below(folder, ".tar")]
+    folders = [folder.parent] if single else [Path(place) for place, _ in walk(folder)]
     own = [place for place in folders if _is_indexed(place)]
     if not tars and not own:
         raise UsageError(f"There are no shards (*.tar) in {folder}.")

@@ -42,9 +42,13 @@ def make_jpeg() -> Callable[..., bytes]:
 @pytest.fixture
 def labeled(tmp_path: Path) -> Path:
     """A COCO root: 10 train, 4 val and 3 test pictures with bright squares of two classes."""
-    root = tmp_path / "labeled"
+    return write_labeled(tmp_path / "labeled", train=10, val=4, test=3)
+
+
+def write_labeled(root: Path, **counts: int) -> Path:
+    """Write a COCO root with so many pictures of each split."""
     generator = np.random.default_rng(0)
-    for split, count in (("train", 10), ("val", 4), ("test", 3)):
+    for split, count in counts.items():
         (root / "images" / split).mkdir(parents=True)
         document: dict[str, Any] = {
             "images": [],

@@ -209,6 +209,8 @@ def open_picture(data: bytes, reading: Reading = PLAIN) -> Picture:
     """
     image = _guard(lambda: _open(data, reading))
     width, height = image.size
+    if not (isinstance(width, int) and isinstance(height, int)):  # a damaged TIFF has anything
+        raise DataError(f"its header says {width!r} x {height!r} pixels")
     if width < 1 or height < 1:
         raise DataError(f"its header says {width} x {height} pixels")
     if width * height >= reading.max_pixels:

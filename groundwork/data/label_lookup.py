@@ -69,11 +69,7 @@ class LabelLookup:
         if number is None:
             found = self._by_stem.get(_stem(file), [])
             whole = f"/{default_key(file)}"
-            found = [
-                number
-                for number in found
-                if whole.endswith(f"/{default_key(self._table.paths[number])}")
-            ] or found
+            found = [n for n in found if whole.endswith(f"/{default_key(self._table.paths[n])}")]
             if len(found) > 1:
                 first, second = (self._table.files[number] for number in found[:2])
                 raise DataError(

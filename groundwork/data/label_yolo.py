@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from groundwork.config import parse_yaml
+from groundwork.data.folders import walk
 from groundwork.data.label_policy import NO_LABEL_FILE, NO_PICTURE, Defects
 from groundwork.data.label_table import LabelTable, relative
 from groundwork.data.tar_format import picture_suffix
@@ -228,9 +229,10 @@ def _pictures(source: Path) -> list[str]:
     """Return the absolute paths of a folder's pictures, sorted, or of those a text file names."""
     if source.is_dir():
         found = [
-            os.path.abspath(path)  # noqa: PTH100 (pathlib keeps `..`)
-            for path in source.rglob("*")
-            if picture_suffix(path.name) and not path.name.startswith(".")
+            os.path.abspath(Path(place, name))  # noqa: PTH100 (pathlib keeps `..`)
+            for place, names in walk(source)
+            for name in names
+            if picture_suffix(name)
         ]
         return sorted(found)
     if source.suffix != ".txt":

@@ -10,13 +10,16 @@ G/R samples, and micro-batch m of A the m-th part of that. The loader is never g
 accelerator.prepare, which would deal the batches out a second time and lose half of the data.
 
 A picture that cannot be read is replaced by the next one of the stream that can (with the random
-numbers of the position it stands in for), and recorded: no batch changes its shape.
+numbers of the position it stands in for), and recorded: no batch changes its shape. One that is out
+of reach for now (a server that does not answer, a full disk) is no such picture: it is waited for,
+and in the end the run stops, to be resumed.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -42,7 +45,9 @@ from groundwork.data.decode import Picture, open_picture
 from groundwork.data.order import Order, sample_generator
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shards import Sample, Samples
-from groundwork.errors import DataError, GroundworkError, UsageError
+from groundwork.errors import DataError, GroundworkError, UnavailableError, UsageError
+
+logger = logging.getLogger(__name__)
 
 Arrays = dict[str, npt.NDArray[Any]]
 Views = Callable[[Picture, np.random.Generator], Arrays]
@@ -66,6 +71,8 @@ class PlaceViews(ABC):
 _PREFETCH = 3
 # Where so many in a row cannot be read, the data is not damaged here and there: it is not there.
 _LONGEST_DAMAGE = 1000
+# Seconds that are waited for what is out of reach, at most, and between two attempts.
+_PATIENCE, _PAUSE = 300.0, 10.0
 _NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGINT)
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
@@ -345,7 +352,7 @@ class _Positions(Dataset[Any]):
         shard, index = self._order[stand_in]
         source, key, offset = self._samples.name, f"{index} of shard {shard}", -1
         try:
-            sample = self._samples.read(shard, index)
+            sample = self._read(shard, index)
             source, key, offset = sample.source, sample.key, sample.offset
             picture = open_picture(sample.image, self._reading)
             generator = sample_generator(self._seed, position)
@@ -354,8 +361,25 @@ class _Positions(Dataset[Any]):
                 place = Place(position, sample, picture, generator, neighbour)
                 return self._views.at(place), key
             return self._views(picture, generator), key
+        except UnavailableError:
+            raise
         except DataError as error:
             return Replaced(position, source, key, offset, str(error))
+
+    def _read(self, shard: int, index: int) -> Sample:
+        """Read a sample; wait a while for one that is out of reach, then raise what it raised."""
+        began = time.monotonic()
+        told = False
+        while True:
+            try:
+                return self._samples.read(shard, index)
+            except UnavailableError as error:
+                if time.monotonic() - began > _PATIENCE:
+                    raise
+                if not told:
+                    logger.warning("%s Waiting for up to %.0f s.", error, _PATIENCE)
+                told = True
+            time.sleep(_PAUSE)
 
     def _neighbour(self, position: int, distance: int) -> tuple[Sample, Picture]:
         """Read the sample `distance` places on, or the next readable one behind it.
@@ -365,8 +389,10 @@ class _Positions(Dataset[Any]):
         first = position + distance
         for place in range(first, first + min(len(self._order), _LONGEST_DAMAGE)):
             try:
-                sample = self._samples.read(*self._order[place])
+                sample = self._read(*self._order[place])
                 return sample, open_picture(sample.image, self._reading)
+            except UnavailableError:
+                raise
             except DataError as error:
                 reason = error
         raise DataError(f"No picture can be read from position {first} of the stream on: {reason}")

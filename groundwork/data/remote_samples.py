@@ -31,7 +31,7 @@ from groundwork.data.shard_index import (
     sha256_text,
 )
 from groundwork.data.shards import Sample
-from groundwork.errors import DataError
+from groundwork.errors import DataError, UnavailableError
 
 _LOGGER = logging.getLogger(__name__)
 _STREAMS = 4  # shards fetched at once by one process
@@ -176,6 +176,8 @@ class RemoteSamples:
             self._raise_if_it_failed(shard)
             try:
                 descriptor, content = self._fetch(shard)
+            except UnavailableError:
+                raise  # it may be there a moment later
             except DataError as error:
                 self._failed[shard] = time.monotonic() + _FORGIVE, str(error)
                 raise
@@ -289,8 +291,7 @@ def samples_of(tar: Path, url: str) -> SampleIndex:
 
 def told(url: str, error: RemoteError) -> DataError:
     """Say what could not be fetched, and what to do."""
+    what = f"{url} cannot be fetched: {error}."
     if error.transport:
-        advice = "Check the connection and the server, then resume."
-    else:
-        advice = "Check that it is there and that the credentials allow to read it."
-    return DataError(f"{url} cannot be fetched: {error}. {advice}")
+        return UnavailableError(f"{what} Check the connection and the server, then resume.")
+    return DataError(f"{what} Check that it is there and that the credentials allow to read it.")

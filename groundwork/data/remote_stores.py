@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from groundwork.errors import DataError, UsageError
+from groundwork.errors import DataError, UnavailableError, UsageError
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts
 _SILENCE = 30.0  # seconds without a byte after which a connection counts as broken
@@ -111,7 +111,7 @@ class HttpStore:
         except urllib.error.URLError as error:
             trusted = not isinstance(error.reason, ssl.SSLCertVerificationError)
             raise RemoteError(f"no answer ({error.reason})", transport=trusted) from error
-        except (TimeoutError, ConnectionError, http.client.HTTPException, ssl.SSLError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise RemoteError(_told(error), transport=True) from error
 
     def list_tars(self, pattern: str) -> list[str] | None:
@@ -221,7 +221,7 @@ def fetch(
                 try:
                     file.write(piece)
                 except OSError as error:  # ours, not the connection's
-                    raise DataError(f"The cache cannot be written: {error}.") from error
+                    raise UnavailableError(f"The cache cannot be written: {error}.") from error
                 digest.update(piece)
                 count += len(piece)
             file.truncate()

@@ -23,6 +23,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 # Shrinking by more than twice this factor first averages whole blocks of pixels, which is faster
 # and, with 2.0 (Pillow's documentation of Image.thumbnail), not told apart by eye.
 _REDUCING_GAP = 2.0
+# Pillow's crop warns from 89 million pixels on and refuses twice as many: a limit of the process.
+_CROP_PIXELS = 1 << 26
 
 
 def cut_boxes(
@@ -50,9 +52,17 @@ def _region(
         return np.empty((0, 0, 3), np.uint8), (0, 0)
     left, top = int(min(box[0] for box in boxes)), int(min(box[1] for box in boxes))
     right, bottom = int(max(box[2] for box in boxes)), int(max(box[3] for box in boxes))
-    if (left, top, right, bottom) != (0, 0, *image.size):
-        image = image.crop((left, top, right, bottom))
-    return np.array(image), (left, top)
+    return np.array(_part(image, (left, top, right, bottom))), (left, top)
+
+
+def _part(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """Crop, unless it is the whole; a crop of very many pixels is not refused, as Pillow does."""
+    left, top, right, bottom = box
+    if box == (0, 0, *image.size):
+        return image
+    if (right - left) * (bottom - top) <= _CROP_PIXELS:
+        return image.crop(box)
+    return image.resize((right - left, bottom - top), Image.Resampling.NEAREST, box=box)
 
 
 def _resized(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -73,9 +83,7 @@ def _cut(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
     left, top = math.floor(box[0]), math.floor(box[1])
     right = min(math.ceil(box[2]), image.width)
     bottom = min(math.ceil(box[3]), image.height)
-    touched = image
-    if (left, top, right, bottom) != (0, 0, *image.size):
-        touched = image.crop((left, top, right, bottom))
+    touched = _part(image, (left, top, right, bottom))
     inner = (
         box[0] - left,
         box[1] - top,

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from groundwork.data.folders import files_below
 from groundwork.data.remote import is_remote, open_remote
 from groundwork.data.scenes import open_scenes
 from groundwork.data.shard_index import INDEX_NAME, default_key, is_set_index, sha256_text
 from groundwork.data.shards import Sample, Samples, open_shards
 from groundwork.data.tar_format import MAX_MEMBER_BYTES, PICTURE_SUFFIXES, picture_suffix
-from groundwork.errors import DataError, UsageError
+from groundwork.errors import DataError, UsageError, not_read
 
 SCENES = "scenes"
 _PACK_HINT = "`python -m pretrain.pack IMAGES SHARDS` makes shards of a folder of pictures."
@@ -47,14 +48,26 @@ def open_samples(
         return open_remote(given, cache=cache, cache_bytes=cache_bytes)
     if len(given) > 1 and all(_is_local_shards(item) for item in given):
         return open_shards(given, cache)
-    places: set[str] = set()
-    for item in given:
-        place = item if _scheme(item) else os.path.realpath(item)
-        if place in places:
-            raise DataError(f"{key} names {item} twice: name each of them once.")
-        places.add(place)
+    _refuse_doubles(given, key)
     parts = [_open_one(item, cache, cache_bytes, key) for item in given]
     return parts[0] if len(parts) == 1 else JoinedSamples(parts)
+
+
+def _refuse_doubles(given: Sequence[str], key: str) -> None:
+    """Raise DataError where one place is named twice, or lies in another one."""
+    places: dict[str, str] = {}
+    for item in given:
+        place = item.rstrip("/") if _scheme(item) else os.path.realpath(item)
+        if place in places:
+            raise DataError(f"{key} names {item} twice: name each of them once.")
+        places[place] = item
+    for place, item in places.items():
+        for above in () if _scheme(item) else Path(place).parents:
+            if str(above) in places:
+                raise DataError(
+                    f"{key} names {item}, which lies in {places[str(above)]}: its pictures would "
+                    "be there twice. Name one of the two."
+                )
 
 
 def _open_one(train: str, cache: Path, cache_bytes: int, key: str) -> Samples:
@@ -65,6 +78,7 @@ def _open_one(train: str, cache: Path, cache_bytes: int, key: str) -> Samples:
     _refuse_schemes(train)
     path = Path(train)
     if _is_local_shards(train):
+        _refuse_mixed(path, key)
         return open_shards(train, cache)
     if path.name == INDEX_NAME and is_set_index(path):
         return open_shards(path.parent, cache)
@@ -72,7 +86,7 @@ def _open_one(train: str, cache: Path, cache_bytes: int, key: str) -> Samples:
         try:
             return FolderSamples(path)
         except DataError:
-            if any(path.rglob("*.tar")):  # shards, but all of them in folders of their own
+            if files_below(path, ".tar"):  # shards, but all of them in folders of their own
                 return open_shards(train, cache)
             raise
     if path.is_file() and train.endswith(".txt"):
@@ -101,6 +115,21 @@ def _is_local_shards(train: str) -> bool:
         with os.scandir(path) as entries:
             return any(entry.name.endswith(".tar") for entry in entries)
     return train.endswith(".tar") or (not path.exists() and any(mark in train for mark in "*?[{"))
+
+
+def _refuse_mixed(path: Path, key: str) -> None:
+    """Raise DataError for a folder of tars that nobody indexed in which pictures lie, too."""
+    if not path.is_dir() or is_set_index(path / INDEX_NAME):
+        return
+    with os.scandir(path) as entries:
+        names = sorted(e.name for e in entries if not e.name.startswith("."))
+    picture = next((name for name in names if picture_suffix(name)), None)
+    if picture is not None:
+        tar = next(name for name in names if name.endswith(".tar"))
+        raise DataError(
+            f"{key}={path} holds pictures ({picture}) as well as a tar ({tar}): put them into "
+            "folders of their own, and name one of these, or both."
+        )
 
 
 def _scheme(train: str) -> str:
@@ -177,7 +206,8 @@ class PictureFiles:
                     )
                 content = file.read()
         except OSError as error:
-            raise DataError(f"The picture {file_path} cannot be read: {error.strerror}.") from error
+            sentence = f"The picture {file_path} cannot be read: {error.strerror}."
+            raise not_read(error, sentence) from error
         return Sample(default_key(path), content, _label(path), str(file_path), 0)
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -192,9 +222,9 @@ class FolderSamples(PictureFiles):
 
     Pictures are known by their extension, upper or lower case. Names that begin with a dot are
     passed over (thumbnails, and the shadow files that macOS leaves). A link to a folder elsewhere
-    is followed, once; one to a folder inside the same tree, or around it, is not, since its
-    pictures are there already, and so a circle of links has an end. A link that leads nowhere is
-    kept, and is a bad picture when it is read.
+    is followed, once; one to a folder inside the same tree, or around it, is not, so that a circle
+    of links has an end. No folder is read twice. A link that leads nowhere is kept, and is a bad
+    picture when it is read.
 
     Raises DataError where there is no picture.
     """
@@ -211,7 +241,7 @@ class FolderSamples(PictureFiles):
 def _pictures_below(root: Path) -> Iterator[tuple[str, int]]:
     """Yield (relative path, bytes) of every picture, folder by folder, each sorted by name."""
     own = os.path.realpath(root)
-    followed: set[str] = set()
+    walked: set[str] = set()  # real paths
     # A stack instead of recursion: what is on top comes next, so names go on it in reverse.
     stack: list[tuple[str, str]] = [("", own)]  # (path relative to the root, real path)
     while stack:
@@ -219,25 +249,26 @@ def _pictures_below(root: Path) -> Iterator[tuple[str, int]]:
         if relative and not place.endswith("/"):
             yield relative, _file_size(place)
             continue
+        if place.rstrip("/") in walked:
+            continue
+        walked.add(place.rstrip("/"))
         found: list[tuple[str, str]] = []
         for entry in _entries(place):
             below = relative + entry.name
-            if entry.is_dir(follow_symlinks=True):
+            if _is_folder(entry):
                 real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-                if not entry.is_symlink() or _is_new(real, own, followed):
+                if not entry.is_symlink() or os.path.commonpath([real, own]) not in (real, own):
                     found.append((below + "/", real.rstrip("/") + "/"))
             elif picture_suffix(entry.name) and (entry.is_file() or entry.is_symlink()):
                 found.append((below, entry.path))
         stack.extend(reversed(found))
 
 
-def _is_new(real: str, own: str, followed: set[str]) -> bool:
-    """Tell whether a linked folder holds what no other path here leads to; remember it."""
-    for known in (own, *followed):
-        if os.path.commonpath([real, known]) in (real, known):
-            return False
-    followed.add(real)
-    return True
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _entries(place: str) -> list[os.DirEntry[str]]:

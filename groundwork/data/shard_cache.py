@@ -107,6 +107,8 @@ class ShardCache:
                 descriptor = os.open(incoming.tar, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     self._mark(folder, ahead=key in self._wanted)
+                    # Half an entry, as a cleaner of old files leaves it.
+                    shutil.rmtree(self._entries / key, ignore_errors=True)
                     folder.rename(self._entries / key)
                 except OSError:
                     os.close(descriptor)

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from groundwork.data.folders import walk
 from groundwork.data.foreign_shards import index_foreign
 from groundwork.data.shard_index import (
     INDEX_NAME,
@@ -34,7 +35,7 @@ from groundwork.data.shard_index import (
     sha256_bytes,
     sha256_text,
 )
-from groundwork.errors import DataError
+from groundwork.errors import DataError, not_read
 
 # More than a shuffle window (16 shards) together with the next one.
 _OPEN_SHARDS = 40
@@ -160,9 +161,8 @@ class ShardSamples:
         try:
             image = _read_all(descriptor, size, offset)
         except OSError as error:
-            raise DataError(
-                f"The sample {key!r} of the shard {place.tar} cannot be read: {error.strerror}."
-            ) from error
+            sentence = f"The sample {key!r} of the shard {place.tar} cannot be read"
+            raise not_read(error, f"{sentence}: {error.strerror}.") from error
         if len(image) != size:
             raise DataError(
                 f"The shard {place.tar} ends inside the sample {key!r}: it has been cut off since "
@@ -209,9 +209,10 @@ class ShardSamples:
         try:
             descriptor = os.open(place.tar, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise DataError(
+            raise not_read(
+                error,
                 f"The shard {place.tar} cannot be opened: {error.strerror}. Copy it again; find "
-                f"every damage with `{verify_command(place.tar.parent)}`."
+                f"every damage with `{verify_command(place.tar.parent)}`.",
             ) from error
         found = os.fstat(descriptor).st_size
         if found != place.tar_bytes:
@@ -243,9 +244,8 @@ def read_sample_index(place: Shard, pictures: int) -> SampleIndex:
     try:
         content = place.samples.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"The index {place.samples} cannot be read ({error.strerror}): {advice}."
-        ) from error
+        sentence = f"The index {place.samples} cannot be read ({error.strerror}): {advice}."
+        raise not_read(error, sentence) from error
     if sha256_bytes(content) != place.samples_sha256:
         raise DataError(
             f"The index {place.samples} is not the one that index.json means: {advice}."
@@ -300,10 +300,19 @@ def _open_item(item: str, index_cache: Path) -> list[ShardSet]:
     if path.is_dir():
         if is_set_index(path / INDEX_NAME):
             return [_open_own(path, None)]
-        tars = sorted(map(str, path.rglob("*.tar")))
+        places = list(walk(item))
+        whole = [Path(place) for place, _ in places if is_set_index(Path(place, INDEX_NAME))]
+        inside = {str(place) for place in whole}
+        tars = [
+            os.path.join(place, name)  # noqa: PTH118
+            for place, names in places
+            for name in names
+            if name.endswith(".tar") and place not in inside
+        ]
     else:
+        whole = []
         tars = _expanded(item)
-    if not tars:
+    if not tars and not whole:
         raise DataError(f"No shard found: {item!r} is, or matches, no tar file.")
     # Text, not paths, which would take seconds for 100,000 shards.
     names: dict[str, list[str]] = {}
@@ -311,7 +320,8 @@ def _open_item(item: str, index_cache: Path) -> list[ShardSet]:
         folder, _, name = tar.rpartition("/")
         names.setdefault(folder or ("/" if tar.startswith("/") else "."), []).append(name)
     own = [folder for folder in names if _is_own(Path(folder))]
-    sets = [_open_own(Path(folder), names.pop(folder)) for folder in own]
+    sets = [_open_own(folder, None) for folder in whole]
+    sets += [_open_own(Path(folder), names.pop(folder)) for folder in own]
     others = [Path(folder) / name for folder in names for name in names[folder]]
     if others:
         root, home = index_foreign(others, index_cache)

@@ -18,7 +18,7 @@ import re
 import tarfile
 import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from groundwork.errors import DataError
@@ -32,6 +32,7 @@ END_OF_ARCHIVE = bytes(2 * BLOCK)
 MAX_MEMBER_BYTES = 1 << 30
 # A long name or a set of pax records; a real one has a few hundred bytes.
 _MAX_HEADER_BYTES = 1 << 20
+_LONGEST_END = 1 << 20  # bytes; tar fills up to 10,240
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -131,10 +132,11 @@ def padding(size: int) -> bytes:
 def scan(path: Path, *, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[Member]:
     """Find the regular members of a tar file, in file order, reading headers only.
 
-    Links, pipes, devices and folders are passed over. Raises DataError, naming the file and the
+    A hard link is the earlier member that it names, under its own name. Other links, pipes, devices
+    and folders are passed over. Raises DataError, naming the file and the
     byte, for: an empty or compressed file; a header whose checksum is wrong; a member that ends
     beyond the file or has more than `max_member_bytes`; a missing end-of-archive mark; data
-    behind that mark.
+    behind that mark, or very many null bytes.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -159,7 +161,9 @@ class _Scan:
         self._check_beginning()
         offset = 0
         name: str | None = None  # from a GNU long name or a pax record, for the next member
+        link: str | None = None  # the same of what a link names
         size: int | None = None
+        seen: dict[str, Member] = {}
         while True:
             header = self._header(offset)
             if header is None:
@@ -168,14 +172,18 @@ class _Scan:
             data = offset + BLOCK
             if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
                 content = self._small(data, header.size)
+                text = os.fsdecode(content.split(b"\x00", 1)[0])
                 if header.type == tarfile.GNUTYPE_LONGNAME:
-                    name = os.fsdecode(content.split(b"\x00", 1)[0])
+                    name = text
+                else:
+                    link = text
                 offset = data + _padded(header.size)
                 continue
             if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
                 records = self._records(data, header.size)
                 if header.type != tarfile.XGLTYPE:
                     name = records.get("path", name)
+                    link = records.get("linkpath", link)
                     size = _number(records.get("size"), size)
                 offset = data + _padded(header.size)
                 continue
@@ -184,14 +192,19 @@ class _Scan:
                 data,
                 size if size is not None else header.size,
             )
-            name = size = None
+            target = link if link is not None else header.linkname
+            name = link = size = None
             if header.type == tarfile.GNUTYPE_SPARSE:
                 raise self._damage(offset, f"the member {found.name!r} is a sparse file")
+            if header.type == tarfile.LNKTYPE and target in seen:
+                seen[found.name] = linked = replace(seen[target], name=found.name)
+                yield linked
             if header.type in _WITHOUT_DATA:
                 offset = data
                 continue
             self._check_member(found)
             if header.type in _REGULAR:
+                seen[found.name] = found
                 yield found
             offset = data + _padded(found.size)
 
@@ -263,7 +276,12 @@ class _Scan:
             )
 
     def _check_end(self, offset: int) -> None:
-        """Behind the first null block there may be nothing but null bytes."""
+        """Behind the first null block there may be nothing but null bytes, and not many of them."""
+        if self.length - offset > _LONGEST_END:
+            raise self._damage(
+                offset,
+                f"{self.length - offset} null bytes to its end: its second part was never written",
+            )
         while piece := os.pread(self.descriptor, 1 << 20, offset):
             if any(piece):
                 raise self._damage(

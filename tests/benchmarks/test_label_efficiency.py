@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.label_efficiency import Study, inits_of, main, parser
+from benchmarks.label_efficiency import Init, Study, inits_of, main, parser
 from benchmarks.label_efficiency_results import draw, table
+from finetune.detector import build_detector
+from finetune.weights import parts_of, save_detector
 from groundwork.errors import UsageError
 
 KEYS = ["threads=1", "data.workers=0"]
@@ -81,6 +83,44 @@ def test_a_fraction_is_drawn_by_the_seed_and_a_given_list_is_taken(
     names = [file.read_text().split() for file in drawn if file is not None]
     assert [len(one) for one in names] == [5, 5] and names[0] != names[1]
     assert study.names(100, 0) is None
+
+
+def test_a_length_that_is_no_better_changes_no_row(
+    labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ran before is chosen from, too, and test is scored for nothing that loses."""
+    reached = {500: 0.3, 1000: 0.45, 2000: 0.44, 4000: 0.46}
+
+    def train(study: Study, init: Init, fraction: float, seed: int, steps: int) -> Path:
+        run = study.work / f"{init.name}-{fraction:g}pct-seed{seed}-{steps}"
+        detector = build_detector("timm/test_resnet", 2)
+        run.mkdir(parents=True, exist_ok=True)
+        save_detector(
+            run / "detector.safetensors", parts_of(detector), names=["red", "blue"],
+            image_size=64, metadata={},
+        )  # fmt: skip
+        (run / "results.json").write_text(json.dumps({"ap": reached[steps]}))
+        (run / "metrics.jsonl").write_text("")
+        (run / "recipe.yaml").write_text("batch_size: 2")
+        note = run.parent / f"{run.name}.command.txt"
+        note.write_text(f"python --out {run} seed={seed} budget.steps={steps} {keys}")
+        return run
+
+    monkeypatch.setattr(Study, "train", train)
+    study = Study(parser().parse_args(_options(labeled, tmp_path, "--inits", "scratch")), labeled)
+    [init] = inits_of(study.options, labeled)
+    keys = "lr=1"
+    assert study.cell(init, 5, 0, [500, 1000])["steps"] == 1000
+    study.cell(init, 5, 1, [1000])
+    before = json.dumps([{**one, "val_ap_by_steps": {}} for one in study.results])
+    kept = study.cell(init, 5, 0, [2000])
+    assert json.dumps([{**one, "val_ap_by_steps": {}} for one in study.results]) == before
+    assert kept["val_ap_by_steps"] == {"500": 0.3, "1000": 0.45, "2000": 0.44}
+    better = study.cell(init, 5, 0, [4000])
+    assert study.results == [better] and better["steps"] == 4000
+    assert better["val_ap_by_steps"]["1000"] == 0.45
+    keys = "lr=2"  # another plan's lengths are no choice
+    assert study.cell(init, 5, 0, [500])["val_ap_by_steps"] == {"500": 0.3}
 
 
 @pytest.mark.slow

@@ -41,6 +41,18 @@ def test_more_than_the_allowed_share_ends_the_run(
         quarantine.check()
 
 
+def test_what_ended_a_run_is_counted_anew(tmp_path: Path) -> None:
+    ended = Quarantine(tmp_path, 100, 0.01)
+    ended.note(batch("a", "b"))
+    with pytest.raises(DataError):
+        ended.check()
+    resumed = Quarantine(tmp_path, 100, 0.01, before=tmp_path)
+    resumed.check()
+    resumed.note(batch("b"))
+    resumed.check()
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
+
+
 def test_what_was_bad_before_a_stop_is_known(tmp_path: Path) -> None:
     Quarantine(tmp_path / "a", 1000, 0.01).path.parent.mkdir()
     Quarantine(tmp_path / "a", 1000, 0.01).note(batch("a", "b"))

@@ -111,6 +111,12 @@ def test_boxes_follow_the_picture_into_its_frame(labeled: Path) -> None:
 def test_nothing_named_is_no_probe_and_a_missing_split_is_told(labeled: Path) -> None:
     settings = DetectionProbeSettings()
     assert open_detection_probe(settings, cache=labeled, cache_bytes=10**6) is None
+    train = labeled / "annotations" / "train.json"
+    train.rename(labeled / "train.away")
+    settings = DetectionProbeSettings(data=str(labeled))
+    with pytest.raises(DataError, match=r"no train split .* must not learn from the others"):
+        open_detection_probe(settings, cache=labeled, cache_bytes=10**6)
+    (labeled / "train.away").rename(train)
     (labeled / "annotations" / "val.json").unlink()
     with pytest.raises(DataError, match=r"no validation split .* probe\.detection\.val"):
         probe_of(labeled)

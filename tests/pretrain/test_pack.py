@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from groundwork.data.decode import open_picture
+from groundwork.data.decode import Picture, open_picture
 from groundwork.data.shards import ShardSamples, open_shards
 from groundwork.data.tar_format import unescape_key
 from groundwork.errors import DataError
@@ -277,6 +277,43 @@ def test_unreadable_pictures_are_left_out_noted_and_counted(
     assert "10 pictures" in shown
     assert "4 unreadable" in shown
     assert "1 '.md'" in shown
+
+
+def test_what_a_missing_package_left_out_is_packed_when_it_is_there(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(data: bytes, reading: object) -> Picture:
+        raise DataError("tifffile reads this: pip install 'groundwork[tiff]'")
+
+    with monkeypatch.context() as changed:
+        changed.setattr("pretrain.pack_shards.open_picture", without)
+        assert run(images, tmp_path / "shards", "--workers", "1") == 3
+    assert run(images, tmp_path / "shards", "--workers", "1") == 0
+    assert not (tmp_path / "shards" / "quarantine.jsonl").exists()
+
+
+def test_a_strip_that_no_jpeg_can_hold_is_left_out(images: Path, tmp_path: Path) -> None:
+    Image.new("L", (20000, 40)).save(images / "strip.png")
+    assert run(images, tmp_path / "shards", "--resize", "32") == 0
+    assert not (tmp_path / "shards" / "quarantine.jsonl").exists()
+    Image.new("L", (80000, 33)).save(images / "strip.png")
+    assert run(images, tmp_path / "more", "--resize", "32") == 0
+    [line] = (tmp_path / "more" / "quarantine.jsonl").read_text().splitlines()
+    assert "cannot be encoded as a JPEG" in line and "strip.png" in line
+
+
+def test_hidden_names_and_links_to_siblings_are_not_packed(
+    images: Path, tmp_path: Path, make_jpeg: MakeJpeg
+) -> None:
+    assert run(images, tmp_path / "before") == 0
+    (images / ".thumbs").mkdir()
+    (images / ".thumbs" / "a.jpg").write_bytes(make_jpeg(50))
+    (images / ".b.jpg").write_bytes(make_jpeg(51))
+    (images / "again").symlink_to(images)
+    os.mkfifo(images / "pipe.png")
+    assert run(images, tmp_path / "after") == 0
+    before, after = (open_shards(tmp_path / name, tmp_path) for name in ("before", "after"))
+    assert len(before) == len(after)
 
 
 def test_too_many_unreadable_pictures_are_an_error(

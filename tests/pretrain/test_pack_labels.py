@@ -76,6 +76,29 @@ def test_packed_labels_are_those_of_the_data_set(root: Path, tmp_path: Path) -> 
     }
 
 
+def test_a_copy_with_boxes_stays_when_copies_are_dropped(root: Path, tmp_path: Path) -> None:
+    first = root / "images" / "all" / "x.jpg"
+    write(first, (root / "images" / "train" / "a.jpg").read_bytes())
+    folder = tmp_path / "shards"
+    assert pack("--labels", root, "--drop-duplicates", root / "images", folder) == 0
+    [line] = (folder / "duplicates.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"path": "all/x.jpg", "same_as": "train/a.jpg"}
+    assert all_boxes(open_(folder))["a"][1] == [1, 0]
+
+
+def test_labels_of_one_folder_are_not_those_of_another(tmp_path: Path, make_jpeg: MakeJpeg) -> None:
+    """Frames of several cameras are called alike."""
+    for number, site in enumerate(("siteA", "siteB")):
+        write(tmp_path / "pictures" / site / "0000.jpg", make_jpeg(number))
+    write(tmp_path / "labels" / "siteA" / "0000.txt", "0 0.5 0.5 0.5 0.5\n")
+    write(tmp_path / "labels" / "classes.txt", "car\n")
+    folder = tmp_path / "shards"
+    assert pack("--labels", tmp_path / "labels", tmp_path / "pictures", folder) == 0
+    samples = open_(folder)
+    found = {samples.look(0, i)[0].key: len(samples.look(0, i)[2].boxes) for i in range(2)}
+    assert found == {"siteA/0000": 1, "siteB/0000": 0}
+
+
 def test_the_whole_data_set_is_named_as_simply(root: Path, tmp_path: Path) -> None:
     assert pack("--labels", root, root / "images", tmp_path / "shards") == 0
     assert sorted(all_boxes(open_(tmp_path / "shards"))) == ["a", "b.c", "none", "v"]

@@ -136,9 +136,25 @@ def test_a_mapping_that_makes_no_sense_is_refused(override: str, said: str) -> N
     assert recipes.resolve("byol", None, ["data.train=there", "data.bands=[3,2,1]"]).data.bands
 
 
+def test_drawn_objects_are_for_drawn_scenes_unless_asked_for() -> None:
+    assert recipes.resolve("byol", None, []).probe.labeled == "scenes"
+    assert recipes.resolve("byol", None, ["data.train=there"]).probe.labeled is None
+    assert recipes.resolve("byol+jigsaw", None, ["data.train=there"]).probe.labeled is None
+    keys = ["data.train=there", "probe.labeled=scenes"]
+    assert recipes.resolve("byol", None, keys).probe.labeled == "scenes"
+
+
+def test_one_image_size_is_for_all_tasks_that_have_none_of_their_own() -> None:
+    both = recipes.resolve("byol+inpainting", None, [])
+    assert both.task["image_sizes"] == {"inpainting": 192} and both.image_size == 64
+    assert not recipes.resolve("byol+inpainting", None, ["image_size=224"]).task.get("image_sizes")
+    keys = ["image_size=224", "task.image_sizes.byol=96"]
+    assert recipes.resolve("byol+inpainting", None, keys).task["image_sizes"] == {"byol": 96}
+
+
 def test_drawn_objects_are_no_labels_of_pictures_with_four_channels() -> None:
     keys = ["data.train=there", "data.bands=[1,2,3,4]"]
     with pytest.raises(UsageError, match=r"probe\.labeled=scenes: drawn objects have three"):
-        recipes.resolve("byol", None, keys)
-    made = recipes.resolve("byol", None, [*keys, "probe.labeled=null"])
+        recipes.resolve("byol", None, [*keys, "probe.labeled=scenes"])
+    made = recipes.resolve("byol", None, keys)
     assert made.data.reading().channels == 4

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import islice
@@ -25,7 +26,7 @@ from groundwork.data.decode import Picture
 from groundwork.data.loader import Arrays, Batch, Loader
 from groundwork.data.order import Order
 from groundwork.data.shards import Sample
-from groundwork.errors import DataError, UsageError
+from groundwork.errors import DataError, UnavailableError, UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -228,6 +229,38 @@ def test_data_of_which_nothing_can_be_read_is_an_error_not_a_search_without_end(
     bad: dict[tuple[int, int], bytes | None] = {(0, index): b"x" for index in range(5)}
     with pytest.raises(DataError, match="10 pictures in a row"):
         take(make(Numbered([5], bad), workers=workers), 1)
+
+
+class Unreachable(Numbered):
+    """A server that gives no answer, for the first `failures` attempts at every picture."""
+
+    def __init__(self, sizes: list[int], failures: int):
+        super().__init__(sizes)
+        self.failures = failures
+        self.attempts: Counter[tuple[int, int]] = Counter()
+
+    def read(self, shard: int, index: int) -> Sample:
+        self.attempts[shard, index] += 1
+        if self.attempts[shard, index] <= self.failures:
+            raise UnavailableError("shard-0.tar cannot be fetched: no answer.")
+        return super().read(shard, index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_out_of_reach_is_waited_for(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("groundwork.data.loader._PAUSE", 0.001)
+    whole = take(make(Numbered([12])), 2)
+    assert same(take(make(Unreachable([12], failures=2), workers=workers), 2), whole)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_stays_out_of_reach_ends_the_run_and_is_no_bad_picture(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("groundwork.data.loader._PAUSE", 0.001)
+    monkeypatch.setattr("groundwork.data.loader._PATIENCE", 0.05)
+    with pytest.raises(UnavailableError, match="no answer"):
+        take(make(Unreachable([12], failures=10**6), workers=workers), 1)
 
 
 def test_one_good_picture_fills_every_place() -> None:

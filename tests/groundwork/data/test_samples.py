@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import textwrap
 from collections.abc import Callable
 from contextlib import closing
@@ -97,6 +98,35 @@ def test_links_are_followed_once_and_circles_end(folder: Path, tmp_path: Path) -
     assert [samples.read(shard, 0).key for shard in numbers] == expected[:3] + expected[4:]
     with pytest.raises(DataError, match=r"gone\.jpg cannot be read: No such file"):
         samples.read(3, 0)
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_a_link_to_a_folder_around_a_linked_one_is_followed(
+    tmp_path: Path, make_jpeg: Make, names: str
+) -> None:
+    (tmp_path / "x" / "sub").mkdir(parents=True)
+    for number, path in enumerate(("x/one.jpg", "x/sub/two.jpg", "x/three.jpg")):
+        (tmp_path / path).write_bytes(make_jpeg(number))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / names[0]).symlink_to(tmp_path / "x" / "sub")
+    (tmp_path / "set" / names[1]).symlink_to(tmp_path / "x")
+    (tmp_path / "set" / "self.jpg").symlink_to("self.jpg")
+    samples = opened(str(tmp_path / "set"), tmp_path)
+    assert len(samples) == 4
+    with pytest.raises(DataError, match=r"self\.jpg cannot be read"):
+        samples.read(3, 0)
+
+
+def test_pictures_and_a_stray_tar_in_one_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(folder / "backup.tar", "w") as tar:
+        tar.add(folder / "b.jpg", "b.jpg")
+    with pytest.raises(DataError, match=r"pictures \(b\.jpg\) as well as a tar \(backup\.tar\)"):
+        opened(str(folder), tmp_path)
+
+
+def test_a_folder_of_another_that_is_named_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"ships, which lies in .* be there twice"):
+        opened([str(folder / "ships"), str(folder)], tmp_path)
 
 
 def test_a_name_that_is_no_unicode_is_read_all_the_same(tmp_path: Path, make_jpeg: Make) -> None:

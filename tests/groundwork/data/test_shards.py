@@ -338,6 +338,33 @@ def test_members_that_do_not_make_samples_are_named(
     assert "a.tar" in str(caught.value)
 
 
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("folder", ["set", "a" * 90 + "/" + "b" * 90])
+def test_a_hard_link_is_the_picture_that_it_names(tmp_path: Path, form: int, folder: str) -> None:
+    place = tmp_path / folder
+    place.mkdir(parents=True)
+    (place / "a.jpg").write_bytes(b"first")
+    (place / "b.jpg").hardlink_to(place / "a.jpg")
+    (place / "c.jpg").write_bytes(b"third")
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        for name in ("a.jpg", "b.jpg", "c.jpg"):
+            tar.add(place / name, f"{folder}/{name}")
+    shards = open_shards(tmp_path / "a.tar", tmp_path / "cache")
+    assert [shards.read(0, i).image for i in range(3)] == [b"first", b"first", b"third"]
+    assert [shards.read(0, i).key for i in range(3)] == [f"{folder}/{n}" for n in "abc"]
+
+
+def test_a_download_that_stopped_behind_what_was_reserved_is_damage(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"real"))
+    with (tmp_path / "a.tar").open("ab") as file:
+        file.write(bytes(2 << 20))
+    with pytest.raises(DataError, match=r"damaged at byte 1024.*null bytes to its end"):
+        open_shards(tmp_path / "a.tar", tmp_path / "cache")
+
+
 def test_links_and_pipes_are_passed_over(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("l.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE)):
