@@ -104,7 +104,8 @@ class Labels:
     `boxes` is N 4: left, top, right, bottom in pixels, or, with `unit`, in shares of the picture's
     sides. `places` is N: where in `file` each row stands, counted in `place`s (line, object,
     annotation). `size` is the width and height that the file says the picture has, and `picture`
-    what it is called, where one file speaks of many.
+    what it is called, where one file speaks of many. `upright`: by its form the file speaks of the
+    upright picture.
     """
 
     file: str
@@ -116,6 +117,7 @@ class Labels:
     unit: bool = False
     size: tuple[int, int] | None = None
     picture: str = ""
+    upright: bool = False
 
     def where(self, row: int) -> str:
         """Say where in the file a row stands."""
@@ -188,7 +190,7 @@ def _upright(labels: Labels, picture: Picture, defects: Defects) -> Floats:
     """Return the boxes in pixels of the upright picture."""
     width, height = picture.width, picture.height
     exchanged = picture.orientation >= 5
-    shown = exchanged and width != height and labels.size is not None
+    shown = labels.upright or (exchanged and width != height and labels.size is not None)
     if picture.orientation != 1 and len(labels.boxes) and not shown:
         where = f"{labels.picture} has orientation {picture.orientation}"
         defects.add(UNSURE, labels.file, where)

@@ -58,6 +58,7 @@ def parse_json(content: bytes, file: str, classes: int) -> Labels:
         np.array(crowd, np.bool_),
         np.arange(1, len(boxes) + 1),
         "box",
+        upright=True,
     )
 
 

@@ -144,6 +144,7 @@ def test_boxes_are_scaled_with_their_picture_and_upright(tmp_path: Path) -> None
         picture = samples.look(0, 0)[1]
         assert (picture.width, picture.height) == ((24, 32) if side == 24 else (48, 64))
         assert all_boxes(samples) == {"a": ([expected], [0])}
+        assert not len(samples.defects)  # what is packed is upright, whatever its EXIF says
 
 
 def coco(*names: str) -> str:
