@@ -39,7 +39,8 @@ def with_labels(pictures: Sequence[Source], lookup: LabelLookup) -> list[Source]
     if not any(labels is not None for labels in found):
         raise DataError(
             f"The labels name none of the {len(pictures)} pictures, the first being "
-            f"{pictures[0].file}: name the labels of these pictures."
+            f"{pictures[0].file}: name the labels of these pictures. They name {lookup.example()}, "
+            "for one; folders that labels name count."
         )
     if lookup.unnamed_is_background:
         found = [_nothing() if labels is None else labels for labels in found]

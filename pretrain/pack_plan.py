@@ -29,6 +29,8 @@ from groundwork.data.tar_format import BLOCK, PICTURE_SUFFIXES, picture_suffix
 from groundwork.data.write_shards import shard_name
 from groundwork.errors import DataError, UsageError
 
+# macOS writes these beside real pictures, with the same extension: they hold no picture.
+_SYSTEM_PREFIX = "._"
 _TILE_KEY = re.compile(r"(.+)_x\d+_y\d+")  # pretrain.pack_shards names tiles so
 
 
@@ -72,9 +74,9 @@ class PlannedShard:
 def find_pictures(inputs: Sequence[Path], *, class_folders: bool) -> Findings:
     """Find the pictures of folders, list files (.txt) and single files, sorted, with their keys.
 
-    Links to folders are followed, no folder twice; names that begin with a dot are passed over.
-    With `class_folders` the first folder below an input is the class of what is in it. Raises
-    UsageError for inputs that do not exist, DataError where there is no picture.
+    Links to folders are followed, no folder twice. With `class_folders` the first folder below an
+    input is the class of what is in it. Raises UsageError for inputs that do not exist, DataError
+    where there is no picture.
     """
     findings = Findings()
     roots: list[str] = []
@@ -130,11 +132,12 @@ def _open_input(given: Path, other_files: Counter[str]) -> tuple[str, Iterable[s
 
 
 def _walk(folder: str, other_files: Counter[str]) -> Iterator[str]:
-    for place, names in walk(folder):
+    for place, names in walk(folder, hidden=True):
         for name in names:
             file = Path(place, name)
             # A link that leads nowhere is quarantined when it is read; a pipe is no picture.
-            if picture_suffix(name) and (file.is_symlink() or file.is_file()):
+            is_there = file.is_symlink() or file.is_file()
+            if is_there and picture_suffix(name) and not name.startswith(_SYSTEM_PREFIX):
                 yield str(file)
             else:
                 other_files[Path(name).suffix or name] += 1

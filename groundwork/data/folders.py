@@ -9,8 +9,8 @@ from pathlib import Path
 from groundwork.errors import DataError
 
 
-def walk(root: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder with the names of its files, sorted; names that begin with a dot are not.
+def walk(root: str | os.PathLike[str], *, hidden: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder with the names of its files, sorted; `hidden`: those with a first dot, too.
 
     No folder is read twice, by whatever links it is reached, so a circle of links has an end.
     Raises DataError for a folder that cannot be read.
@@ -26,8 +26,8 @@ def walk(root: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
             folders.clear()
             continue
         walked.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield place, sorted(name for name in files if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
+        yield place, sorted(name for name in files if hidden or not name.startswith("."))
 
 
 def files_below(root: Path, suffix: str) -> list[str]:

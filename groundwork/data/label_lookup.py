@@ -60,6 +60,10 @@ class LabelLookup:
             else:
                 self._by_stem.setdefault(_stem(path), []).append(number)
 
+    def example(self) -> str:
+        """Return what the labels call one of their pictures."""
+        return self._table.paths[0] if len(self._table.paths) else "nothing"
+
     def labels(self, file: str) -> Labels | None:
         """Return what is written of a picture; None where nothing names it.
 

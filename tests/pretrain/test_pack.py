@@ -302,13 +302,12 @@ def test_a_strip_that_no_jpeg_can_hold_is_left_out(images: Path, tmp_path: Path)
     assert "cannot be encoded as a JPEG" in line and "strip.png" in line
 
 
-def test_hidden_names_and_links_to_siblings_are_not_packed(
-    images: Path, tmp_path: Path, make_jpeg: MakeJpeg
+def test_links_to_siblings_pipes_and_shadow_files_are_not_packed(
+    images: Path, tmp_path: Path
 ) -> None:
     assert run(images, tmp_path / "before") == 0
-    (images / ".thumbs").mkdir()
-    (images / ".thumbs" / "a.jpg").write_bytes(make_jpeg(50))
-    (images / ".b.jpg").write_bytes(make_jpeg(51))
+    (images / "__MACOSX").mkdir()
+    (images / "__MACOSX" / "._a.jpg").write_bytes(b"shadow")
     (images / "again").symlink_to(images)
     os.mkfifo(images / "pipe.png")
     assert run(images, tmp_path / "after") == 0

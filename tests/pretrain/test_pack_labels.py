@@ -200,6 +200,9 @@ def test_what_cannot_be_meant_is_refused(
     assert "name none of the 3 pictures" in capsys.readouterr().err
     write(tmp_path / "elsewhere" / "boxes.json", coco("x/a.jpg", "y/a.jpg"))
     assert pack("--labels", path, images, tmp_path / "two") == 3
+    assert "They name x/a.jpg, for one" in capsys.readouterr().err
+    write(tmp_path / "elsewhere" / "boxes.json", coco("train/a.jpg", "a.jpg"))
+    assert pack("--labels", path, images, tmp_path / "two") == 3
     assert "could be those in" in capsys.readouterr().err
     write(root / "labels" / "train" / "a.txt", "2 0.5 0.5 0.5 0.5\n")
     assert pack("--labels", root, images, tmp_path / "three") == 3
