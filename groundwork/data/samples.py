@@ -259,7 +259,7 @@ def _pictures_below(root: Path) -> Iterator[tuple[str, int]]:
                 real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
                 if not entry.is_symlink() or os.path.commonpath([real, own]) not in (real, own):
                     found.append((below + "/", real.rstrip("/") + "/"))
-            elif picture_suffix(entry.name) and (entry.is_file() or entry.is_symlink()):
+            elif picture_suffix(entry.name) and (entry.is_symlink() or entry.is_file()):
                 found.append((below, entry.path))
         stack.extend(reversed(found))
 
