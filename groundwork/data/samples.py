@@ -155,7 +155,8 @@ def _refuse_schemes(train: str) -> None:
 
 
 class PictureFiles:
-    """Pictures that are files of their own, each a shard of one sample; the Samples protocol.
+    """Pictures that are files of their own, each a shard of one sample unless they are grouped; the
+    Samples protocol.
 
     `paths` are relative to `root`, or absolute. The paths are kept as one row of bytes: a million
     of them take what their letters take, and eight bytes each. A sample's key is its path less the
@@ -180,9 +181,18 @@ class PictureFiles:
         self._ends: npt.NDArray[np.int64] = np.frombuffer(ends, np.int64)
         self.shard_sizes = np.ones(len(ends) - 1, np.int64)
         self.fingerprint = digest.hexdigest()
+        self._group = 1  # pictures of a shard
 
     def __len__(self) -> int:
-        return len(self.shard_sizes)
+        return len(self._ends) - 1
+
+    def group(self, size: int) -> None:
+        """Let `size` pictures in a row be a shard: what an order shuffles as it does real ones."""
+        self._group = size
+        shards = -(-len(self) // size)
+        self.shard_sizes = np.full(shards, size, np.int64)
+        self.shard_sizes[-1] = len(self) - size * (shards - 1)
+        self.fingerprint = sha256_text([self.fingerprint, size])
 
     def path(self, number: int) -> str:
         """Return the path of a picture, as it was given."""
@@ -192,9 +202,9 @@ class PictureFiles:
 
     def read(self, shard: int, index: int) -> Sample:
         """Read one picture. Raises DataError naming its file."""
-        if index != 0:
-            raise IndexError(f"a picture in a folder has index 0, not {index}")
-        path = self.path(shard)
+        if not 0 <= index < self._group:
+            raise IndexError(f"a shard of {self._group} pictures has no index {index}")
+        path = self.path(shard * self._group + index)
         file_path = self.root / path
         try:
             with file_path.open("rb") as file:
@@ -319,10 +329,20 @@ def _open_list(path: Path, cache: Path, cache_bytes: int) -> Samples:
 
 
 class JoinedSamples:
-    """Several data sets as one: the shards of the first, then those of the next."""
+    """Several data sets as one: the shards of the first, then those of the next.
+
+    Single pictures beside shards are grouped into shards as large as these are. As shards of one,
+    a window of the shuffle would hold one real shard and a few pictures, and batches were of that
+    shard alone.
+    """
 
     def __init__(self, parts: Sequence[Samples]) -> None:
         self.parts = list(parts)
+        others = [p.shard_sizes for p in self.parts if not isinstance(p, PictureFiles)]
+        size = int(np.median(np.concatenate(others))) if others else 1
+        for part in self.parts:
+            if isinstance(part, PictureFiles) and size > 1:
+                part.group(size)
         self.name = " + ".join(part.name for part in self.parts)
         self.shard_sizes = np.concatenate([part.shard_sizes for part in self.parts])
         self.fingerprint = sha256_text(part.fingerprint for part in self.parts)

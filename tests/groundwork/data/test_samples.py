@@ -124,6 +124,27 @@ def test_pictures_and_a_stray_tar_in_one_folder_are_refused(folder: Path, tmp_pa
         opened(str(folder), tmp_path)
 
 
+def test_pictures_beside_shards_are_shuffled_like_shards(tmp_path: Path) -> None:
+    """As shards of one, 0.4 of the batches had next to nothing but pictures of one tar."""
+    for place, count in (("single", 130), ("packed", 120)):
+        (tmp_path / place).mkdir()
+        for number in range(count):
+            (tmp_path / place / f"{number:03d}.jpg").write_bytes(b"%d" % number)
+    for first in range(0, 120, 20):
+        with tarfile.open(tmp_path / f"shard-{first:03d}.tar", "w") as tar:
+            for number in range(first, first + 20):
+                tar.add(tmp_path / "packed" / f"{number:03d}.jpg", f"{number:03d}.jpg")
+    samples = opened([str(tmp_path / "shard-*.tar"), str(tmp_path / "single")], tmp_path)
+    assert samples.shard_sizes.tolist() == [20] * 12 + [10]
+    keys = [samples.read(s, i).key for s, n in enumerate(samples.shard_sizes) for i in range(n)]
+    assert keys == [f"{n:03d}" for n in (*range(120), *range(130))]
+    assert samples.read(12, 9).image == b"129"
+    with pytest.raises(IndexError):
+        samples.read(12, 10)
+    alone = opened(str(tmp_path / "single"), tmp_path)
+    assert alone.shard_sizes.tolist() == [1] * 130
+
+
 def test_a_folder_of_another_that_is_named_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"ships, which lies in .* be there twice"):
         opened([str(folder / "ships"), str(folder)], tmp_path)
@@ -204,14 +225,14 @@ def test_several_are_one_after_the_other(
         closing(opened([str(folder), f"{web.url}/shards", str(packed)], tmp_path)) as samples,
     ):
         assert isinstance(samples, JoinedSamples)
-        assert samples.shard_sizes.tolist() == [1] * 6 + [2] * 6
+        assert samples.shard_sizes.tolist() == [2] * 9  # single pictures as shards of two
         assert len(samples) == 18
         own = [f"p{number}" for number in range(6)]
         assert keys(samples)[6:] == own + own
-        assert samples.read(8, 1).image == make_jpeg(5)
+        assert samples.read(5, 1).image == make_jpeg(5)
         with pytest.raises(IndexError):
-            samples.read(12, 0)
-        samples.prefetch([0, 7, 11])
+            samples.read(9, 0)
+        samples.prefetch([0, 4, 8])
     other = opened([str(packed), str(folder)], tmp_path)
     assert other.fingerprint != samples.fingerprint
     other.close()
