@@ -42,13 +42,9 @@ def make_jpeg() -> Callable[..., bytes]:
 @pytest.fixture
 def labeled(tmp_path: Path) -> Path:
     """A COCO root: 10 train, 4 val and 3 test pictures with bright squares of two classes."""
-    return write_labeled(tmp_path / "labeled", train=10, val=4, test=3)
-
-
-def write_labeled(root: Path, **counts: int) -> Path:
-    """Write a COCO root with so many pictures of each split."""
+    root = tmp_path / "labeled"
     generator = np.random.default_rng(0)
-    for split, count in counts.items():
+    for split, count in (("train", 10), ("val", 4), ("test", 3)):
         (root / "images" / split).mkdir(parents=True)
         document: dict[str, Any] = {
             "images": [],

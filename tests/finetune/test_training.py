@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from finetune.training import measure_batchnorm, scale_learning_rates
 from groundwork.data.labels import open_labeled
 from groundwork.data.order import Order
 from groundwork.optim import build_optimizer, set_learning_rate
+from tests.pretrain.commands import ROOT, environment, free_port
 
 
 def test_each_layer_learns_at_its_share_of_the_rate() -> None:
@@ -58,3 +61,44 @@ def test_batchnorm_of_backbone_and_neck_gets_the_statistics_of_the_pictures(labe
     values = torch.cat(seen)
     torch.testing.assert_close(last.running_mean, values.mean((0, 2, 3)), rtol=1e-2, atol=1e-2)
     samples.close()
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from torch import nn
+from finetune.training import share_statistics
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+parts = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.BatchNorm2d(2)]
+for part in parts:
+    for buffer in part.buffers():
+        buffer.fill_(5 + rank)
+    for parameter in part.parameters():
+        parameter.data.fill_(rank)
+share_statistics(parts)
+state = [part.state_dict() for part in parts]
+torch.save(state, Path(sys.argv[1]) / f"{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.dist
+def test_every_rank_gets_the_statistics_of_the_first(tmp_path: Path) -> None:
+    """What is scored is what is saved: each rank's BatchNorm has seen other pictures."""
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--master-port", str(free_port()), str(tmp_path / "rank.py"), str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for part in second:
+        for name, value in part.items():
+            statistics = name.endswith(("running_mean", "running_var"))
+            expected = 5 if statistics else 6 if name.endswith("num_batches_tracked") else 1
+            assert (value == expected).all(), name
+    assert all((value == 5).all() for part in first for n, value in part.items() if "running" in n)
