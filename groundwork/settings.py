@@ -134,7 +134,9 @@ class Data(Section):
 
     train: str | tuple[str, ...] = "scenes"  # a folder, shards, a URL, a list of these, or scenes
     workers: Annotated[int, Field(ge=0)] | None = None  # of each rank; null: cores less one, max 8
-    window_shards: Count = 16  # samples are shuffled inside a window of so many shards
+    # Samples are shuffled inside a window of so many shards, or up to twice as many at the end of a
+    # set; readers keep 40 open.
+    window_shards: Annotated[int, Field(ge=1, le=20)] = 16
     cache: str | None = None  # for drawn scenes, remote shards, foreign indexes
     cache_gb: Annotated[float, Field(gt=0)] = 50.0  # bound of the local copy of remote shards
     on_error: Literal["skip", "raise"] = "skip"  # what an unreadable picture does
