@@ -31,9 +31,10 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
 def check_backbone(backbone: Backbone) -> None:
-    """Raise UsageError where a backbone has weights whose operation is not known here."""
+    """Raise UsageError where a backbone has weights, or filters, that are not known here."""
     for name, module in backbone.named_modules():
         own = [key for key, _ in module.named_parameters(recurse=False)]
+        own += [key for key, _ in module.named_buffers(recurse=False)]  # a blur's kernel
         # Large YOLOv12 stages own a vector that scales a sum: 0 stays 0.
         if own and own != ["gamma"] and not isinstance(module, (nn.Conv2d, *_NORMS)):
             raise UsageError(

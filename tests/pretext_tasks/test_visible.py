@@ -109,6 +109,8 @@ def test_a_backbone_with_other_layers_is_refused() -> None:
         check_backbone(build_backbone(name))
     with pytest.raises(UsageError, match=r"knows convolution.*timm/convnext_atto has LayerNorm2d"):
         check_backbone(build_backbone("timm/convnext_atto"))
+    with pytest.raises(UsageError, match=r"timm/resnetblur18 has BlurPool2d"):
+        check_backbone(build_backbone("timm/resnetblur18"))
 
 
 def test_squeeze_and_excitation_is_told() -> None:
