@@ -31,7 +31,6 @@ PROGRAM = """
 import json, sys, time
 import lightly_train, pytorch_lightning, torch
 from safetensors.torch import save_file
-from ultralytics import YOLO
 
 job = json.loads(sys.argv[1])
 times = []
@@ -62,10 +61,13 @@ if __name__ == "__main__":
     trial = train(job["out"] + "/trial", 2)
     epochs = max(1, round(job["minutes"] * 60 / trial[-1]))
     seconds = train(job["out"] + "/run", epochs)
-    model = YOLO(job["out"] + "/run/exported_models/exported_last.pt").model
-    tensors = {name: tensor.float().contiguous() if tensor.is_floating_point() else tensor
-               for name, tensor in model.state_dict().items()
-               if int(name.split(".")[1]) < 9}  # what it trains; the neck and the head are random
+    # From its checkpoint: what it exports is in half precision, which large statistics overflow.
+    state = torch.load(
+        job["out"] + "/run/checkpoints/last.ckpt", map_location="cpu", weights_only=False
+    )["state_dict"]
+    own = "embedding_model.wrapped_model._backbone."
+    tensors = {"model." + name.removeprefix(own): tensor.contiguous()
+               for name, tensor in state.items() if name.startswith(own)}
     save_file(tensors, job["out"] + "/pretrained.safetensors.new")
     about = {"epochs": epochs, "seconds": sum(seconds), "trial_seconds": trial, **job}
     json.dump(about, open(job["out"] + "/about.json", "w"), indent=1)

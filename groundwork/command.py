@@ -86,7 +86,10 @@ def holds_run(folder: Path) -> bool:
     """Tell whether a run lives in a folder: one that failed before its first step does not."""
     if not (folder / "recipe.yaml").exists():
         return False
-    if (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoints/*/manifest.json")):
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size:
+        return True
+    if any(folder.glob("checkpoints/*/manifest.json")):
         return True
     return _status(folder).get("state") != "failed"
 
@@ -143,7 +146,8 @@ def stage_of(folder: Path) -> str:
 
 
 def _last_run(folder: Path, stage: str) -> Path:
-    runs = [path.parent for path in folder.glob("*/recipe.yaml") if stage_of(path.parent) == stage]
+    found = [path.parent for path in folder.glob("*/recipe.yaml")]
+    runs = [path for path in found if stage_of(path) == stage and holds_run(path)]
     if not runs:
         raise UsageError(f"--resume: there is no run in {folder.resolve()}; name its folder.")
     return max(runs, key=lambda path: (path / "recipe.yaml").stat().st_mtime)

@@ -44,7 +44,22 @@ def announce(
         recipe.image_size, recipe.batch_size, length, accelerator.num_processes,
         accelerator.device.type,
     )  # fmt: skip
+    for place in [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train:
+        if splits := held_out_in(Path(place)):
+            logger.warning(
+                "%s holds %s as well as training pictures, and all of it is trained on: name the "
+                "training pictures alone where figures on the others are to count.",
+                place, " and ".join(splits),
+            )  # fmt: skip
     logger.info("Run folder: %s", folder)
+
+
+def held_out_in(place: Path) -> list[str]:
+    """Return the folders of held-out pictures beside those of training, as data sets have them."""
+    for folder in (place, place / "images"):
+        if (folder / "train").is_dir():
+            return [name for name in ("val", "valid", "test") if (folder / name).is_dir()]
+    return []
 
 
 def tell_probe(step: int, metrics: Mapping[str, float], alarm: str) -> None:

@@ -18,6 +18,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from groundwork.backbones import check_backbone_name
 from groundwork.command import (
     begun_with,
     check_flags,
@@ -45,9 +46,10 @@ logger = logging.getLogger("pretrain.run")
 NEXT = """\
 What next:
   pack your own pictures    python -m pretrain.pack PICTURES SHARDS
-  pretrain on them          accelerate launch pretrain/run.py --task {task} data.train=SHARDS \
+  pretrain on them          accelerate launch pretrain/run.py --recipe aerial data.train=SHARDS \
 budget.epochs=100
-  train a detector          accelerate launch finetune/run.py --init {file} data.train=ROOT
+  train a detector          accelerate launch finetune/run.py --recipe aerial --init {file} \
+data.train=ROOT  (--recipe medical for cells; README, "Your own pictures")
   use the backbone          groundwork.backbones.product.backbone_from_file("{file}")"""
 
 
@@ -70,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             recipe = recipes.resolve(options.task, options.recipe, options.overrides)
         else:
             recipe, options = _resumed(options)
+        check_backbone_name(recipe.backbone.name)
         task_class = load_task(recipe.task_name)
         recipe, config = recipes.with_task_defaults(recipe, task_class.Config)
         task_class.views(config, recipe.image_size)
@@ -89,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_status(run.folder, "done", 0, f"The backbone is in {product}.")
         if recipe.report and is_main_process():
             _report(run.folder)
-        logger.info(NEXT.format(task=recipe.task_name, file=product))
+        logger.info(NEXT.format(file=product))
         return 0
     except GroundworkError as error:
         tell_failure(run.folder if run is not None and run.begun else None, error)
