@@ -119,7 +119,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         in_channels=sets.train.reading.channels,
     )
     if init is not None:
-        begun = load_init(detector, init, recipe.detector.take)
+        begun = load_init(detector, init, recipe.detector.take, names)
         logger.info("%s", begun.sentence())
         own = sets.train.reading.mapping
         if begun.reading is not None and begun.reading.mapping != own:

@@ -83,7 +83,14 @@ def tell_defects(sets: Sets, folder: Path) -> None:
         if labeled is None:
             continue
         if labeled.in_files and len(labeled) <= SURVEYED:
-            survey(labeled)
+            found = survey(labeled)
+            if name == "training" and not found.boxes and len(labeled.defects):
+                reason, count = labeled.defects.counts().most_common(1)[0]
+                raise DataError(
+                    f"No box of {labeled.name} is left to train on: {count} x {reason}. See "
+                    f"`python -m finetune.labels`, and whether coordinates are what the form "
+                    "wants: YOLO's are shares of the picture's sides, COCO's and VOC's pixels."
+                )
         elif labeled.in_files:
             logger.info(
                 "%s are too many pictures to look at all labels first: python -m finetune.labels "

@@ -158,12 +158,18 @@ class DetectorInit:
         return f"Loaded from {self.path}: {' '.join(said)}"
 
 
-def load_init(detector: Detector, path: str | Path, take_parts: Taken = "all") -> DetectorInit:
+def load_init(
+    detector: Detector,
+    path: str | Path,
+    take_parts: Taken = "all",
+    classes: Sequence[str] | None = None,
+) -> DetectorInit:
     """Give a detector what a file holds of it: safetensors, or a torch file without code in it.
 
     The file may be a pretrained.safetensors (backbone, and neck where one was trained), a
     detector.safetensors, a checkpoint of the timm model, or YOLOv12's tensors under their public
-    names. The class branch is taken where the number of classes is the same. BatchNorm statistics
+    names. The class branch is taken where the number of classes is the same, and where their names
+    are, as far as the file has names and `classes` says the detector's. BatchNorm statistics
     come with the weights. Of `take_parts` "neck" takes backbone and neck, "backbone" nothing more.
 
     Raises CheckpointError where the file cannot be read, has no backbone, fits less than 90 % of
@@ -187,6 +193,8 @@ def load_init(detector: Detector, path: str | Path, take_parts: Taken = "all") -
         names = {name: own[name] for name in own if _part(name) == part}
         keys = spread.get(part, {})
         reason = _not_taken(part, names, keys, own)
+        if reason is None and part == _CLASSES:
+            reason = _other_classes((metadata or {}).get("names"), classes)
         if reason is None and part not in _TAKEN[take_parts]:
             reason = f"The {part} is left as initialised (detector.take={take_parts})."
         if reason is None:
@@ -275,6 +283,16 @@ def _not_taken(
                 f"this one for {len(here)}."
             )
     return None
+
+
+def _other_classes(there: Sequence[str] | None, here: Sequence[str] | None) -> str | None:
+    """Say that a class branch is for other classes, or for these in another order."""
+    if there is None or here is None or list(there) == list(here):
+        return None
+    return (
+        f"The {_CLASSES} is left as initialised: the file's classes are {', '.join(there)}, and "
+        f"these are {', '.join(here)}."
+    )
 
 
 def _refusal(report: InitReport, detector: Detector, metadata: Mapping[str, Any] | None) -> str:

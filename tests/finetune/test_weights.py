@@ -140,6 +140,19 @@ def test_the_class_branch_stays_as_initialised_where_the_number_of_classes_diffe
     ) in report.sentence()
 
 
+def test_the_class_branch_of_other_names_stays_as_initialised(tmp_path: Path) -> None:
+    path = _save(tmp_path / "detector.safetensors", _filled(SMALL, 3))
+    own = ["class_0", "class_1", "class_2"]
+    target = build_detector(SMALL, 3)
+    before = _tensors(target.head.classes)
+    told = load_init(target, path, classes=own[::-1]).sentence()
+    assert "the file's classes are class_0, class_1, class_2, and these are class_2" in told
+    assert all(torch.equal(v, before[k]) for k, v in _tensors(target.head.classes).items())
+    report = load_init(target, path, classes=own)
+    assert "head's class branch" in report.loaded
+    assert not all(torch.equal(v, before[k]) for k, v in _tensors(target.head.classes).items())
+
+
 def test_objectness_on_one_side_alone_is_told(tmp_path: Path) -> None:
     with_it, without = _filled(SMALL, objectness=True), _filled(SMALL, seed=6)
     path = _save(tmp_path / "detector.safetensors", with_it)
