@@ -77,6 +77,7 @@ def tell_defects(sets: Sets, folder: Path) -> None:
 
     Some defects show when a picture is opened. Pictures in files are looked at before training,
     their headers alone, where they are not too many; the others are left to finetune.labels.
+    Raises DataError where no box for training is left.
     """
     lines: list[str] = []
     for name, labeled in (("training", sets.train), ("validation", sets.val), ("test", sets.test)):

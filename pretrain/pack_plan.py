@@ -134,13 +134,13 @@ def _open_input(given: Path, other_files: Counter[str]) -> tuple[str, Iterable[s
 def _walk(folder: str, other_files: Counter[str]) -> Iterator[str]:
     for place, names in walk(folder, hidden=True):
         for name in names:
-            file = Path(place, name)
-            # A link that leads nowhere is quarantined when it is read; a pipe is no picture.
-            is_there = file.is_symlink() or file.is_file()
-            if is_there and picture_suffix(name) and not name.startswith(_SYSTEM_PREFIX):
-                yield str(file)
-            else:
-                other_files[Path(name).suffix or name] += 1
+            if picture_suffix(name) and not name.startswith(_SYSTEM_PREFIX):
+                file = Path(place, name)
+                # A link that leads nowhere is quarantined when it is read; a pipe is no picture.
+                if file.is_symlink() or file.is_file():
+                    yield str(file)
+                    continue
+            other_files[Path(name).suffix or name] += 1
 
 
 def _read_list(path: Path) -> tuple[str, list[str]]:

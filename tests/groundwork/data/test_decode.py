@@ -630,3 +630,14 @@ def test_exif_is_applied_as_pillow_applies_it(make_jpeg: Callable[..., bytes]) -
         data = saved(Image.open(io.BytesIO(make_jpeg(2))), "JPEG", exif=exif)
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         assert np.array_equal(open_picture(data).pixels(), np.asarray(expected))
+
+
+def test_a_size_that_is_no_number_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wrong byte of a TIFF's directory, and Pillow gives what it finds there as the width."""
+
+    class Damaged:
+        size = (b"\x40", 48)
+
+    monkeypatch.setattr("groundwork.data.decode._open", lambda data, reading: Damaged())
+    with pytest.raises(DataError, match="its header says b'@' x 48 pixels"):
+        open_picture(b"II*\0")

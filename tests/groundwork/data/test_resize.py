@@ -61,3 +61,12 @@ def test_a_box_of_the_size_asked_for_is_copied() -> None:
     assert np.array_equal(crop, np.asarray(image)[8:40, 10:42])
     crop[:] = 0
     assert np.asarray(image)[8:40, 10:42].any()
+
+
+def test_a_crop_beyond_pillows_own_limit_is_the_same_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    boxes = [(3.0, 5.0, 51.0, 33.0), (3.5, 5.25, 51.0, 33.0)]
+    plain = cut_boxes(Image.fromarray(pixels), boxes, (24, 14))
+    monkeypatch.setattr("groundwork.data.resize._CROP_PIXELS", 0)
+    for one, other in zip(plain, cut_boxes(Image.fromarray(pixels), boxes, (24, 14)), strict=True):
+        np.testing.assert_array_equal(one, other)
