@@ -103,6 +103,11 @@ def draw(config: Colour, generator: np.random.Generator) -> npt.NDArray[np.float
     return parameters
 
 
+def matrix_of(parameters: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the 3 x 3 matrix by which a distortion that `draw` gave multiplies RGB (A above)."""
+    return parameters[:_SIGMA].reshape(3, 6)[:, :3]
+
+
 def apply(
     images: Tensor,
     parameters: Tensor,

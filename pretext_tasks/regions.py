@@ -2,27 +2,28 @@
 
 A detector has three parts, and a pretext task on features trains one or two of them. Here all three
 learn: backbone, neck, and the head's branches for boxes and classes, by the second stage's own
-assignment and loss, on boxes that nobody drew: regions of the view that keep their outline while a
-threshold moves (pretext_tasks/stable_regions.py). Such boxes are often wrong; but what they have in
-common is what a detector must know of any object: where it ends, how large it is, and that there is
+assignment and loss, on boxes that nobody drew: regions of the picture that keep their outline while
+a threshold moves (pretext_tasks/stable_regions.py). Such boxes are often wrong; but they have in
+common what a detector must know of any object: where it ends, how large it is, and that there is
 one box for it. Source: DETReg (Bar et al. 2021, arXiv 2106.04550), which pretrains a whole detector
 on region proposals without classes; SoCo (Wei et al. 2021, arXiv 2106.02637) is evidence that
 training neck and box features with backbone helps few labels.
 
 Differs from DETReg:
 - A convolutional detector with dense predictions instead of DETR, and stable regions instead of
-  selective search: they cost about 20 ms a view, so that every view has its own.
+  selective search.
 - DETReg has one class and a term that pulls a box's embedding to that of a pretrained network, so
   that features still tell objects apart. Here regions are of `kinds` by size and contrast, and the
   class branch tells which: with one class for all, features forgot what tells a rare class from a
   frequent one (LOG.md). With `kinds=false` it is one class.
 
-The regions are found in the view as it was cut and turned; the network sees it in other colours.
+The regions of a picture are found once by each worker, which remembers them; a view has those of
+which it shows half. The network sees the view in other colours, and kinds are of what it sees.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -40,14 +41,26 @@ from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
 from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
+from groundwork.data.resize import Box
 from groundwork.modes import evaluating
 from pretext_tasks.contract import StepOutput, Views
-from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
-from pretext_tasks.stable_regions import KINDS, RegionKeys, kinds_of, stable_regions
+from pretext_tasks.crops import AreaRange, RatioRange, Turn, check_side, draw_crop, draw_turn
+from pretext_tasks.stable_regions import (
+    KINDS,
+    Boxes,
+    RegionKeys,
+    kinds_of,
+    size_for,
+    stable_regions,
+)
 from pretext_tasks.through_neck import Letter, ThroughNeck
 
 # BYOL's second view without solarisation, and a blur that leaves small things to be seen.
 COLOUR = Colour(grayscale=0.1, blur=0.3, blur_sigma=(0.1, 1.0))
+
+_VISIBLE = 0.5  # of a region's area that a view must show
+_LEAST = 0.02  # of a view's side: a region's there, 5 px of 256
+_REMEMBERED = 100_000  # pictures whose regions a worker remembers, in about 0.7 kB each
 
 _SHOWN = 30  # boxes that are drawn, at most, of those found with a score of at least
 _SCORE = 0.1
@@ -70,10 +83,11 @@ class RegionsConfig(Section):
 
 @dataclass(frozen=True)
 class RegionsViews:
-    """Cuts one view and finds its regions."""
+    """Cuts one view and takes the picture's regions along."""
 
     config: RegionsConfig
     image_size: int
+    known: dict[bytes, Boxes] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(
         self, picture: Picture, generator: np.random.Generator
@@ -89,19 +103,47 @@ class RegionsViews:
         (image,) = picture.cut([box], self.image_size)
         turn = draw_turn(config.flip, config.rotate, generator)
         image = np.ascontiguousarray(turn.of_view(image))
-        found = stable_regions(image, config.regions)
+        drawn = colour.draw(config.colour, generator)
+        found = _in_view(self.regions(picture), picture, box, turn, self.image_size)
         boxes = np.zeros((config.regions.most, 4), np.float32)
         boxes[: len(found)] = found
         kinds = np.zeros(config.regions.most, np.int64)
         if config.kinds:
-            kinds[: len(found)] = kinds_of(image, found)
+            kinds[: len(found)] = kinds_of(image, found, colour.matrix_of(drawn))
         return {
             "image": image,
-            "colour": colour.draw(config.colour, generator),
+            "colour": drawn,
             "boxes": boxes,
             "kinds": kinds,
             "count": np.array(len(found)),
         }
+
+    def regions(self, picture: Picture) -> Boxes:
+        """Return the boxes of a picture's regions, K 4, as shares of its sides."""
+        name = picture.digest()
+        found = self.known.get(name)
+        if found is None:
+            whole = (0, 0, picture.width, picture.height)
+            width, height = size_for(picture.width, picture.height, self.config.regions)
+            (pixels,) = picture.cut([whole], (height, width))
+            sides = np.array([width, height, width, height], np.float32)
+            found = stable_regions(pixels, self.config.regions) / sides
+            if len(self.known) < _REMEMBERED:  # those of the first ones: none is forgotten in turn
+                self.known[name] = found
+        return found
+
+
+def _in_view(regions: Boxes, picture: Picture, box: Box, turn: Turn, side: int) -> Boxes:
+    """Return those regions that a view shows, K 4 in its pixels."""
+    sides = np.array([picture.width, picture.height], np.float32)
+    corner, size = np.array(box[:2], np.float32), np.array(box[2:], np.float32) - box[:2]
+    points = (regions.reshape(-1, 2, 2) * sides - corner) / size  # in shares of the view
+    seen = points.clip(0, 1)
+    shown = (seen[:, 1] - seen[:, 0]).prod(1) >= _VISIBLE * (points[:, 1] - points[:, 0]).prod(1)
+    shown &= (seen[:, 1] - seen[:, 0]).min(1) >= _LEAST
+    turned = turn.of_points(seen[shown].reshape(-1, 2)).reshape(-1, 2, 2)
+    ends = np.concatenate((turned.min(1), turned.max(1)), 1)
+    return (ends * side).astype(np.float32)
 
 
 class Regions(ThroughNeck):

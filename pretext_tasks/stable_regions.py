@@ -3,9 +3,10 @@
 Maximally stable extremal regions (Matas et al. 2002, "Robust wide baseline stereo from maximally
 stable extremal regions"; OpenCV's) are parts that keep their outline while a threshold moves. They
 are looked for in brightness and in two differences of colours, each as it is and less its local
-mean. An outline that holds over many thresholds and in several of these maps is found many times
-with nearly the same box: how many boxes agree with one is its score. The best boxes stay, none of
-them much overlapped by a better one or inside it, each the mean of those that agree with it.
+mean, at two sizes of the picture. An outline that holds over many thresholds, in several of these
+maps and at both sizes is found many times with nearly the same box: how many boxes agree with one
+is its score. The best boxes stay, none of them much overlapped by a better one or inside it, each
+the mean of those that agree with it.
 
 Each region is of a kind, by four questions whose answers need no label: how large it is (below a
 sixteenth of the view's side, below an eighth, or above), whether it is darker than what is around
@@ -41,10 +42,13 @@ _LEAST_RANGE = 10.0  # grey levels that are stretched to 256 at most, so that no
 class RegionKeys(Section):
     """What counts as a region. All values are ours; LOG.md has what they find."""
 
-    most: int = Field(default=40, ge=1)  # boxes of a view
-    # Pixels of the view's longer side at which regions are looked for; a longer one is resized.
-    # All values in pixels are at this size, and the time is as its square.
-    resolution: int = Field(default=256, ge=32)
+    most: int = Field(default=100, ge=1)  # boxes of a picture
+    # Pixels of the picture's longer side at which regions are looked for; a smaller picture stays
+    # as it is. All values in pixels are at these sizes, and the time is as their squares.
+    resolutions: Annotated[tuple[Annotated[int, Field(ge=32)], ...], Field(min_length=1)] = (
+        384,
+        256,
+    )
     votes: float = Field(default=5.0, ge=0)  # other boxes that agree, at least
     larger: float = Field(default=4.0, ge=0)  # votes for being e times as large: outer outlines win
     agree: Share = 0.7  # intersection over union from which on two boxes are the same
@@ -55,18 +59,21 @@ class RegionKeys(Section):
     diversity: float = Field(default=0.05, ge=0)  # of the areas of nested ones, at least
     local: int = Field(default=41, ge=3)  # pixels: side of the square of the local mean
     side: float = Field(default=5.0, gt=0)  # pixels, at least
-    area: Share = 0.15  # of the view's, at most
+    area: Share = 0.15  # of the picture's, at most
     ratio: float = Field(default=3.0, ge=1)  # of the longer to the shorter side, at most
     fill: Share = 0.2  # of the box that is region, at least
 
 
-def stable_regions(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
-    """Return the boxes of the regions of a view (H W C), the best first; there may be none."""
-    full = view.shape[1::-1]
-    scale = keys.resolution / max(full)
-    if scale < 1:
-        view = _smaller(view, *(max(1, round(scale * side)) for side in full))
-    boxes = _candidates(view, keys)
+def stable_regions(picture: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
+    """Return the boxes of the regions of a picture (H W C), best first; there may be none."""
+    full = picture.shape[1::-1]
+    sizes = {_fitted(full, resolution): None for resolution in keys.resolutions}  # each once
+    found = []
+    for width, height in sizes:
+        smaller = picture if (width, height) == full else _smaller(picture, width, height)
+        back = np.tile(np.divide(full, (width, height)), 2).astype(np.float32)
+        found.append(_candidates(smaller, keys) * back)
+    boxes = np.concatenate(found)
     if not len(boxes):
         return boxes
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
@@ -82,17 +89,27 @@ def stable_regions(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
         if free[row]:
             kept.append(row)
             free &= (overlap[row] <= keys.apart) & (shared[row] <= keys.inside * areas)
-    found = [boxes[same[row]].mean(0) for row in kept]
-    back = np.tile(np.divide(full, view.shape[1::-1]), 2)
-    regions: Boxes = (np.array(found).reshape(-1, 4) * back).astype(np.float32)
+    means = [boxes[same[row]].mean(0) for row in kept]
+    regions: Boxes = np.array(means, np.float32).reshape(-1, 4)
     return regions
 
 
-def kinds_of(view: npt.NDArray[np.uint8], boxes: Boxes) -> npt.NDArray[np.int64]:
-    """Return the kind of each box (K 4) of a view (H W C): K numbers from 0 to KINDS - 1."""
+def size_for(width: int, height: int, keys: RegionKeys) -> tuple[int, int]:
+    """Return the largest width and height at which regions of such a picture are looked for."""
+    return _fitted((width, height), max(keys.resolutions))
+
+
+def kinds_of(
+    view: npt.NDArray[np.uint8], boxes: Boxes, colours: npt.NDArray[Any] | None = None
+) -> npt.NDArray[np.int64]:
+    """Return the kind of each box (K 4) of a view (H W C): K numbers from 0 to KINDS - 1.
+
+    `colours`, 3 x 3, is what the view's RGB is multiplied by before a network sees it: the kinds
+    are those of what it sees.
+    """
     height, width = view.shape[:2]
-    opponent = np.stack(_opponents(view), 2)
-    sums = cv2.integral(opponent)  # of everything above and left: H+1 W+1 3
+    seen = view[:, :, :3]
+    sums = cv2.integral(seen).reshape(height + 1, width + 1, -1)  # of everything above and left
     sides = boxes[:, 2:] - boxes[:, :2]
     limits = np.array([width, height, width, height])
 
@@ -110,8 +127,11 @@ def kinds_of(view: npt.NDArray[np.uint8], boxes: Boxes) -> npt.NDArray[np.int64]
     whole, box = total(boxes)
     outer, larger = total(grown)
     difference = inner / np.maximum(own, 1) - (outer - whole) / np.maximum(larger - box, 1)
+    if colours is not None and difference.shape[1] == 3:
+        difference = difference @ colours.T
+    contrast = np.stack(_opponents(difference), 1)
     size = np.searchsorted(_SIZES, np.sqrt(sides.prod(1)) / max(height, width))
-    answers = (difference > 0).astype(np.int64) @ np.array([1, 2, 4])
+    answers = (contrast > 0).astype(np.int64) @ np.array([1, 2, 4])
     kinds: npt.NDArray[np.int64] = size * 8 + answers
     return kinds
 
@@ -144,6 +164,12 @@ def _candidates(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     return boxes
 
 
+def _fitted(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Return the width and height of a picture whose longer side is to be `longest` at most."""
+    scale = min(1.0, longest / max(size))
+    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+
+
 def _smaller(view: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:
     """Resize H W C; OpenCV takes four channels at most, and drops the axis of one."""
     parts = [
@@ -169,12 +195,12 @@ def _maps(view: npt.NDArray[np.uint8], local: int) -> list[npt.NDArray[np.uint8]
     return maps
 
 
-def _opponents(view: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
-    """Return brightness, red less green, and blue less yellow: H W each, in grey levels.
+def _opponents(colours: npt.NDArray[Any]) -> list[npt.NDArray[np.float32]]:
+    """Return brightness, red less green, and blue less yellow of ... C, in grey levels.
 
     Of two channels the mean, the first less the second, and nothing; of one, itself and nothing.
     """
-    channels = np.moveaxis(view[:, :, :3].astype(np.float32), 2, 0)
+    channels = np.moveaxis(colours[..., :3].astype(np.float32), -1, 0)
     if len(channels) < 3:
         nothing = np.zeros_like(channels[0])
         return [channels.mean(0), channels[0] - channels[-1], nothing]

@@ -49,9 +49,11 @@ SHAPES = (
 )
 
 
-@pytest.mark.parametrize(("resolution", "least"), [(256, 0.8), (134, 0.7)])
-def test_every_shape_is_found_once(resolution: int, least: float) -> None:
-    boxes = stable_regions(_scene(*SHAPES), RegionKeys(resolution=resolution))
+@pytest.mark.parametrize(
+    ("resolutions", "least"), [((384, 256), 0.8), ((134,), 0.7), ((192, 128), 0.7)]
+)
+def test_every_shape_is_found_once(resolutions: tuple[int, ...], least: float) -> None:
+    boxes = stable_regions(_scene(*SHAPES), RegionKeys(resolutions=resolutions))
     assert boxes.dtype == np.float32
     for _, box, colour in SHAPES:
         overlaps = sorted(_overlaps(boxes, box))
@@ -97,20 +99,27 @@ def test_no_more_than_most_and_the_best_of_them() -> None:
     np.testing.assert_array_equal(stable_regions(view, RegionKeys(most=2)), every[:2])
 
 
-@pytest.mark.parametrize("resolution", [192, 134, 63])
-def test_boxes_stay_inside_the_view(resolution: int) -> None:
+@pytest.mark.parametrize("resolutions", [(192,), (134,), (63,), (384, 256), (134, 63)])
+def test_boxes_stay_inside_the_picture(resolutions: tuple[int, ...]) -> None:
     cut = (("ellipse", (-20, -20, 30, 30), "#203060"), ("ellipse", (170, 130, 215, 190), "#802010"))
-    boxes = stable_regions(_scene(*cut), RegionKeys(resolution=resolution))
+    boxes = stable_regions(_scene(*cut), RegionKeys(resolutions=resolutions))
     assert len(boxes) >= 2
     assert (boxes >= 0).all() and (boxes[:, 2] <= 192).all() and (boxes[:, 3] <= 160).all()
     assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
-def test_a_larger_view_is_looked_at_in_the_same_way() -> None:
-    view = _scene(*SHAPES)
-    small = stable_regions(view, RegionKeys(resolution=192))
-    large = view.repeat(3, 0).repeat(3, 1)
-    np.testing.assert_array_equal(stable_regions(large, RegionKeys(resolution=192)), 3 * small)
+def test_a_larger_picture_is_looked_at_in_the_same_way() -> None:
+    keys, picture = RegionKeys(resolutions=(192, 96)), _scene(*SHAPES)
+    small = stable_regions(picture, keys)
+    large = picture.repeat(3, 0).repeat(3, 1)
+    np.testing.assert_allclose(stable_regions(large, keys), 3 * small, atol=1.5)
+
+
+def test_a_small_picture_is_looked_at_once() -> None:
+    picture = _scene(*SHAPES)
+    once = stable_regions(picture, RegionKeys(resolutions=(192,)))
+    np.testing.assert_array_equal(stable_regions(picture, RegionKeys()), once)
+    assert len(once)
 
 
 def test_shared_areas_by_hand() -> None:
@@ -137,3 +146,17 @@ def test_kinds_at_the_border_of_a_view() -> None:
     kinds = kinds_of(view, whole)
     assert kinds[0] % 2 == 0 and (kinds < KINDS).all()
     assert kinds_of(view, np.zeros((0, 4), np.float32)).shape == (0,)
+
+
+def test_kinds_are_of_what_the_network_sees() -> None:
+    view = _scene(("rectangle", (60, 40, 78, 58), "#d06050"), noise=0.0)  # redder, yellower, darker
+    boxes = np.array([[60, 40, 79, 59]], np.float32)
+    assert kinds_of(view, boxes).tolist() == [8 + 0 + 2 + 0]
+    assert kinds_of(view, boxes, np.eye(3)).tolist() == [8 + 0 + 2 + 0]
+    exchanged = np.eye(3)[[2, 1, 0]]  # red and blue
+    assert kinds_of(view, boxes, exchanged).tolist() == kinds_of(view[:, :, ::-1], boxes).tolist()
+    grey = np.full((3, 3), 1 / 3)
+    assert kinds_of(view, boxes, grey).tolist() == [8]
+    for channels in (1, 2, 4):  # a colour's matrix is for RGB
+        odd = np.resize(view, (*view.shape[:2], channels))
+        assert len(kinds_of(odd, boxes, exchanged)) == 1
