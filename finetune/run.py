@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from finetune import recipe as recipes
 from groundwork.backbones import check_backbone_name
 from groundwork.command import (
+    backbone_of,
     begun_with,
     check_flags,
     check_other_folder,
@@ -67,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
             recipe = recipes.resolve(options.recipe, options.overrides)
         else:
             recipe, options = _resumed(options)
+        chosen = backbone_of(options, recipe.backbone)
+        recipe = recipe.model_copy(update={"backbone": chosen})
         _check_start(recipe, options)
         check_backbone_name(recipe.backbone.name)
         if options.print_recipe:

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from groundwork.errors import GroundworkError, StoppedError, UsageError
+from groundwork.settings import BackboneKeys
+
+logger = logging.getLogger("groundwork.command")
 
 INIT_NAME = "init.txt"  # of a run folder: the file that --init named
 
@@ -120,6 +123,29 @@ def note_init(folder: Path, init: Path | None, *, resumed: bool) -> None:
         (folder / INIT_NAME).unlink(missing_ok=True)  # of a start that failed
     elif init is not None:
         (folder / INIT_NAME).write_text(f"{init.resolve()}\n", encoding="utf-8")
+
+
+def backbone_of(options: argparse.Namespace, chosen: BackboneKeys) -> BackboneKeys:
+    """Return the backbone that --init's file names, where neither recipe nor key chose one.
+
+    Only a file of ours names one. What cannot be read here is told where the file is loaded.
+    """
+    init: Path | None = options.init
+    if init is None or "name" in chosen.model_fields_set or init.suffix != ".safetensors":
+        return chosen
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(init, framework="np") as file:
+            said = json.loads((file.metadata() or {}).get("groundwork", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return chosen
+    name = said.get("backbone") if isinstance(said, dict) else None
+    if not isinstance(name, str) or name == chosen.name:
+        return chosen
+    if not options.print_recipe:  # which is all that goes to standard output
+        logger.info("backbone.name=%s, as %s says.", name, init)
+    return BackboneKeys(name=name)
 
 
 def begun_with(folder: Path) -> Path | None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from groundwork.backbones import check_backbone_name
 from groundwork.command import (
+    backbone_of,
     begun_with,
     check_flags,
     check_other_folder,
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
             recipe = recipes.resolve(options.task, options.recipe, options.overrides)
         else:
             recipe, options = _resumed(options)
+        chosen = backbone_of(options, recipe.backbone)
+        recipe = recipe.model_copy(update={"backbone": chosen})
         check_backbone_name(recipe.backbone.name)
         task_class = load_task(recipe.task_name)
         recipe, config = recipes.with_task_defaults(recipe, task_class.Config)

@@ -23,8 +23,9 @@ from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import save_product
 from groundwork.data.decode import open_picture
 from groundwork.errors import UsageError
-from pretext_tasks.regions import Regions, RegionsConfig
-from pretext_tasks.stable_regions import KINDS
+from pretext_tasks.crops import Turn
+from pretext_tasks.regions import Regions, RegionsConfig, RegionsViews, _in_view
+from pretext_tasks.stable_regions import KINDS, stable_regions
 
 PLAIN: dict[str, Any] = {"flip": 0.0, "crop_scale": (1.0, 1.0)}
 
@@ -166,3 +167,55 @@ def test_one_class_for_all_where_kinds_are_not_wanted() -> None:
 def test_a_size_that_no_backbone_takes_is_refused() -> None:
     with pytest.raises(UsageError, match="multiple of 32"):
         Regions.views(RegionsConfig(), 100)
+
+
+def test_a_picture_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+
+    def search(pixels: Any, keys: Any) -> Any:
+        searched.append(pixels.shape)
+        return stable_regions(pixels, keys)
+
+    monkeypatch.setattr("pretext_tasks.regions.stable_regions", search)
+    views = RegionsViews(RegionsConfig(**PLAIN), 64)
+    generator = np.random.default_rng(0)
+    first = views(open_picture(_picture()), generator)
+    again = views(open_picture(_picture()), generator)
+    np.testing.assert_array_equal(first["boxes"], again["boxes"])
+    assert searched == [(128, 128, 3)]
+    Image.new("RGB", (600, 300)).save(file := io.BytesIO(), "PNG")
+    views(open_picture(file.getvalue()), generator)
+    assert searched == [(128, 128, 3), (192, 384, 3)]  # no larger than the largest resolution
+
+
+def test_no_more_pictures_are_remembered_than_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pretext_tasks.regions._REMEMBERED", 0)
+    views = RegionsViews(RegionsConfig(**PLAIN), 128)
+    entries = views(open_picture(_picture()), np.random.default_rng(0))
+    assert entries["count"] == 1 and not views.known
+
+
+def test_a_region_of_which_little_is_seen_is_left_out() -> None:
+    picture = open_picture(_picture())  # 128 x 128
+    regions = np.array([[0, 0, 32, 32], [60, 60, 70, 70], [96, 0, 98, 64]], np.float32) / 128
+    turn = Turn(mirrored=False, quarters=0)
+
+    def seen(*box: float) -> list[list[float]]:
+        found: list[list[float]] = _in_view(regions, picture, box, turn, 64).tolist()  # type: ignore[arg-type]
+        return found
+
+    assert seen(0, 0, 128, 128) == [[0, 0, 16, 16], [30, 30, 35, 35]]  # the third is 1 px wide
+    assert seen(16, 0, 80, 64)[0] == [0, 0, 16, 32]  # half of the first
+    assert len(seen(17, 0, 81, 64)) == 0  # less; of the second a sixth
+    mirrored = _in_view(regions, picture, (0, 0, 64, 64), Turn(True, 1), 64)  # then a quarter turn
+    np.testing.assert_allclose(mirrored[0], [0, 0, 32, 32])
+
+
+def test_kinds_follow_the_drawn_colours() -> None:
+    grey = _entries(colour={"probability": 0.0, "grayscale": 1.0, "blur": 0.0})
+    plain = _entries(colour={"probability": 0.0, "grayscale": 0.0, "blur": 0.0})
+    assert grey["count"] == plain["count"] == 1
+    # Large (16); darker; redder (2) and bluer (4) than the ground, until both are grey.
+    assert plain["kinds"][0] == 22 and grey["kinds"][0] == 16

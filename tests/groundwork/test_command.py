@@ -1,0 +1,70 @@
+"""What both commands share: here, the backbone that --init's file names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from finetune import recipe as finetuning
+from finetune import run as finetune_run
+from groundwork.command import backbone_of
+from groundwork.settings import BackboneKeys
+from pretrain import run as pretrain_run
+
+
+@pytest.fixture
+def product(tmp_path: Path) -> Path:
+    path = tmp_path / "pretrained.safetensors"
+    about = {"format": 1, "backbone": "timm/resnet18.a1_in1k"}
+    save_file({"a": np.zeros(1)}, path, metadata={"groundwork": json.dumps(about)})
+    return path
+
+
+def _options(init: Path | None, print_recipe: bool = False) -> argparse.Namespace:
+    return argparse.Namespace(init=init, print_recipe=print_recipe)
+
+
+def test_a_file_names_the_backbone(product: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "groundwork.command"):
+        found = backbone_of(_options(product), finetuning.resolve(None, []).backbone)
+    assert found.name == "timm/resnet18.a1_in1k"
+    assert f"backbone.name=timm/resnet18.a1_in1k, as {product} says." in caplog.text
+
+
+def test_a_key_wins_over_the_file(product: Path) -> None:
+    chosen = finetuning.resolve(None, ["backbone.name=yolo12s"]).backbone
+    assert backbone_of(_options(product), chosen).name == "yolo12s"
+    chosen = finetuning.resolve(None, ["backbone.name=yolo12n"]).backbone  # the default, by name
+    assert backbone_of(_options(product), chosen).name == "yolo12n"
+
+
+def test_files_that_name_none_change_nothing(tmp_path: Path) -> None:
+    plain, damaged = tmp_path / "plain.safetensors", tmp_path / "damaged.safetensors"
+    save_file({"a": np.zeros(1)}, plain)
+    damaged.write_bytes(b"no such thing")
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    for init in (None, plain, damaged, tmp_path / "none.safetensors", tmp_path / "checkpoint.pt"):
+        assert backbone_of(_options(init), BackboneKeys()).name == "yolo12n"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [(finetune_run.main, []), (pretrain_run.main, ["--task", "simclr"])],
+)
+def test_the_printed_recipe_has_it_and_nothing_else_is_printed(
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    product: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*arguments, "--init", str(product), "--print-recipe"]) == 0
+    printed = capsys.readouterr().out
+    assert "name: timm/resnet18.a1_in1k" in printed
+    assert "says" not in printed
