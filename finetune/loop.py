@@ -479,7 +479,8 @@ def _announce(
     if sets.val is None:
         logger.warning(
             "Nothing is held out, so nothing will say how good it becomes, and the last weights "
-            "are kept: name validation pictures by data.val=ROOT."
+            "are kept: name validation pictures by data.val=ROOT, or hold some of these out by "
+            "data.holdout=0.2."
         )
     logger.info("Run folder: %s", folder)
 

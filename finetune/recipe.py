@@ -53,6 +53,9 @@ class LabeledData(Data):
     train_list: str | None = None  # a file of picture names, one a line: the label fraction
     val: str | None = None  # null: the validation split of the root of data.train, if it has one
     test: str | None = None  # null: the test split of that root, if it has one; scored at the end
+    # Share of the labeled pictures that is kept for validation where no set is: by their names, so
+    # the same ones in every run. Pictures of one scene or patient want sets of their own.
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class DetectorKeys(Section):

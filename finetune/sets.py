@@ -12,6 +12,7 @@ from typing import Any
 from finetune.labels import survey
 from finetune.recipe import Recipe
 from groundwork.checkpoint import write_atomically
+from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled
 from groundwork.errors import DataError, UsageError
 
@@ -48,9 +49,22 @@ def open_sets(recipe: Recipe) -> Sets:
     where: dict[str, Any] = {
         "cache": cache, "cache_bytes": cache_bytes, "reading": data.reading(),
     }  # fmt: skip
-    train = open_labeled(data.train, split, names_in=names_in, **where)
+    own = data.val is None and has_split(data.train, "val")
+    if data.holdout and (own or data.val is not None):
+        raise UsageError(
+            f"data.holdout={data.holdout:g}: there are pictures for validation, "
+            f"{'a split of ' + data.train if own else data.val}. Leave one of them out."
+        )
+
+    def part(kept: bool) -> LabeledSamples:
+        held_out = HeldOut(data.holdout, kept) if data.holdout else None
+        return open_labeled(data.train, split, names_in=names_in, held_out=held_out, **where)
+
+    train = part(kept=False)
 
     def other(given: str | None, split: str) -> LabeledSamples | None:
+        if split == "val" and data.holdout:
+            return part(kept=True)
         if given is None and not has_split(data.train, split):
             return None
         source = given or data.train

@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from groundwork.data.label_shards import RemoteLabels, ShardLabels, read_document, unlabeled
-from groundwork.data.label_table import choose
+from groundwork.data.label_table import HeldOut, choose
 from groundwork.data.remote import is_remote, open_remote
 from groundwork.data.scenes import CLASSES, open_scenes
 from groundwork.data.shard_index import INDEX_NAME, is_set_index
@@ -55,6 +56,13 @@ def _has_shards(folder: Path) -> bool:
     )
 
 
+class Part(NamedTuple):
+    """Which samples are meant, as `choose` has it."""
+
+    names_in: Path | None
+    held_out: HeldOut | None
+
+
 def open_shard_labels(
     data: str,
     found: Mapping[str | None, str],
@@ -63,17 +71,19 @@ def open_shard_labels(
     cache: Path,
     cache_bytes: int,
     names_in: Path | None,
+    held_out: HeldOut | None,
 ) -> tuple[ShardLabels, tuple[str, ...]]:
     """Open what `find_shards` found; also return the classes.
 
     Raises DataError for shards without labels, and for names that do not agree.
     """
     name = data if split is None or None in found else f"{data} ({split})"
+    wanted = None if names_in is None and held_out is None else Part(names_in, held_out)
     if data == SCENES:
         scenes = open_scenes(cache)
         first, end = _SCENE_PARTS[split] if split is not None else (0, 16)
         numbers = np.arange(len(scenes) * first // 16, len(scenes) * end // 16)
-        return _some(name, scenes, CLASSES, numbers, names_in), CLASSES
+        return _some(name, scenes, CLASSES, numbers, wanted), CLASSES
     opened = {key: _open(shards, cache, cache_bytes) for key, shards in found.items()}
     known: dict[int, str] = {}
     digests = []
@@ -86,7 +96,7 @@ def open_shard_labels(
         shards = opened[None if None in opened else split]
     else:
         shards = open_shards(list(found.values()), cache)
-    return _some(name, shards, names, None, names_in, "".join(digests)), names
+    return _some(name, shards, names, None, wanted, "".join(digests)), names
 
 
 def _open(shards: str, cache: Path, cache_bytes: int) -> ShardSamples | RemoteLabels:
@@ -100,18 +110,18 @@ def _some(
     shards: ShardSamples | RemoteLabels,
     names: tuple[str, ...],
     numbers: npt.NDArray[np.int64] | None,
-    names_in: Path | None,
+    part: Part | None,
     digest: str = "",
 ) -> ShardLabels:
-    """Keep the samples of these numbers, counted through all shards, and of them those named."""
-    if numbers is None and names_in is None:
+    """Keep the samples of these numbers, counted through all shards, and of them a part."""
+    if numbers is None and part is None:
         return ShardLabels(name, shards, names, None, digest)
     ends = np.cumsum(shards.shard_sizes)
     if numbers is None:
         numbers = np.arange(len(shards))
-    if names_in is not None:
+    if part is not None:
         paths = [path for shard in range(len(ends)) for path in shards.samples(shard).paths]
-        numbers = numbers[choose(names_in, [paths[number] for number in numbers.tolist()])]
+        numbers = numbers[choose([paths[number] for number in numbers.tolist()], *part)]
     owners = np.searchsorted(ends, numbers, side="right")
     places = numbers - (ends - shards.shard_sizes)[owners]
     chosen = [places[owners == shard] for shard in range(len(ends))]

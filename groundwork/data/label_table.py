@@ -7,9 +7,11 @@ and to send to a worker.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +198,44 @@ def check_names(data: str, names: Sequence[str]) -> None:
             )
 
 
-def choose(names_in: Path, paths: Sequence[str]) -> list[int]:
+@dataclass(frozen=True)
+class HeldOut:
+    """A share of pictures, by a hash of their paths: these (`kept`), or all others.
+
+    Where pictures are added, most of those that were held out stay so.
+    """
+
+    share: float  # above 0, below 1
+    kept: bool
+
+    def of(self, paths: Sequence[str]) -> list[int]:
+        """Return which pictures are meant, in order; of two or more there is one of either kind.
+
+        Raises DataError for fewer than two pictures.
+        """
+        if len(paths) < 2:
+            raise DataError(
+                "One picture cannot be split into training and validation: give more labeled "
+                "pictures, or data.holdout=0."
+            )
+        # The bytes: a name may hold what no text does.
+        keys = [hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest() for path in paths]
+        order = sorted(range(len(paths)), key=lambda number: (keys[number], paths[number]))
+        count = min(max(1, round(self.share * len(paths))), len(paths) - 1)
+        return sorted(order[:count] if self.kept else order[count:])
+
+
+def choose(
+    paths: Sequence[str], names_in: Path | None, held_out: HeldOut | None = None
+) -> list[int]:
+    """Return which of the pictures are meant: those a file names, and of them a held-out part."""
+    named = list(range(len(paths))) if names_in is None else _named(names_in, paths)
+    if held_out is None:
+        return named
+    return [named[place] for place in held_out.of([paths[number] for number in named])]
+
+
+def _named(names_in: Path, paths: Sequence[str]) -> list[int]:
     """Return which of the pictures a file names, in the order of the pictures.
 
     One name a line: a picture's path, or the end of it from a folder on (so its file name alone),

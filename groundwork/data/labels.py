@@ -22,7 +22,7 @@ from groundwork.data.decode import Picture, open_picture
 from groundwork.data.label_policy import LISTED_TWICE, MISSING_PICTURE, Defects, Labels, settle
 from groundwork.data.label_roots import Root, find_root
 from groundwork.data.label_shard_sets import SCENES, find_shards, open_shard_labels
-from groundwork.data.label_table import LabelTable, check_names, choose
+from groundwork.data.label_table import HeldOut, LabelTable, check_names, choose
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.samples import PictureFiles
 from groundwork.data.shard_index import sha256_text
@@ -143,6 +143,7 @@ def open_labeled(
     cache: Path,
     cache_bytes: int,
     names_in: Path | None = None,
+    held_out: HeldOut | None = None,
     reading: Reading = PLAIN,
 ) -> LabeledSamples:
     """Open a labeled data set, or one split of it.
@@ -150,8 +151,9 @@ def open_labeled(
     `data` is a root, a COCO json, a data.yaml, a list of pictures, labeled shards or `scenes`;
     `split` is train, val or test, or None for all that is there. Data that is not split is opened
     whole whatever the split (ask `has_split` first). `names_in` is a file of pictures' names, one a
-    line: only those are kept (`label_table.choose`). `cache` and `cache_bytes` are as in
-    groundwork.data.samples.open_samples.
+    line: only those are kept, and of them a part where `held_out` says so (`label_table.choose`,
+    which raises DataError where a list or the pictures do not allow it). `cache` and `cache_bytes`
+    are as in groundwork.data.samples.open_samples.
 
     Raises DataError for labels that are not there or cannot be trusted, see the format's module.
     """
@@ -160,7 +162,13 @@ def open_labeled(
         splits = tuple(key for key in shards if key is not None)
         _check_split(data, split, splits)
         samples, names = open_shard_labels(
-            data, shards, split, cache=cache, cache_bytes=cache_bytes, names_in=names_in
+            data,
+            shards,
+            split,
+            cache=cache,
+            cache_bytes=cache_bytes,
+            names_in=names_in,
+            held_out=held_out,
         )
         form = "drawn scenes" if data == SCENES else "labeled shards"
         check_names(data, names)
@@ -169,7 +177,7 @@ def open_labeled(
         return LabeledSamples(samples, names, Defects(), form=form, splits=splits, reading=reading)
     root = find_root(data)
     _check_split(data, split, root.splits())
-    return _open_files(data, split, root, names_in, reading)
+    return _open_files(data, split, root, names_in, held_out, reading)
 
 
 def _check_split(data: str, split: str | None, splits: Sequence[str]) -> None:
@@ -184,14 +192,19 @@ def _check_split(data: str, split: str | None, splits: Sequence[str]) -> None:
 
 
 def _open_files(
-    data: str, split: str | None, root: Root, names_in: Path | None, reading: Reading
+    data: str,
+    split: str | None,
+    root: Root,
+    names_in: Path | None,
+    held_out: HeldOut | None,
+    reading: Reading,
 ) -> LabeledSamples:
     defects = Defects()
     tables = root.read(split, defects)
     check_names(data, root.names)
     table, sizes = _present(LabelTable.joined(list(tables.values())), split, defects)
-    if names_in is not None:
-        chosen = choose(names_in, table.paths)
+    if names_in is not None or held_out is not None:
+        chosen = choose(table.paths, names_in, held_out)
         table, sizes = table.select(chosen), [sizes[picture] for picture in chosen]
     table = table.without_broken(defects)
     name = f"{data} ({split})" if split is not None and root.splits() else data

@@ -17,6 +17,7 @@ from groundwork.data import foreign_shards
 from groundwork.data import labels as labels_module
 from groundwork.data.annotations import Annotations
 from groundwork.data.label_shards import parse_json, to_json
+from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled, splits_of
 from groundwork.data.shard_index import SampleIndex, index_shard, samples_name
 from groundwork.data.shards import open_shards
@@ -172,6 +173,15 @@ def test_a_list_keeps_samples_and_leaves_shards_empty(tmp_path: Path, make_jpeg:
     assert samples.shard_sizes.tolist() == [1, 0, 1] and len(samples) == 2
     assert list(all_boxes(samples)) == ["p.1", "p.4"]
     assert samples.fingerprint != open_(folder, None, tmp_path).fingerprint
+
+
+def test_a_part_of_shards_is_held_out(tmp_path: Path, make_jpeg: MakeJpeg) -> None:
+    folder = write_own(tmp_path / "set", make_jpeg)
+    whole = open_(folder, None, tmp_path)
+    held, rest = (open_(folder, None, tmp_path, held_out=HeldOut(0.4, k)) for k in (True, False))
+    assert len(held) == round(0.4 * len(whole)) and len(held) + len(rest) == len(whole)
+    assert {*all_boxes(held), *all_boxes(rest)} == {*all_boxes(whole)}
+    assert len({one.fingerprint for one in (whole, held, rest)}) == 3
 
 
 def test_shards_without_labels_are_told_of_as_such(tmp_path: Path, make_jpeg: MakeJpeg) -> None:

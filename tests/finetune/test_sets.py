@@ -1,0 +1,85 @@
+"""Which labeled pictures a run has: what is held out where no set is for validation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finetune.recipe import resolve
+from finetune.sets import open_sets
+from groundwork.data.label_table import HeldOut
+from groundwork.data.labels import LabeledSamples
+from groundwork.errors import DataError, UsageError
+
+
+def _paths(samples: LabeledSamples | None) -> list[str]:
+    assert samples is not None
+    return [
+        samples.read(shard, place).key
+        for shard, size in enumerate(samples.shard_sizes)
+        for place in range(size)
+    ]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A YOLO root of ten pictures without splits."""
+    root = tmp_path / "set"
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    for number in range(10):
+        Image.new("RGB", (64, 48), "gray").save(root / "images" / f"{number}.png")
+        (root / "labels" / f"{number}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    return root
+
+
+def test_a_share_is_held_out_and_stays_so(root: Path) -> None:
+    recipe = resolve(None, [f"data.train={root}", "data.holdout=0.3"])
+    sets, again = open_sets(recipe), open_sets(recipe)
+    train, val = _paths(sets.train), _paths(sets.val)
+    assert len(val) == 3 and len(train) == 7
+    assert len({*train, *val}) == 10
+    assert _paths(again.val) == val
+    for one in (sets, again):
+        one.close()
+
+
+def test_of_a_list_a_share_is_held_out(root: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"{number}.png\n" for number in range(4)))
+    keys = [f"data.train={root}", f"data.train_list={names}", "data.holdout=0.5"]
+    sets = open_sets(resolve(None, keys))
+    paths = _paths(sets.train) + _paths(sets.val)
+    assert len(sets.train) == 2 and len(set(paths)) == 4
+    sets.close()
+
+
+def test_a_set_without_validation_keeps_its_test_split(labeled: Path) -> None:
+    shutil.rmtree(labeled / "images" / "val")
+    (labeled / "annotations" / "val.json").unlink()
+    sets = open_sets(resolve(None, [f"data.train={labeled}", "data.holdout=0.2"]))
+    assert len(sets.train) == 8 and sets.val is not None and len(sets.val) == 2
+    assert sets.test is not None and len(sets.test) == 3
+    sets.close()
+
+
+def test_what_has_a_validation_set_needs_no_holdout(labeled: Path, root: Path) -> None:
+    with pytest.raises(UsageError, match=r"data.holdout=0.2: .* a split of .*Leave one"):
+        open_sets(resolve(None, [f"data.train={labeled}", "data.holdout=0.2"]))
+    with pytest.raises(UsageError, match=r"data.holdout=0.2: there are pictures"):
+        open_sets(resolve(None, [f"data.train={root}", f"data.val={labeled}", "data.holdout=0.2"]))
+
+
+def test_held_out_shares_by_hand() -> None:
+    paths = [f"a/{number}.png" for number in range(10)]
+    for share, count in ((0.01, 1), (0.25, 2), (0.999, 9)):
+        held, rest = HeldOut(share, True).of(paths), HeldOut(share, False).of(paths)
+        assert len(held) == count and sorted(held + rest) == list(range(10))
+    half = {paths[number] for number in HeldOut(0.5, True).of(paths)}
+    more = [*paths, "b/0.png"]
+    assert len(half & {more[number] for number in HeldOut(0.5, True).of(more)}) >= 4
+    with pytest.raises(DataError, match="One picture cannot be split"):
+        HeldOut(0.5, True).of(["a.png"])
