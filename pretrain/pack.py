@@ -300,7 +300,24 @@ def _pack(arguments: argparse.Namespace) -> int:
         lines = (json.dumps({"path": path, "same_as": first}) + "\n" for path, first in dropped)
         write_file(folder / DUPLICATES_NAME, "".join(lines).encode("ascii"))
     _say(_summary(folder, findings, results, len(dropped), time.monotonic() - started, lookup))
+    keys = _keys_of(reading, stored=arguments.tiles is not None or arguments.resize is not None)
+    _say(" ".join([f"To train on them: data.train={folder}", *keys]))
     return 0
+
+
+def _keys_of(reading: Reading, *, stored: bool) -> list[str]:
+    """Return the keys with which shards are read as they were meant.
+
+    `stored`: bands and values are in the shards as they were read; else pictures kept their bytes.
+    """
+    bands = reading.bands
+    if stored:
+        bands = None if reading.channels == 3 else tuple(range(1, reading.channels + 1))
+    keys = [] if bands is None else [f"data.bands=[{','.join(map(str, bands))}]"]
+    if reading.value_range is not None and not stored:
+        low, high = reading.value_range
+        keys.append(f"data.value_range=[{low:.10g},{high:.10g}]")
+    return keys
 
 
 def _summary(
@@ -341,7 +358,6 @@ def _summary(
         lines.append(f"  {findings.named_twice:,} pictures were named twice, and are in once")
     if findings.other_files:
         lines.append(f"  passed over, no pictures by name: {_counted(findings.other_files)}")
-    lines.append(f"To train on them: data.train={folder}")
     return "\n".join(lines)
 
 

@@ -18,11 +18,13 @@ import pytest
 from PIL import Image
 
 from groundwork.data.decode import Picture, open_picture
+from groundwork.data.reading import Reading
 from groundwork.data.shards import ShardSamples, open_shards
 from groundwork.data.tar_format import unescape_key
 from groundwork.errors import DataError
 from pretrain import pack_shards
-from pretrain.pack import main
+from pretrain.pack import _keys_of, main
+from pretrain.recipe import resolve
 
 MakeJpeg = Callable[..., bytes]
 ROOT = Path(__file__).resolve().parents[2]
@@ -604,3 +606,24 @@ def test_the_command_works_from_any_folder_on_real_pictures(
         assert done.returncode == 0, done.stderr
     found = stored(open_shards(tmp_path / "shards", tmp_path))
     assert found == {path.name: path.read_bytes() for path in pictures}
+
+
+@pytest.mark.parametrize(
+    ("reading", "kept", "stored"),
+    [
+        (Reading(), [], []),
+        (Reading(bands=(5, 3, 2)), ["data.bands=[5,3,2]"], []),
+        (
+            Reading(bands=(2, 7), value_range=(0, 4000.5)),
+            ["data.bands=[2,7]", "data.value_range=[0,4000.5]"],
+            ["data.bands=[1,2]"],
+        ),
+    ],
+)
+def test_the_keys_to_train_with_are_told(
+    reading: Reading, kept: list[str], stored: list[str]
+) -> None:
+    assert _keys_of(reading, stored=False) == kept
+    assert _keys_of(reading, stored=True) == stored
+    for keys in (kept, stored):  # as a recipe takes them
+        resolve("simclr", None, ["data.train=there", *keys])
