@@ -9,7 +9,7 @@ world size, logs, saves, or makes modules after __init__.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from groundwork.backbones.contract import Backbone
 from groundwork.config import Section
 from groundwork.data.decode import Picture
+from groundwork.data.memory import Memory
 
 
 class StepOutput(NamedTuple):
@@ -39,6 +40,19 @@ class Views(Protocol):
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Return the sample's entries of the batch, by name."""
+
+
+@runtime_checkable
+class RememberingViews(Views, Protocol):
+    """Views that keep what they work out of a whole picture, the same for every view of it."""
+
+    def with_memory(self, memory: Memory) -> Views:
+        """Return views that are the same and remember there."""
+
+
+def remembering(views: Views, memory: Memory) -> Views:
+    """Give views a memory, where they have a use for it."""
+    return views.with_memory(memory) if isinstance(views, RememberingViews) else views
 
 
 class PretextTask(nn.Module, ABC):

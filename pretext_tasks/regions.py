@@ -17,13 +17,14 @@ Differs from DETReg:
   class branch tells which: with one class for all, features forgot what tells a rare class from a
   frequent one (LOG.md). With `kinds=false` it is one class.
 
-The regions of a picture are found once by each worker, which remembers them; a view has those of
-which it shows half. The network sees the view in other colours, and kinds are of what it sees.
+The regions of a picture are found once and remembered (groundwork/data/memory.py); a view has those
+of which it shows half. The network sees the view in other colours, and kinds are of what it sees.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -41,6 +42,7 @@ from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
 from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
+from groundwork.data.memory import Memory
 from groundwork.data.resize import Box
 from groundwork.modes import evaluating
 from pretext_tasks.contract import StepOutput, Views
@@ -50,6 +52,7 @@ from pretext_tasks.stable_regions import (
     Boxes,
     RegionKeys,
     kinds_of,
+    signature,
     size_for,
     stable_regions,
 )
@@ -60,7 +63,7 @@ COLOUR = Colour(grayscale=0.1, blur=0.3, blur_sigma=(0.1, 1.0))
 
 _VISIBLE = 0.5  # of a region's area that a view must show
 _LEAST = 0.02  # of a view's side: a region's there, 5 px of 256
-_REMEMBERED = 100_000  # pictures whose regions a worker remembers, in about 0.7 kB each
+_STEPS = 65535  # of a picture's side, to which its regions are rounded and remembered
 
 _SHOWN = 30  # boxes that are drawn, at most, of those found with a score of at least
 _SCORE = 0.1
@@ -87,7 +90,7 @@ class RegionsViews:
 
     config: RegionsConfig
     image_size: int
-    known: dict[bytes, Boxes] = field(default_factory=dict, repr=False, compare=False)
+    memory: Memory | None = field(default=None, repr=False, compare=False)
 
     def __call__(
         self, picture: Picture, generator: np.random.Generator
@@ -118,19 +121,33 @@ class RegionsViews:
             "count": np.array(len(found)),
         }
 
+    def with_memory(self, memory: Memory) -> RegionsViews:
+        """Return these views, with a memory for regions."""
+        return replace(self, memory=memory)
+
     def regions(self, picture: Picture) -> Boxes:
         """Return the boxes of a picture's regions, K 4, as shares of its sides."""
-        name = picture.digest()
-        found = self.known.get(name)
+        found = key = None
+        if self.memory is not None:
+            key = hashlib.blake2b(
+                picture.digest() + signature(self.config.regions), digest_size=16
+            ).digest()
+            found = self.memory.get(key)
         if found is None:
-            whole = (0, 0, picture.width, picture.height)
-            width, height = size_for(picture.width, picture.height, self.config.regions)
-            (pixels,) = picture.cut([whole], (height, width))
-            sides = np.array([width, height, width, height], np.float32)
-            found = stable_regions(pixels, self.config.regions) / sides
-            if len(self.known) < _REMEMBERED:  # those of the first ones: none is forgotten in turn
-                self.known[name] = found
-        return found
+            found = self._found(picture)
+            if self.memory is not None and key is not None:
+                self.memory.put(key, found)
+        steps = np.frombuffer(found, "<u2").reshape(-1, 4)
+        return steps.astype(np.float32) / np.float32(_STEPS)
+
+    def _found(self, picture: Picture) -> bytes:
+        """Look for the regions: four numbers each, of two bytes, in steps of the sides."""
+        whole = (0, 0, picture.width, picture.height)
+        width, height = size_for(picture.width, picture.height, self.config.regions)
+        (pixels,) = picture.cut([whole], (height, width))
+        sides = np.array([width, height, width, height], np.float32)
+        shares = stable_regions(pixels, self.config.regions) / sides
+        return (shares.clip(0, 1) * _STEPS).round().astype("<u2").tobytes()
 
 
 def _in_view(regions: Boxes, picture: Picture, box: Box, turn: Turn, side: int) -> Boxes:

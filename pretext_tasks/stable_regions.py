@@ -31,6 +31,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 KINDS = 24  # three sizes, two answers to each of three questions
 
+_VERSION = 1  # of what is found; to be raised where this file's doing changes
+
 _SIZES = (1 / 16, 1 / 8)  # of the view's side
 _AROUND = 0.3  # of a region's sides: how far beyond its box "around" goes
 _LEAST_PIXELS = 12  # of a region
@@ -97,6 +99,11 @@ def stable_regions(picture: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
 def size_for(width: int, height: int, keys: RegionKeys) -> tuple[int, int]:
     """Return the largest width and height at which regions of such a picture are looked for."""
     return _fitted((width, height), max(keys.resolutions))
+
+
+def signature(keys: RegionKeys) -> bytes:
+    """Return bytes that change where the same picture may have other regions."""
+    return f"regions {_VERSION}, OpenCV {cv2.__version__}: {keys.model_dump_json()}".encode()
 
 
 def kinds_of(

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from groundwork.backbones.contract import Backbone
 from groundwork.config import Section
 from groundwork.data.decode import Picture
+from groundwork.data.memory import Memory
 from groundwork.errors import UsageError
 from groundwork.necks.yolo12 import YOLO12Neck
-from pretext_tasks.contract import PretextTask, StepOutput, Views
+from pretext_tasks.contract import PretextTask, StepOutput, Views, remembering
 from pretext_tasks.through_neck import ThroughNeck
 
 _AT = "/"  # between a task's name and the name of an entry, a metric or a picture
@@ -46,6 +47,10 @@ class TogetherViews:
             for name, views in self.parts
             for entry, value in views(picture, generator).items()
         }
+
+    def with_memory(self, memory: Memory) -> TogetherViews:
+        """Give every task's views a memory that have a use for it."""
+        return TogetherViews(tuple((name, remembering(v, memory)) for name, v in self.parts))
 
 
 class Together(PretextTask):

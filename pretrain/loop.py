@@ -29,6 +29,7 @@ from groundwork.clock import Clock, StopRequest, agree, host_group
 from groundwork.config import Section
 from groundwork.console import Display
 from groundwork.data.loader import Loader
+from groundwork.data.memory import Memory
 from groundwork.data.order import Order
 from groundwork.data.samples import open_samples
 from groundwork.data.shards import Samples
@@ -53,7 +54,7 @@ from groundwork.run_folder import (
 from groundwork.schedule import multiplier
 from groundwork.tracking import Tracking, Window
 from groundwork.training_state import Trained
-from pretext_tasks.contract import PretextTask, Views, backbone_of
+from pretext_tasks.contract import PretextTask, Views, backbone_of, remembering
 from pretrain.console import announce, tell_end, tell_probe
 from pretrain.probe import CollapseAlarm, open_probe
 from pretrain.recipe import Recipe
@@ -158,10 +159,11 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         recipe.model_dump(mode="json"),
         None if saved is None else position.step,
     )
+    make_views = remembering(task_class.views(config, recipe.image_size), Memory(cache))
     loader = Loader(
         samples,
         order,
-        task_class.views(config, recipe.image_size),
+        make_views,
         seed=recipe.seed,
         batch_size=recipe.batch_size,
         rank=accelerator.process_index,
@@ -173,7 +175,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         reading=recipe.data.reading(),
         pin_memory=device.type == "cuda",
     )
-    sheet = _first_views(recipe, task_class.views(config, recipe.image_size), samples, order)
+    sheet = _first_views(recipe, make_views, samples, order)
     parameter_count = sum(p.numel() for p in backbone_of(task).parameters())
     announce(recipe, parameter_count, samples, clock, run.folder, accelerator)
 

@@ -132,8 +132,10 @@ class Picture:
         return self._upright(self._joined([np.array(image) for image in self._decode(1)]))
 
     def digest(self) -> bytes:
-        """Return 16 bytes that tell this file's content from any other's."""
-        return hashlib.blake2b(self._data, digest_size=16).digest()
+        """Return 16 bytes that tell this picture, as it is read, from any other."""
+        found = hashlib.blake2b(f"{self._reading.mapping} ".encode(), digest_size=16)
+        found.update(self._data)
+        return found.digest()
 
     def _joined(self, parts: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
         """Put channels side by side again, without those that fill the last image."""

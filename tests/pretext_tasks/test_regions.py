@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,14 @@ from groundwork.backbones import build_backbone, load_parts
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import save_product
 from groundwork.data.decode import open_picture
+from groundwork.data.memory import Memory
+from groundwork.data.reading import Reading
 from groundwork.errors import UsageError
+from pretext_tasks.contract import remembering
 from pretext_tasks.crops import Turn
 from pretext_tasks.regions import Regions, RegionsConfig, RegionsViews, _in_view
-from pretext_tasks.stable_regions import KINDS, stable_regions
+from pretext_tasks.stable_regions import KINDS, RegionKeys, stable_regions
+from pretext_tasks.together import TogetherViews
 
 PLAIN: dict[str, Any] = {"flip": 0.0, "crop_scale": (1.0, 1.0)}
 
@@ -169,7 +174,7 @@ def test_a_size_that_no_backbone_takes_is_refused() -> None:
         Regions.views(RegionsConfig(), 100)
 
 
-def test_a_picture_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     searched = []
 
     def search(pixels: Any, keys: Any) -> Any:
@@ -177,29 +182,42 @@ def test_a_picture_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return stable_regions(pixels, keys)
 
     monkeypatch.setattr("pretext_tasks.regions.stable_regions", search)
-    views = RegionsViews(RegionsConfig(**PLAIN), 64)
-    generator = np.random.default_rng(0)
-    first = views(open_picture(_picture()), generator)
-    again = views(open_picture(_picture()), generator)
-    np.testing.assert_array_equal(first["boxes"], again["boxes"])
+    config, memory = RegionsConfig(**PLAIN), Memory(tmp_path)
+    plain = RegionsViews(config, 64)(open_picture(_picture()), np.random.default_rng(0))
+    searched.clear()
+    for keeping in (memory, memory, Memory(tmp_path)):  # of another worker, or another run
+        views = remembering(RegionsViews(config, 64), keeping)
+        entries = views(open_picture(_picture()), np.random.default_rng(0))
+        np.testing.assert_array_equal(entries["boxes"], plain["boxes"])
     assert searched == [(128, 128, 3)]
     Image.new("RGB", (600, 300)).save(file := io.BytesIO(), "PNG")
-    views(open_picture(file.getvalue()), generator)
-    assert searched == [(128, 128, 3), (192, 384, 3)]  # no larger than the largest resolution
+    for _ in range(2):  # without a region, too; and searched no larger than at the first resolution
+        assert views(open_picture(file.getvalue()), np.random.default_rng(0))["count"] == 0
+    assert searched == [(128, 128, 3), (192, 384, 3)]
 
 
-def test_no_more_pictures_are_remembered_than_there_is_room(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("pretext_tasks.regions._REMEMBERED", 0)
-    views = RegionsViews(RegionsConfig(**PLAIN), 128)
-    entries = views(open_picture(_picture()), np.random.default_rng(0))
-    assert entries["count"] == 1 and not views.known
+def test_what_changes_regions_is_not_taken_from_memory(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    image = open_picture(_picture())
+    first = RegionsViews(RegionsConfig(), 64, memory).regions(image)
+    none = RegionsViews(RegionsConfig(regions=RegionKeys(votes=1000.0)), 64, memory).regions(image)
+    assert len(first) == 1 and len(none) == 0
+    exchanged = open_picture(_picture(), Reading(bands=(3, 2, 1)))
+    assert exchanged.digest() != image.digest() == open_picture(_picture()).digest()
+
+
+def test_tasks_beside_it_share_the_memory(tmp_path: Path) -> None:
+    views = TogetherViews((("a", RegionsViews(RegionsConfig(), 64)), ("b", lambda *_: {})))
+    shared = remembering(views, Memory(tmp_path))
+    assert isinstance(shared, TogetherViews)
+    assert isinstance(shared.parts[0][1], RegionsViews) and shared.parts[0][1].memory is not None
+    assert pickle.loads(pickle.dumps(shared.parts[0][1])) == shared.parts[0][1]
 
 
 def test_a_region_of_which_little_is_seen_is_left_out() -> None:
     picture = open_picture(_picture())  # 128 x 128
-    regions = np.array([[0, 0, 32, 32], [60, 60, 70, 70], [96, 0, 98, 64]], np.float32) / 128
+    regions = np.array([[0, 0, 32, 32], [60, 60, 70, 70], [96, 0, 98, 64]], np.float32)
+    regions /= 128
     turn = Turn(mirrored=False, quarters=0)
 
     def seen(*box: float) -> list[list[float]]:
