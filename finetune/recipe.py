@@ -182,7 +182,8 @@ class Recipe(Section):
     ema: Annotated[Ema, starting_from(EMA)] = EMA
     ema_from: Fraction = 0.0  # share of the budget before which the average just follows
     # BatchNorm of a pretrained start: measured anew on the labeled pictures before the first
-    # step, taken from the file, or (the backbone's) taken from the file and never changed.
+    # step, taken from the file, or (the backbone's) taken from the file and never changed, which
+    # wants a backbone_lr of a tenth (LOG.md: at 1 it diverged).
     batchnorm: Literal["measure", "file", "freeze"] = "measure"
     freeze: Freeze = Freeze()
     loss: LossKeys = LossKeys()

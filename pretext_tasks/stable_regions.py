@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 import numpy.typing as npt
+import PIL
 from pydantic import Field
 
 from groundwork.config import Section
@@ -31,11 +32,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 KINDS = 24  # three sizes, two answers to each of three questions
 
-_VERSION = 1  # of what is found; to be raised where this file's doing changes
+_VERSION = 1  # of what is found; to be raised where this file's doing changes, or the decoder's
 
 _SIZES = (1 / 16, 1 / 8)  # of the view's side
 _AROUND = 0.3  # of a region's sides: how far beyond its box "around" goes
 _LEAST_PIXELS = 12  # of a region
+_LEAST_VIEW = 3  # pixels of either side: OpenCV looks at no smaller picture
+_CANDIDATES = 3000  # of a picture, the largest: time and memory are as their square
+_CONTRAST = 0.01  # grey levels: what colours' arithmetic makes of a grey is no contrast
 _SMOOTH = 0.6  # pixels: sigma of the Gaussian before thresholds
 _TAIL = 0.5  # percent of a map's pixels that may be clipped at either end of its 256 levels
 _LEAST_RANGE = 10.0  # grey levels that are stretched to 256 at most, so that noise stays small
@@ -79,6 +83,9 @@ def stable_regions(picture: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     if not len(boxes):
         return boxes
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    if len(boxes) > _CANDIDATES:
+        kept_ones = np.sort(np.argsort(-areas, kind="stable")[:_CANDIDATES])
+        boxes, areas = boxes[kept_ones], areas[kept_ones]
     shared = shared_areas(boxes, boxes)
     overlap = shared / (areas[:, None] + areas - shared)
     same = overlap > keys.agree
@@ -103,7 +110,8 @@ def size_for(width: int, height: int, keys: RegionKeys) -> tuple[int, int]:
 
 def signature(keys: RegionKeys) -> bytes:
     """Return bytes that change where the same picture may have other regions."""
-    return f"regions {_VERSION}, OpenCV {cv2.__version__}: {keys.model_dump_json()}".encode()
+    readers = f"OpenCV {cv2.__version__}, Pillow {PIL.__version__}"
+    return f"regions {_VERSION}, {readers}: {keys.model_dump_json()}".encode()
 
 
 def kinds_of(
@@ -138,7 +146,7 @@ def kinds_of(
         difference = difference @ colours.T
     contrast = np.stack(_opponents(difference), 1)
     size = np.searchsorted(_SIZES, np.sqrt(sides.prod(1)) / max(height, width))
-    answers = (contrast > 0).astype(np.int64) @ np.array([1, 2, 4])
+    answers = (contrast > _CONTRAST).astype(np.int64) @ np.array([1, 2, 4])
     kinds: npt.NDArray[np.int64] = size * 8 + answers
     return kinds
 
@@ -146,6 +154,8 @@ def kinds_of(
 def _candidates(view: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     """Find the boxes of all stable regions of all maps that could be an object by their shape."""
     height, width = view.shape[:2]
+    if min(height, width) < _LEAST_VIEW:
+        return np.zeros((0, 4), np.float32)
     largest = int(keys.area * height * width)
     finder = cv2.MSER_create(  # type: ignore[attr-defined]
         delta=keys.delta, min_area=_LEAST_PIXELS, max_area=max(largest, _LEAST_PIXELS + 1),

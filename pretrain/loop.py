@@ -159,7 +159,8 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         recipe.model_dump(mode="json"),
         None if saved is None else position.step,
     )
-    make_views = remembering(task_class.views(config, recipe.image_size), Memory(cache))
+    memory = Memory(cache)
+    make_views = remembering(task_class.views(config, recipe.image_size), memory)
     loader = Loader(
         samples,
         order,
@@ -176,6 +177,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         pin_memory=device.type == "cuda",
     )
     sheet = _first_views(recipe, make_views, samples, order)
+    memory.close()  # workers are forked, and must not inherit a connection
     parameter_count = sum(p.numel() for p in backbone_of(task).parameters())
     announce(recipe, parameter_count, samples, clock, run.folder, accelerator)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -301,7 +302,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         write_file(folder / DUPLICATES_NAME, "".join(lines).encode("ascii"))
     _say(_summary(folder, findings, results, len(dropped), time.monotonic() - started, lookup))
     keys = _keys_of(reading, stored=arguments.tiles is not None or arguments.resize is not None)
-    _say(" ".join([f"To train on them: data.train={folder}", *keys]))
+    _say("To train on them: " + shlex.join([f"data.train={folder}", *keys]))
     return 0
 
 
@@ -317,6 +318,8 @@ def _keys_of(reading: Reading, *, stored: bool) -> list[str]:
     if reading.value_range is not None and not stored:
         low, high = reading.value_range
         keys.append(f"data.value_range=[{low:.10g},{high:.10g}]")
+    if reading.max_pixels != MAX_PIXELS and not stored:
+        keys.append(f"data.max_pixels={reading.max_pixels}")
     return keys
 
 

@@ -215,8 +215,8 @@ class HeldOut:
         """
         if len(paths) < 2:
             raise DataError(
-                "One picture cannot be split into training and validation: give more labeled "
-                "pictures, or data.holdout=0."
+                f"{len(paths)} picture(s) cannot be split into training and validation: give more "
+                "labeled pictures, or data.holdout=0."
             )
         # The bytes: a name may hold what no text does.
         keys = [hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest() for path in paths]

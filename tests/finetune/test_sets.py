@@ -81,5 +81,5 @@ def test_held_out_shares_by_hand() -> None:
     half = {paths[number] for number in HeldOut(0.5, True).of(paths)}
     more = [*paths, "b/0.png"]
     assert len(half & {more[number] for number in HeldOut(0.5, True).of(more)}) >= 4
-    with pytest.raises(DataError, match="One picture cannot be split"):
+    with pytest.raises(DataError, match=r"1 picture\(s\) cannot be split"):
         HeldOut(0.5, True).of(["a.png"])

@@ -38,7 +38,7 @@ def test_a_task_learns_from_any_number_of_channels(
     kind = load_task(name)
     config = kind.Config()
     if name == "regions":  # its smaller view is OpenCV's, which knows four channels
-        config = kind.Config.model_validate({"regions": {"resolution": 45}})
+        config = kind.Config.model_validate({"regions": {"resolutions": (45,)}})
     reading = Reading(bands=tuple(range(1, channels + 1)))
     views = kind.views(config, IMAGE_SIZE)
     samples = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageDraw
 
+from groundwork.colour import Colour, draw, matrix_of
 from pretext_tasks.stable_regions import (
     KINDS,
     RegionKeys,
@@ -160,3 +162,29 @@ def test_kinds_are_of_what_the_network_sees() -> None:
     for channels in (1, 2, 4):  # a colour's matrix is for RGB
         odd = np.resize(view, (*view.shape[:2], channels))
         assert len(kinds_of(odd, boxes, exchanged)) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 50), (400, 2), (20, 3000)])
+def test_strips_and_dots_have_no_regions(shape: tuple[int, int]) -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (*shape, 3)).astype(np.uint8)
+    assert stable_regions(picture, RegionKeys()).shape == (0, 4)
+
+
+def test_noise_is_no_trap() -> None:
+    """Ten thousand candidates would take seconds and a gigabyte."""
+    picture = np.random.default_rng(0).integers(0, 255, (288, 384, 3)).astype(np.uint8)
+    started = time.process_time()
+    stable_regions(picture, RegionKeys())
+    assert time.process_time() - started < 3
+
+
+def test_a_grey_picture_has_no_colours_whatever_is_drawn() -> None:
+    shapes = [(kind, box, f"#{level}{level}{level}") for (kind, box, _), level in
+              zip(SHAPES, ("20", "f0", "60", "c0"), strict=True)]  # fmt: skip
+    view = _scene(*shapes, noise=0.0)
+    view = np.repeat(view[:, :, :1], 3, axis=2)
+    boxes = stable_regions(view, RegionKeys())
+    assert len(boxes)
+    for seed in range(40):
+        drawn = draw(Colour(), np.random.default_rng(seed))
+        assert not (kinds_of(view, boxes, matrix_of(drawn)) % 8 >= 2).any()

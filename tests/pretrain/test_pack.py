@@ -613,6 +613,7 @@ def test_the_command_works_from_any_folder_on_real_pictures(
     [
         (Reading(), [], []),
         (Reading(bands=(5, 3, 2)), ["data.bands=[5,3,2]"], []),
+        (Reading(max_pixels=200_000_000), ["data.max_pixels=200000000"], []),
         (
             Reading(bands=(2, 7), value_range=(0, 4000.5)),
             ["data.bands=[2,7]", "data.value_range=[0,4000.5]"],
