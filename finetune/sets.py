@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from finetune.labels import survey
 from finetune.recipe import Recipe
 from groundwork.checkpoint import write_atomically
+from groundwork.data.label_policy import Defect
 from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled
 from groundwork.errors import DataError, UsageError
@@ -63,8 +65,6 @@ def open_sets(recipe: Recipe) -> Sets:
     train = part(kept=False)
 
     def other(given: str | None, split: str) -> LabeledSamples | None:
-        if split == "val" and data.holdout:
-            return part(kept=True)
         if given is None and not has_split(data.train, split):
             return None
         source = given or data.train
@@ -81,9 +81,8 @@ def open_sets(recipe: Recipe) -> Sets:
             )
         return found
 
-    return Sets(
-        train, other(data.val, "val"), other(data.test, "test") if recipe.eval.test else None
-    )
+    val = part(kept=True) if data.holdout else other(data.val, "val")
+    return Sets(train, val, other(data.test, "test") if recipe.eval.test else None)
 
 
 def tell_defects(sets: Sets, folder: Path) -> None:
@@ -94,6 +93,7 @@ def tell_defects(sets: Sets, folder: Path) -> None:
     Raises DataError where no box for training is left.
     """
     lines: list[str] = []
+    told: set[Defect] = set()  # a held-out part is of the files that training is of
     for name, labeled in (("training", sets.train), ("validation", sets.val), ("test", sets.test)):
         if labeled is None:
             continue
@@ -106,16 +106,21 @@ def tell_defects(sets: Sets, folder: Path) -> None:
                     f"`python -m finetune.labels`, and whether coordinates are what the form "
                     "wants: YOLO's are shares of the picture's sides, COCO's and VOC's pixels."
                 )
+            if name == "validation" and not found.boxes:
+                logger.warning(
+                    "No picture for validation has a box, so AP will say nothing: name others by "
+                    "data.val, or raise data.holdout."
+                )
         elif labeled.in_files:
             logger.info(
                 "%s are too many pictures to look at all labels first: python -m finetune.labels "
                 "does.", labeled.name,
             )  # fmt: skip
-        for reason, count in labeled.defects.counts().most_common():
+        new = [defect for defect in labeled.defects if defect not in told]
+        told.update(new)
+        for reason, count in Counter(defect.reason for defect in new).most_common():
             logger.warning("Labels for %s: %d x %s.", name, count, reason)
-        lines += [
-            json.dumps({"set": name, **dataclasses.asdict(defect)}) for defect in labeled.defects
-        ]
+        lines += [json.dumps({"set": name, **dataclasses.asdict(defect)}) for defect in new]
     if lines:
         file = folder / "label-defects.jsonl"
         write_atomically(file, "".join(f"{line}\n" for line in lines))

@@ -14,10 +14,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from groundwork.backbones import METADATA_KEY
+from groundwork.config import Section
 from groundwork.errors import GroundworkError, StoppedError, UsageError
 from groundwork.settings import BackboneKeys
+
+RecipeT = TypeVar("RecipeT", bound=Section)
 
 logger = logging.getLogger("groundwork.command")
 
@@ -125,27 +129,28 @@ def note_init(folder: Path, init: Path | None, *, resumed: bool) -> None:
         (folder / INIT_NAME).write_text(f"{init.resolve()}\n", encoding="utf-8")
 
 
-def backbone_of(options: argparse.Namespace, chosen: BackboneKeys) -> BackboneKeys:
-    """Return the backbone that --init's file names, where neither recipe nor key chose one.
+def with_backbone_of_init(recipe: RecipeT, options: argparse.Namespace) -> RecipeT:
+    """Return a recipe with the backbone that --init's file names, where no key chose one.
 
     Only a file of ours names one. What cannot be read here is told where the file is loaded.
     """
     init: Path | None = options.init
+    chosen: BackboneKeys = recipe.backbone  # type: ignore[attr-defined]
     if init is None or "name" in chosen.model_fields_set or init.suffix != ".safetensors":
-        return chosen
+        return recipe
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(init, framework="np") as file:
-            said = json.loads((file.metadata() or {}).get("groundwork", "{}"))
+            said = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, OSError, ValueError):
-        return chosen
+        return recipe
     name = said.get("backbone") if isinstance(said, dict) else None
     if not isinstance(name, str) or name == chosen.name:
-        return chosen
+        return recipe
     if not options.print_recipe:  # which is all that goes to standard output
         logger.info("backbone.name=%s, as %s says.", name, init)
-    return BackboneKeys(name=name)
+    return recipe.model_copy(update={"backbone": BackboneKeys(name=name)})
 
 
 def begun_with(folder: Path) -> Path | None:

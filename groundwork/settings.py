@@ -137,7 +137,7 @@ class Data(Section):
     # Samples are shuffled inside a window of so many shards, or up to twice as many at the end of a
     # set; readers keep 40 open.
     window_shards: Annotated[int, Field(ge=1, le=20)] = 16
-    cache: str | None = None  # for drawn scenes, remote shards, foreign indexes
+    cache: str | None = None  # drawn scenes, remote shards, foreign indexes, regions
     cache_gb: Annotated[float, Field(gt=0)] = 50.0  # bound of the local copy of remote shards
     on_error: Literal["skip", "raise"] = "skip"  # what an unreadable picture does
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the pictures of the data

@@ -18,12 +18,12 @@ Differs from DETReg:
   frequent one (LOG.md). With `kinds=false` it is one class.
 
 The regions of a picture are found once and remembered (groundwork/data/memory.py); a view has those
-of which it shows half. The network sees the view in other colours, and kinds are of what it sees.
+of which it shows half. The network sees the view in other colours, and kinds are of what it sees,
+but for blur and solarisation.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -127,15 +127,13 @@ class RegionsViews:
 
     def regions(self, picture: Picture) -> Boxes:
         """Return the boxes of a picture's regions, K 4, as shares of its sides."""
-        found = key = None
-        if self.memory is not None:
-            key = hashlib.blake2b(
-                picture.digest() + signature(self.config.regions), digest_size=16
-            ).digest()
-            found = self.memory.get(key)
-        if found is None:
+        if self.memory is None:
             found = self._found(picture)
-            if self.memory is not None and key is not None:
+        else:
+            key = picture.digest(also=signature(self.config.regions))
+            kept = self.memory.get(key)
+            found = self._found(picture) if kept is None else kept
+            if kept is None:
                 self.memory.put(key, found)
         steps = np.frombuffer(found, "<u2").reshape(-1, 4)
         return steps.astype(np.float32) / np.float32(_STEPS)

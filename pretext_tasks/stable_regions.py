@@ -17,6 +17,7 @@ OpenCV enters the project here and nowhere else.
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any
 
 import cv2
@@ -29,6 +30,7 @@ from groundwork.config import Section
 
 Boxes = npt.NDArray[np.float32]  # K 4: left, top, right, bottom in pixels
 Share = Annotated[float, Field(ge=0, le=1)]
+Resolution = Annotated[int, Field(ge=32)]
 
 KINDS = 24  # three sizes, two answers to each of three questions
 
@@ -51,10 +53,7 @@ class RegionKeys(Section):
     most: int = Field(default=100, ge=1)  # boxes of a picture
     # Pixels of the picture's longer side at which regions are looked for; a smaller picture stays
     # as it is. All values in pixels are at these sizes, and the time is as their squares.
-    resolutions: Annotated[tuple[Annotated[int, Field(ge=32)], ...], Field(min_length=1)] = (
-        384,
-        256,
-    )
+    resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (384, 256)
     votes: float = Field(default=5.0, ge=0)  # other boxes that agree, at least
     larger: float = Field(default=4.0, ge=0)  # votes for being e times as large: outer outlines win
     agree: Share = 0.7  # intersection over union from which on two boxes are the same
@@ -73,9 +72,8 @@ class RegionKeys(Section):
 def stable_regions(picture: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
     """Return the boxes of the regions of a picture (H W C), best first; there may be none."""
     full = picture.shape[1::-1]
-    sizes = {_fitted(full, resolution): None for resolution in keys.resolutions}  # each once
     found = []
-    for width, height in sizes:
+    for width, height in dict.fromkeys(_fitted(full, longest) for longest in keys.resolutions):
         smaller = picture if (width, height) == full else _smaller(picture, width, height)
         back = np.tile(np.divide(full, (width, height)), 2).astype(np.float32)
         found.append(_candidates(smaller, keys) * back)
@@ -84,8 +82,8 @@ def stable_regions(picture: npt.NDArray[np.uint8], keys: RegionKeys) -> Boxes:
         return boxes
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     if len(boxes) > _CANDIDATES:
-        kept_ones = np.sort(np.argsort(-areas, kind="stable")[:_CANDIDATES])
-        boxes, areas = boxes[kept_ones], areas[kept_ones]
+        largest = np.sort(np.argsort(-areas, kind="stable")[:_CANDIDATES])
+        boxes, areas = boxes[largest], areas[largest]
     shared = shared_areas(boxes, boxes)
     overlap = shared / (areas[:, None] + areas - shared)
     same = overlap > keys.agree
@@ -108,6 +106,7 @@ def size_for(width: int, height: int, keys: RegionKeys) -> tuple[int, int]:
     return _fitted((width, height), max(keys.resolutions))
 
 
+@functools.cache
 def signature(keys: RegionKeys) -> bytes:
     """Return bytes that change where the same picture may have other regions."""
     readers = f"OpenCV {cv2.__version__}, Pillow {PIL.__version__}"

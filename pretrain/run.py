@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from groundwork.backbones import check_backbone_name
 from groundwork.command import (
-    backbone_of,
     begun_with,
     check_flags,
     check_other_folder,
@@ -32,6 +31,7 @@ from groundwork.command import (
     resume_after_restart,
     stop_with_the_launcher,
     tell_failure,
+    with_backbone_of_init,
     write_status,
 )
 from groundwork.config import merge, parse_overrides, read_yaml, to_yaml
@@ -73,8 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
             recipe = recipes.resolve(options.task, options.recipe, options.overrides)
         else:
             recipe, options = _resumed(options)
-        chosen = backbone_of(options, recipe.backbone)
-        recipe = recipe.model_copy(update={"backbone": chosen})
+        recipe = with_backbone_of_init(recipe, options)
         check_backbone_name(recipe.backbone.name)
         task_class = load_task(recipe.task_name)
         recipe, config = recipes.with_task_defaults(recipe, task_class.Config)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from groundwork.backbones.contract import Backbone
 
 __all__ = [
+    "METADATA_KEY",
     "YOLO12_NAMES",
     "InitReport",
     "build_backbone",
@@ -22,6 +23,8 @@ __all__ = [
     "load_init",
     "load_parts",
 ]
+
+METADATA_KEY = "groundwork"  # of a product's safetensors metadata; its value is JSON
 
 YOLO12_NAMES = ("yolo12n", "yolo12s", "yolo12m", "yolo12l", "yolo12x")
 

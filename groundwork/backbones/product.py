@@ -24,13 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from groundwork.backbones import build_backbone
+from groundwork.backbones import METADATA_KEY, build_backbone
 from groundwork.backbones.contract import Backbone
 from groundwork.errors import CheckpointError
 
 FORMAT = 1
 
-_KEY = "groundwork"
 _TORCH_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # Where a training checkpoint keeps its tensors; averaged weights first, as timm does.
 _SECTIONS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -64,7 +63,7 @@ def save_product(path: Path, parts: Mapping[str, nn.Module], metadata: Mapping[s
     path = Path(path)
     unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        save_file(tensors, unfinished, metadata={_KEY: json.dumps(about)})
+        save_file(tensors, unfinished, metadata={METADATA_KEY: json.dumps(about)})
         _sync(unfinished)
         unfinished.replace(path)
         _sync(path.parent)
@@ -134,7 +133,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get(_KEY)
+            text = (file.metadata() or {}).get(METADATA_KEY)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         metadata = None if text is None else json.loads(text)
     except (SafetensorError, OSError, ValueError) as error:

@@ -131,9 +131,10 @@ class Picture:
         """Decode the whole upright picture: uint8, H W channels. Raises DataError."""
         return self._upright(self._joined([np.array(image) for image in self._decode(1)]))
 
-    def digest(self) -> bytes:
-        """Return 16 bytes that tell this picture, as it is read, from any other."""
-        found = hashlib.blake2b(f"{self._reading.mapping} ".encode(), digest_size=16)
+    def digest(self, also: bytes = b"") -> bytes:
+        """Return 16 bytes that tell this picture, as it is read, and `also`, from all others."""
+        stated = b"%d %b %r " % (len(also), also, self._reading.mapping)
+        found = hashlib.blake2b(stated, digest_size=16)
         found.update(self._data)
         return found.digest()
 

@@ -12,9 +12,9 @@ class_0 and so on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,13 +56,6 @@ def _has_shards(folder: Path) -> bool:
     )
 
 
-class Part(NamedTuple):
-    """Which samples are meant, as `choose` has it."""
-
-    names_in: Path | None
-    held_out: HeldOut | None
-
-
 def open_shard_labels(
     data: str,
     found: Mapping[str | None, str],
@@ -78,12 +71,12 @@ def open_shard_labels(
     Raises DataError for shards without labels, and for names that do not agree.
     """
     name = data if split is None or None in found else f"{data} ({split})"
-    wanted = None if names_in is None and held_out is None else Part(names_in, held_out)
+    chooser = None if names_in is None and held_out is None else partial(choose, names_in, held_out)
     if data == SCENES:
         scenes = open_scenes(cache)
         first, end = _SCENE_PARTS[split] if split is not None else (0, 16)
         numbers = np.arange(len(scenes) * first // 16, len(scenes) * end // 16)
-        return _some(name, scenes, CLASSES, numbers, wanted), CLASSES
+        return _some(name, scenes, CLASSES, numbers, chooser), CLASSES
     opened = {key: _open(shards, cache, cache_bytes) for key, shards in found.items()}
     known: dict[int, str] = {}
     digests = []
@@ -96,7 +89,7 @@ def open_shard_labels(
         shards = opened[None if None in opened else split]
     else:
         shards = open_shards(list(found.values()), cache)
-    return _some(name, shards, names, None, wanted, "".join(digests)), names
+    return _some(name, shards, names, None, chooser, "".join(digests)), names
 
 
 def _open(shards: str, cache: Path, cache_bytes: int) -> ShardSamples | RemoteLabels:
@@ -110,18 +103,18 @@ def _some(
     shards: ShardSamples | RemoteLabels,
     names: tuple[str, ...],
     numbers: npt.NDArray[np.int64] | None,
-    part: Part | None,
+    chooser: Callable[[Sequence[str]], list[int]] | None,
     digest: str = "",
 ) -> ShardLabels:
-    """Keep the samples of these numbers, counted through all shards, and of them a part."""
-    if numbers is None and part is None:
+    """Keep the samples of these numbers, counted through all shards; of them those chosen."""
+    if numbers is None and chooser is None:
         return ShardLabels(name, shards, names, None, digest)
     ends = np.cumsum(shards.shard_sizes)
     if numbers is None:
         numbers = np.arange(len(shards))
-    if part is not None:
+    if chooser is not None:
         paths = [path for shard in range(len(ends)) for path in shards.samples(shard).paths]
-        numbers = numbers[choose([paths[number] for number in numbers.tolist()], *part)]
+        numbers = numbers[chooser([paths[number] for number in numbers.tolist()])]
     owners = np.searchsorted(ends, numbers, side="right")
     places = numbers - (ends - shards.shard_sizes)[owners]
     chosen = [places[owners == shard] for shard in range(len(ends))]

@@ -225,9 +225,7 @@ class HeldOut:
         return sorted(order[:count] if self.kept else order[count:])
 
 
-def choose(
-    paths: Sequence[str], names_in: Path | None, held_out: HeldOut | None = None
-) -> list[int]:
+def choose(names_in: Path | None, held_out: HeldOut | None, paths: Sequence[str]) -> list[int]:
     """Return which of the pictures are meant: those a file names, and of them a held-out part."""
     named = list(range(len(paths))) if names_in is None else _named(names_in, paths)
     if held_out is None:

@@ -204,7 +204,7 @@ def _open_files(
     check_names(data, root.names)
     table, sizes = _present(LabelTable.joined(list(tables.values())), split, defects)
     if names_in is not None or held_out is not None:
-        chosen = choose(table.paths, names_in, held_out)
+        chosen = choose(names_in, held_out, table.paths)
         table, sizes = table.select(chosen), [sizes[picture] for picture in chosen]
     table = table.without_broken(defects)
     name = f"{data} ({split})" if split is not None and root.splits() else data

@@ -7,7 +7,7 @@ picture and not once a view, however many workers, epochs and runs there are.
 Why SQLite: readers and writers of many processes in one file, none of which sees half a value, and
 nothing is lost to a killed process. It wants a disk of this machine, so the file has the machine's
 name: nodes that share a home do not share it. What the file cannot give (a full disk, a damaged
-file, a lock that is not let go) is worked out again.
+file, a lock that is not let go) is worked out again, and told once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_WAIT = 10.0  # seconds for another process's lock
+_WAIT = 2.0  # seconds for another process's lock
 _TABLE = "CREATE TABLE IF NOT EXISTS kept (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID"
 
 
@@ -32,62 +32,51 @@ class Memory:
     def __init__(self, cache: Path) -> None:
         machine = re.sub(r"[^A-Za-z0-9.-]", "-", platform.node()) or "machine"
         self.file = cache / f"pictures-{machine}.sqlite"
-        self._opened: tuple[int, sqlite3.Connection | None] | None = None  # by which process
-        self._inherited: list[Any] = []  # a parent's: closing it here could cut off the parent
+        self._opened: sqlite3.Connection | None = None
+        self._process = 0  # that opened it
+        self._failed = False  # told already
 
     def get(self, key: bytes) -> bytes | None:
         """Return what is kept of a key, or None."""
-        try:
-            connection = self._connection()
-            if connection is None:
-                return None
-            row = connection.execute("SELECT value FROM kept WHERE key = ?", (key,)).fetchone()
-        except sqlite3.Error as error:
-            self._give_up(error)
-            return None
+        row = self._execute("SELECT value FROM kept WHERE key = ?", key)
         return None if row is None else bytes(row[0])
 
     def put(self, key: bytes, value: bytes) -> None:
         """Keep a value."""
-        try:
-            connection = self._connection()
-            if connection is not None:
-                connection.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (key, value))
-        except sqlite3.Error as error:
-            self._give_up(error)
+        self._execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", key, value)
 
     def close(self) -> None:
-        """Close this process's connection; the next call opens it again."""
+        """Close the file, as is necessary before a fork; the next call opens it again."""
         opened, self._opened = self._opened, None
-        if opened is not None and opened[0] == os.getpid() and opened[1] is not None:
-            opened[1].close()
+        if opened is not None:
+            opened.close()
 
-    def _connection(self) -> sqlite3.Connection | None:
-        # A connection must not go through a fork: the child opens one of its own.
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._inherited.append(self._opened)
-            self._opened = os.getpid(), self._open()
-        return self._opened[1]
+    def _execute(self, statement: str, *values: bytes) -> Any:
+        """Return the first row; None where there is none, or the file does not give it."""
+        if self._opened is not None and self._process != os.getpid():
+            # SQLite's locks would not be this process's, and writes could be lost.
+            raise RuntimeError(f"{self.file} went through a fork: close() it before.")
+        try:
+            if self._opened is None:
+                self._opened, self._process = self._open(), os.getpid()
+            return self._opened.execute(statement, values).fetchone()
+        except (sqlite3.Error, OSError) as error:
+            if not self._failed:
+                logger.warning(
+                    "%s cannot be used (%s): what it would keep is worked out anew, which takes "
+                    "time. Free the disk, delete the file, or set data.cache.", self.file, error,
+                )  # fmt: skip
+            self._failed = True
+            return None
 
     def _open(self) -> sqlite3.Connection:
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise sqlite3.OperationalError(str(error)) from error
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self.file, timeout=_WAIT, isolation_level=None)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute(_TABLE)
         return connection
 
-    def _give_up(self, error: sqlite3.Error) -> None:
-        """Do without the file in this process from now on."""
-        self._opened = os.getpid(), None
-        logger.warning(
-            "%s cannot be used (%s): what it would keep is worked out at every view. Free the "
-            "disk, delete the file, or set data.cache.", self.file, error,
-        )  # fmt: skip
-
     def __getstate__(self) -> dict[str, Any]:
         """A worker that is spawned opens it for itself."""
-        return {"file": self.file, "_opened": None, "_inherited": []}
+        return {**self.__dict__, "_opened": None}

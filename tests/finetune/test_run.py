@@ -12,15 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from finetune.recipe import resolve
-from finetune.sets import open_sets, tell_defects
 from finetune.weights import detector_from_file
 from groundwork.backbones import build_backbone
 from groundwork.backbones.product import save_product
-from groundwork.errors import DataError
 from tests.pretrain.commands import ROOT, environment, free_port, losses, metrics, status
 
 LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch"]
@@ -141,20 +137,6 @@ def test_a_phase_that_ranks_cannot_share_is_told_at_the_start(
     assert status(tmp_path / "out")["exit_code"] == 2
     assert "batch_size=3 of a phase" in status(tmp_path / "out")["message"]
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-def test_labels_in_the_wrong_unit_train_nothing(tmp_path: Path) -> None:
-    root = tmp_path / "set"
-    for folder in ("images", "labels"):
-        (root / folder).mkdir(parents=True)
-    for number in range(3):
-        Image.new("RGB", (64, 48), "gray").save(root / "images" / f"{number}.png")
-        (root / "labels" / f"{number}.txt").write_text("0 30 20 10 10\n")  # pixels
-    recipe = resolve(None, [f"data.train={root}"])
-    sets = open_sets(recipe)
-    with pytest.raises(DataError, match=r"No box of .* is left .*3 x .*outside.*shares"):
-        tell_defects(sets, tmp_path)
-    sets.close()
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from finetune.recipe import resolve
-from finetune.sets import open_sets
+from finetune.sets import open_sets, tell_defects
 from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples
 from groundwork.errors import DataError, UsageError
@@ -24,16 +26,19 @@ def _paths(samples: LabeledSamples | None) -> list[str]:
     ]
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A YOLO root of ten pictures without splits."""
-    root = tmp_path / "set"
+def _root(root: Path, *labels: str) -> Path:
+    """Make a YOLO root without splits: one picture for each text of labels."""
     for folder in ("images", "labels"):
         (root / folder).mkdir(parents=True)
-    for number in range(10):
+    for number, text in enumerate(labels):
         Image.new("RGB", (64, 48), "gray").save(root / "images" / f"{number}.png")
-        (root / "labels" / f"{number}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+        (root / "labels" / f"{number}.txt").write_text(text)
     return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return _root(tmp_path / "set", *["0 0.5 0.5 0.2 0.2\n"] * 10)
 
 
 def test_a_share_is_held_out_and_stays_so(root: Path) -> None:
@@ -83,3 +88,43 @@ def test_held_out_shares_by_hand() -> None:
     assert len(half & {more[number] for number in HeldOut(0.5, True).of(more)}) >= 4
     with pytest.raises(DataError, match=r"1 picture\(s\) cannot be split"):
         HeldOut(0.5, True).of(["a.png"])
+
+
+def test_labels_in_the_wrong_unit_train_nothing(tmp_path: Path) -> None:
+    root = _root(tmp_path / "set", *["0 30 20 10 10\n"] * 3)  # pixels
+    sets = open_sets(resolve(None, [f"data.train={root}"]))
+    with pytest.raises(DataError, match=r"No box of .* is left .*3 x .*outside.*shares"):
+        tell_defects(sets, tmp_path)
+    sets.close()
+
+
+def test_a_defect_of_what_was_split_is_told_once(
+    tmp_path: Path, labeled: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(labeled / "images" / "val")
+    (labeled / "annotations" / "val.json").unlink()
+    file = labeled / "annotations" / "train.json"
+    document = json.loads(file.read_text())
+    document["images"].append({"id": 99, "file_name": "gone.png", "width": 80, "height": 64})
+    file.write_text(json.dumps(document))
+    sets = open_sets(resolve(None, [f"data.train={labeled}", "data.holdout=0.2"]))
+    with caplog.at_level(logging.WARNING, "finetune.sets"):
+        tell_defects(sets, tmp_path)
+    sets.close()
+    assert len((tmp_path / "label-defects.jsonl").read_text().splitlines()) == 1
+    assert "validation" not in caplog.text
+
+
+def test_validation_without_a_box_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = ["0 0.5 0.5 0.2 0.2\n", ""]
+    root = _root(tmp_path / "set", *labels)
+    other = _root(tmp_path / "other", *labels[::-1])
+    told = []
+    for data in (root, other):
+        caplog.clear()
+        sets = open_sets(resolve(None, [f"data.train={data}", "data.holdout=0.5"]))
+        with caplog.at_level(logging.WARNING, "finetune.sets"):
+            tell_defects(sets, tmp_path)
+        sets.close()
+        told.append("No picture for validation has a box" in caplog.text)
+    assert sorted(told) == [False, True]  # one of two is held out, by its name

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from finetune import recipe as finetuning
 from finetune import run as finetune_run
-from groundwork.command import backbone_of
-from groundwork.settings import BackboneKeys
+from groundwork.backbones import METADATA_KEY
+from groundwork.command import with_backbone_of_init
 from pretrain import run as pretrain_run
 
 
@@ -23,7 +23,7 @@ from pretrain import run as pretrain_run
 def product(tmp_path: Path) -> Path:
     path = tmp_path / "pretrained.safetensors"
     about = {"format": 1, "backbone": "timm/resnet18.a1_in1k"}
-    save_file({"a": np.zeros(1)}, path, metadata={"groundwork": json.dumps(about)})
+    save_file({"a": np.zeros(1)}, path, metadata={METADATA_KEY: json.dumps(about)})
     return path
 
 
@@ -33,16 +33,16 @@ def _options(init: Path | None, print_recipe: bool = False) -> argparse.Namespac
 
 def test_a_file_names_the_backbone(product: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "groundwork.command"):
-        found = backbone_of(_options(product), finetuning.resolve(None, []).backbone)
-    assert found.name == "timm/resnet18.a1_in1k"
+        found = with_backbone_of_init(finetuning.resolve(None, []), _options(product))
+    assert found.backbone.name == "timm/resnet18.a1_in1k"
     assert f"backbone.name=timm/resnet18.a1_in1k, as {product} says." in caplog.text
 
 
 def test_a_key_wins_over_the_file(product: Path) -> None:
-    chosen = finetuning.resolve(None, ["backbone.name=yolo12s"]).backbone
-    assert backbone_of(_options(product), chosen).name == "yolo12s"
-    chosen = finetuning.resolve(None, ["backbone.name=yolo12n"]).backbone  # the default, by name
-    assert backbone_of(_options(product), chosen).name == "yolo12n"
+    recipe = finetuning.resolve(None, ["backbone.name=yolo12s"])
+    assert with_backbone_of_init(recipe, _options(product)).backbone.name == "yolo12s"
+    recipe = finetuning.resolve(None, ["backbone.name=yolo12n"])  # the default, by name
+    assert with_backbone_of_init(recipe, _options(product)).backbone.name == "yolo12n"
 
 
 def test_files_that_name_none_change_nothing(tmp_path: Path) -> None:
@@ -51,7 +51,8 @@ def test_files_that_name_none_change_nothing(tmp_path: Path) -> None:
     damaged.write_bytes(b"no such thing")
     (tmp_path / "checkpoint.pt").write_bytes(b"")
     for init in (None, plain, damaged, tmp_path / "none.safetensors", tmp_path / "checkpoint.pt"):
-        assert backbone_of(_options(init), BackboneKeys()).name == "yolo12n"
+        recipe = finetuning.resolve(None, [])
+        assert with_backbone_of_init(recipe, _options(init)).backbone.name == "yolo12n"
 
 
 @pytest.mark.parametrize(

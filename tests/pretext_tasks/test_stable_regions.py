@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image, ImageDraw
 from groundwork.colour import Colour, draw, matrix_of
 from pretext_tasks.stable_regions import (
     KINDS,
+    Boxes,
     RegionKeys,
     kinds_of,
     shared_areas,
@@ -170,12 +170,21 @@ def test_strips_and_dots_have_no_regions(shape: tuple[int, int]) -> None:
     assert stable_regions(picture, RegionKeys()).shape == (0, 4)
 
 
-def test_noise_is_no_trap() -> None:
-    """Ten thousand candidates would take seconds and a gigabyte."""
-    picture = np.random.default_rng(0).integers(0, 255, (288, 384, 3)).astype(np.uint8)
-    started = time.process_time()
-    stable_regions(picture, RegionKeys())
-    assert time.process_time() - started < 3
+def test_no_more_candidates_are_compared_than_there_is_time_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = []
+
+    def shared(first: Boxes, second: Boxes) -> Boxes:
+        compared.append(len(first))
+        return shared_areas(first, second)
+
+    monkeypatch.setattr("pretext_tasks.stable_regions.shared_areas", shared)
+    noise = np.random.default_rng(0).integers(0, 255, (288, 384, 3)).astype(np.uint8)
+    stable_regions(noise, RegionKeys())
+    monkeypatch.setattr("pretext_tasks.stable_regions._CANDIDATES", 10**9)
+    stable_regions(noise, RegionKeys())
+    assert compared[0] == 3000 < compared[1]
 
 
 def test_a_grey_picture_has_no_colours_whatever_is_drawn() -> None:

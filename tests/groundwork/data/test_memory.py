@@ -36,7 +36,8 @@ def _fill(memory: Memory, worker: int) -> None:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_many_processes_write_at_once(tmp_path: Path, method: str) -> None:
     memory = Memory(tmp_path)
-    memory.put(b"before", b"here")  # a connection that forks must not use
+    memory.put(b"before", b"here")
+    memory.close()
     context: Any = multiprocessing.get_context(method)
     workers = [context.Process(target=_fill, args=(memory, worker)) for worker in range(3)]
     for worker in workers:
@@ -68,14 +69,36 @@ def test_a_file_that_cannot_be_used_is_done_without(
         assert len(caplog.records) == 1 and str(memory.file) in caplog.text  # said once
 
 
-def test_a_lock_that_is_not_let_go_is_not_waited_for_forever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_lock_that_is_not_let_go_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("groundwork.data.memory._WAIT", 0.1)
     memory = Memory(tmp_path)
     memory.put(b"a", b"one")
-    with sqlite3.connect(memory.file) as other:
+    with caplog.at_level(logging.WARNING), sqlite3.connect(memory.file) as other:
         other.execute("BEGIN EXCLUSIVE")
         memory.put(b"b", b"two")
+        memory.put(b"b", b"three")
         other.rollback()
-    assert Memory(tmp_path).get(b"a") == b"one" and Memory(tmp_path).get(b"b") is None
+    assert len(caplog.records) == 1
+    assert memory.get(b"a") == b"one" and memory.get(b"b") is None
+    memory.put(b"b", b"four")  # it is used again once the lock is gone
+    assert Memory(tmp_path).get(b"b") == b"four"
+
+
+def _used_after_a_fork(memory: Memory, answer: Any) -> None:
+    try:
+        memory.get(b"a")
+    except RuntimeError as error:
+        answer.send(str(error))
+
+
+def test_what_is_open_must_not_go_through_a_fork(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    memory.put(b"a", b"one")
+    context: Any = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    child = context.Process(target=_used_after_a_fork, args=(memory, there))
+    child.start()
+    child.join(60)
+    assert here.poll(0) and "went through a fork" in here.recv()
