@@ -16,3 +16,13 @@ def pictures(tmp_path: Path, make_jpeg: Callable[..., bytes]) -> Path:
     for i in range(22):
         (folder / f"{i:02d}.jpg").write_bytes(make_jpeg(i, 96, 80))
     return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path, make_jpeg: Callable[..., bytes]) -> Path:
+    """Ten pictures, 00.jpg to 09.jpg."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number:02d}.jpg").write_bytes(make_jpeg(number))
+    return folder

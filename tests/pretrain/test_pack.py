@@ -81,12 +81,6 @@ def stored(shards: ShardSamples) -> dict[str, bytes]:
     return found
 
 
-@pytest.fixture
-def images(tmp_path: Path, make_jpeg: MakeJpeg) -> Path:
-    write_pictures(tmp_path / "images", [f"{i:02d}.jpg" for i in range(10)], make_jpeg)
-    return tmp_path / "images"
-
-
 # ---- what goes in comes out --------------------------------------------------------------------
 
 
