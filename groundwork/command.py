@@ -25,6 +25,9 @@ RecipeT = TypeVar("RecipeT", bound=Section)
 
 logger = logging.getLogger("groundwork.command")
 
+# How often a launcher has started the same command before: torchrun's count, and Slurm's.
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
 INIT_NAME = "init.txt"  # of a run folder: the file that --init named
 
 
@@ -77,10 +80,11 @@ def check_other_folder(out: Path | None, run: Path) -> None:
 def resume_after_restart(options: argparse.Namespace) -> None:
     """Go on with the run of --out where the launcher has started its processes anew.
 
-    torchrun --max-restarts gives the first command again. Without --out every start has a folder of
-    its own, and nothing is gone on with.
+    torchrun --max-restarts gives the first command again, and so does Slurm, which counts how often
+    it has requeued a job. Without --out every start has a folder of its own, and nothing is gone on
+    with.
     """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = any(int(os.environ.get(name) or "0") > 0 for name in _RESTARTS)
     if restarted and options.resume is None and options.out is not None and holds_run(options.out):
         options.resume, options.out = str(options.out), None
         options.recipe = options.init = None

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from finetune import recipe as finetuning
 from finetune import run as finetune_run
 from groundwork.backbones import METADATA_KEY
-from groundwork.command import with_backbone_of_init
+from groundwork.command import resume_after_restart, with_backbone_of_init
 from pretrain import run as pretrain_run
 
 
@@ -69,3 +69,34 @@ def test_the_printed_recipe_has_it_and_nothing_else_is_printed(
     printed = capsys.readouterr().out
     assert "name: timm/resnet18.a1_in1k" in printed
     assert "says" not in printed
+
+
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_command_that_a_launcher_repeats_goes_on(
+    count: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options() -> argparse.Namespace:
+        return argparse.Namespace(
+            resume=None, out=tmp_path, recipe="aerial", init=None, task=None, overrides=["seed=1"]
+        )
+
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    for first in (None, "", "0"):  # a first start
+        if first is not None:
+            monkeypatch.setenv(count, first)
+        resume_after_restart(found := options())
+        assert found == options()
+    monkeypatch.setenv(count, "1")
+    resume_after_restart(found := options())
+    assert (found.resume, found.out, found.recipe, found.overrides) == (
+        str(tmp_path),
+        None,
+        None,
+        [],
+    )
+    (tmp_path / "recipe.yaml").unlink()  # it ended before it had begun
+    resume_after_restart(found := options())
+    assert found == options()

@@ -29,7 +29,9 @@ TINY = [
 def environment() -> dict[str, str]:
     """The environment of a run: no other run's settings, and one thread to import with."""
     mine = {
-        k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC"))
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("ACCELERATE_", "TORCHELASTIC", "SLURM_"))
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         mine.pop(name, None)
