@@ -41,6 +41,7 @@ _COUNTING = threading.Lock()
 _EXAMPLES = 3  # of each kind of defect
 _SMALL, _LARGE = 32.0, 96.0  # sides of a square in pixels; COCO's evaluation
 _TILE = 480  # pixels: side of a tile
+_IMAGE_SIZES = (256, 640)
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -55,6 +56,7 @@ class Survey:
     shown_in: Counter[int] = field(default_factory=Counter)  # pictures by class
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # pictures by width, height
     sides: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    shares: list[npt.NDArray[np.float32]] = field(default_factory=list)  # of the longer side
 
     def count(self, picture: Picture, annotations: Annotations) -> None:
         """Count one picture."""
@@ -65,7 +67,9 @@ class Survey:
         self.boxes.update(classes)
         self.shown_in.update(set(classes))
         self.sizes[picture.width, picture.height] += 1
-        self.sides.append(np.sqrt((edges[:, 2:] - edges[:, :2]).prod(axis=1)))
+        sides = np.sqrt((edges[:, 2:] - edges[:, :2]).prod(axis=1))
+        self.sides.append(sides)
+        self.shares.append(sides / max(picture.width, picture.height))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,6 +241,9 @@ def _box_sizes(found: Survey) -> Iterator[str]:
         f"{quantile:.0%} {value:.1f}" for quantile, value in zip(_QUANTILES, values, strict=True)
     )
     yield f"  roots of their areas, px: {quantiles}"
+    middle = float(np.median(np.concatenate(found.shares)))
+    seen = ", ".join(f"{middle * size:.1f} at image_size={size}" for size in _IMAGE_SIZES)
+    yield f"  the middle one as training sees it, px: {seen}"
 
 
 def _defects(samples: LabeledSamples) -> Iterator[str]:

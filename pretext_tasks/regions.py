@@ -193,7 +193,11 @@ class Regions(ThroughNeck):
         return RegionsViews(config, image_size)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """Return the detection loss. Metrics: its parts, and regions of a view in the mean."""
+        """Return the detection loss.
+
+        Metrics: its parts; regions of a view in the mean; the middle one's side in pixels (the root
+        of its area), which should be near what boxes will have in fine-tuning.
+        """
         image = self._coloured(batch)
         targets = self._targets(batch)
         raw = self.head(self.through(self.backbone(image)))
@@ -201,7 +205,9 @@ class Regions(ThroughNeck):
         with torch.autocast(image.device.type, enabled=False):
             loss = self._loss(self, raw, size, targets)
         found = batch["count"].float().mean()
-        return StepOutput(loss.total, {**loss.parts, "regions": found})
+        sides = (targets.boxes[:, 2:] - targets.boxes[:, :2]).prod(1).sqrt()
+        side = sides.median() if len(sides) else sides.sum()
+        return StepOutput(loss.total, {**loss.parts, "regions": found, "side": side})
 
     def after_step(self, progress: float) -> None:
         """Take a copy of the network where a round begins, and make clusters when it is time."""

@@ -91,7 +91,10 @@ def test_the_loss_is_the_second_stages(make_task: Callable[..., Regions]) -> Non
     wanted = DetectionLoss(LossKeys())(detector, detector(image), (128, 128), targets)
     torch.testing.assert_close(output.loss, wanted.total)
     assert output.metrics["regions"] == 1
-    assert set(output.metrics) == {"regions", "classification", "localisation", "distribution"}
+    sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
+    torch.testing.assert_close(output.metrics["side"], sides.min())
+    parts = {"classification", "localisation", "distribution"}
+    assert set(output.metrics) == {"regions", "side", *parts}
 
 
 def test_a_batch_without_regions_teaches_that_there_is_nothing(
