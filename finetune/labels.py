@@ -243,7 +243,7 @@ def _box_sizes(found: Survey) -> Iterator[str]:
     yield f"  roots of their areas, px: {quantiles}"
     middle = float(np.median(np.concatenate(found.shares)))
     seen = ", ".join(f"{middle * size:.1f} at image_size={size}" for size in _IMAGE_SIZES)
-    yield f"  the middle one as training sees it, px: {seen}"
+    yield f"  the middle one, px: {seen}"
 
 
 def _defects(samples: LabeledSamples) -> Iterator[str]:

@@ -45,7 +45,7 @@ def test_what_was_found_is_told_and_drawn(
         "train: 3 pictures, of them 1 background; 3 boxes",
         "car           2 boxes in       2 pictures",
         "boxes' sizes: small 2 (67%), medium 1 (33%), large 0 (0%)",
-        "sees it, px: 110.9 at image_size=256, 277.1 at image_size=640",
+        "the middle one, px: 110.9 at image_size=256, 277.1 at image_size=640",
         "pictures' sizes: 64 x 48 (3)",
         "1 x box partly outside its picture, clipped",
         "a.txt, line 2",
