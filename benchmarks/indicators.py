@@ -110,8 +110,14 @@ def row_of(study: Study, init: Init, fraction: float, measures: Measures) -> dic
     weights = study.weights(init)
     recipe = read_yaml(next(iter(runs.values())) / "recipe.yaml")
     torch.manual_seed(recipe["seed"])
-    detector = build_detector(recipe["backbone"]["name"], num_classes=measures.classes)
-    loaded = frozenset() if weights is None else load_init(detector, weights).loaded
+    bands = recipe["data"]["bands"]
+    detector = build_detector(
+        recipe["backbone"]["name"], num_classes=measures.classes,
+        in_channels=3 if bands is None else len(bands),
+    )  # fmt: skip
+    loaded: frozenset[str] = frozenset()
+    if weights is not None:
+        loaded = load_init(detector, weights, recipe["detector"]["take"]).loaded
     return {
         "dataset": study.data.name,
         "init": init.name,
@@ -196,4 +202,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(label_efficiency.told(main))

@@ -24,36 +24,52 @@ An init is a recipe of recipes/pretrain, or an entry of --plan, a YAML file:
 The labeled pictures of a fraction are those of --lists/<set>-<NN>pct-seed<S>.txt, or where there is
 no such file, drawn from the set's training pictures by the seed. Every figure is written to
 --results (a JSON list: docs/results.md) as soon as it is there; what is there is not run
-again, and a run that was cut off goes on where its last checkpoint is.
+again, and a run that was cut off goes on where its last checkpoint is. Studies of other sets or
+inits may write the same --results at the same time. With --no-test nothing is scored on test and
+nothing written: this is for choices, which are made on val.
+
+Each pretraining has a cache of its own, so that what one works out of the pictures (`regions`) is
+in no other's minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import logging
 import math
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from benchmarks.label_efficiency_results import write
+from benchmarks.label_efficiency_results import update
 from finetune.evaluate import evaluate
 from finetune.weights import detector_from_file
+from groundwork.command import LAUNCHER
 from groundwork.config import read_yaml
 from groundwork.data.labels import open_labeled
-from groundwork.errors import DataError, UsageError
+from groundwork.errors import DataError, GroundworkError, StoppedError, UsageError
+from groundwork.run_folder import LOCK
 
 logger = logging.getLogger(__name__)
 
 RESULTS = Path("docs/results/label_efficiency.json")
+_STOPPED = 75  # exit code of a stage that was asked to stop, and saved
+# Of a command: where things are, how long and by which seed it trains.
+_NO_SETTING = re.compile(
+    r" (--out|--init) \S+| (data\.(train|train_list|cache)|budget\.steps|seed)=\S+"
+)
 
 
 @dataclass(frozen=True)
@@ -91,9 +107,10 @@ class Study:
             return None
         run = self.work / f"pretrain-{init.name}"
         file = run / "pretrained.safetensors"
-        flags = ["--recipe", init.recipe]
+        flags = ["--task" if "+" in init.recipe else "--recipe", init.recipe]
         keys = [
             f"data.train={self.options.unlabeled or self.data / 'images' / 'train'}",
+            f"data.cache={self.work / f'cache-{init.name}'}",
             f"budget.minutes={init.minutes}",
             "probe.labeled=null",
             *init.pretrain,
@@ -153,12 +170,12 @@ class Study:
         best = max(found, key=lambda steps: (found[steps], -steps))
         where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
         run = self.train(init, fraction, seed, best)  # it is there
-        command = (run.parent / f"{run.name}.command.txt").read_text().strip()
+        command = _noted(run)
         by_steps = {str(steps): ap for steps, ap in found.items()}
         for one in self.results:
             if not where.items() <= one.items():
                 continue
-            if _without_length(one["command"], one["steps"]) != _without_length(command, best):
+            if _settings(one["command"]) != _settings(command):
                 continue  # of a plan with other keys
             by_steps = one["val_ap_by_steps"] | by_steps
             if (one["val_ap"], -one["steps"]) >= (found[best], -best):
@@ -166,21 +183,27 @@ class Study:
                 return one
         file = run / "detector.safetensors"
         detector, about = detector_from_file(file)
-        test = open_labeled(str(self.data), "test", cache=self.work, cache_bytes=10**9)
+        test = open_labeled(
+            str(self.data), "test", cache=self.work, cache_bytes=10**9, reading=about.reading()
+        )
         scored = evaluate(
             detector.to(memory_format=torch.channels_last), test,
             image_size=about.image_size, workers=1,
         )  # fmt: skip
         test.close()
         assert scored is not None
-        # Rows of another length, of seeds that ran before this one was chosen, are not comparable.
+        # Other seeds' rows of another length, or of other settings, are not comparable.
         mine = {key: where[key] for key in ("dataset", "init", "fraction")}
+        same = best, _settings(command)
         self.results[:] = [
             one
             for one in self.results
             if not where.items() <= one.items()
-            and not (mine.items() <= one.items() and one["steps"] != best)
+            and not (
+                mine.items() <= one.items() and (one["steps"], _settings(one["command"])) != same
+            )
         ]
+        pretrained = self.work / f"pretrain-{init.name}"
         row = {
             **where,
             "steps": best,
@@ -190,6 +213,7 @@ class Study:
             "val_ap_by_steps": by_steps,
             "val_curve": curve(run),
             "pretrain_minutes": init.minutes,
+            "pretrain_command": None if init.recipe is None else _noted(pretrained),
             "command": command,
             "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
@@ -197,9 +221,14 @@ class Study:
         return row
 
 
-def _without_length(command: str, steps: int) -> str:
-    """Return a command less the number of steps that it trains for."""
-    return command.replace(f"-{steps} ", "- ").replace(f"budget.steps={steps} ", "")
+def _settings(command: str) -> str:
+    """Return of a command what makes its figures others, whatever the seed and length."""
+    return _NO_SETTING.sub("", command)
+
+
+def _noted(run: Path) -> str:
+    """Return the command that a run was made by."""
+    return (run.parent / f"{run.name}.command.txt").read_text().strip()
 
 
 def curve(run: Path) -> list[list[float]]:
@@ -222,17 +251,56 @@ def val_ap(run: Path) -> float:
 
 
 def _go_on(module: str, run: Path, flags: list[str], keys: list[str]) -> None:
-    """Run a command to its end, from its last checkpoint where there is one."""
+    """Run a command to its end, from its last checkpoint where there is one.
+
+    Raises StoppedError where it was asked to stop, UsageError where another process trains in its
+    folder, DataError where it failed.
+    """
     command = [sys.executable, "-m", module, "--out", str(run), *flags, *keys]
+    _check_free(run)
     if any((run / "checkpoints").glob("*/manifest.json")):
         command = [sys.executable, "-m", module, "--resume", str(run)]
     elif run.is_dir():  # it was stopped before it had saved anything
         shutil.rmtree(run)
     logger.info("%s", " ".join(command[1:]))
     with (run.parent / f"{run.name}.txt").open("a") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise DataError(f"{module} ended with {done.returncode}: see {log.name}.")
+        code = _run(command, log)
+    if code == _STOPPED:
+        raise StoppedError(f"{module} was stopped and has saved: call the study again to go on.")
+    if code:
+        raise DataError(f"{module} ended with {code}: see {log.name}.")
+
+
+def _run(command: list[str], log: TextIO) -> int:
+    """Run a stage and return its exit code; what asks the study to stop is passed on to it.
+
+    It stops, too, when the study is killed (groundwork/command.py).
+    """
+    child = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, LAUNCHER: "study"}
+    )
+    before = {
+        number: signal.signal(number, lambda *_: child.terminate())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_free(run: Path) -> None:
+    """Raise UsageError where a process trains in a run folder."""
+    if not (run / LOCK).is_file():
+        return
+    with (run / LOCK).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"Another process trains in {run}: wait for it, or stop it."
+            ) from error
 
 
 def _same_as_before(run: Path, command: Sequence[str]) -> None:
@@ -252,7 +320,14 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
     found = []
     for name in options.inits:
         entry = dict(plan.get("inits", {}).get(name, {}))
-        entry = {k: v[data.name] if isinstance(v, dict) else v for k, v in entry.items()}
+        for key, value in entry.items():
+            if isinstance(value, dict):
+                if data.name not in value:
+                    raise UsageError(
+                        f"{options.plan}: {name}.{key} is given for {', '.join(value)}, not for "
+                        f"{data.name}: add it, or give one value for all sets."
+                    )
+                entry[key] = value[data.name]
         unknown = set(entry) - {"recipe", "weights", "minutes", "pretrain", "finetune"}
         if unknown:
             raise UsageError(f"{options.plan}: {name} has unknown key(s) {', '.join(unknown)}.")
@@ -273,31 +348,56 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing and write results, table and curves."""
+    """Run what is missing and write results, table and curves. Raises GroundworkError.
+
+    An init whose run fails is left out, and told of at the end.
+    """
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    results = json.loads(options.results.read_text()) if options.results.is_file() else []
+    if options.unlabeled is not None and len(options.data) > 1:
+        raise UsageError("--unlabeled is of one set: call the study once for each of --data.")
+    failed = []
     for data in options.data:
-        study = Study(options, data, results)
+        study = Study(options, data)
         for fraction in options.fractions:
             for init in inits_of(options, data):
-                lengths = options.steps
-                for seed in range(options.seeds):
-                    row = study.cell(init, fraction, seed, lengths)
-                    lengths = [row["steps"]]
-                    write(results, options.results)
-                    logger.info(
-                        "%s %s %g %% seed %d: %d steps, test AP %.4f.", data.name, init.name,
-                        fraction, seed, row["steps"], row["ap"],
-                    )  # fmt: skip
+                try:
+                    _row(study, init, fraction)
+                except DataError as error:
+                    logger.error("%s %s %g %%: %s", data.name, init.name, fraction, error)
+                    failed.append(f"{data.name} {init.name} {fraction:g} %")
+    if failed:
+        raise DataError(f"Not all runs ended well: {', '.join(failed)}.")
     return 0
+
+
+def _row(study: Study, init: Init, fraction: float) -> None:
+    """Run all seeds of an init at one fraction; the first chooses the length."""
+    options, lengths, name = study.options, study.options.steps, study.data.name
+    for seed in range(options.seeds):
+        if options.no_test:
+            found = {n: val_ap(study.train(init, fraction, seed, n)) for n in lengths}
+            shown = ", ".join(f"{steps} steps {ap:.4f}" for steps, ap in found.items())
+            logger.info("%s %s %g %% seed %d, val AP: %s", name, init.name, fraction, seed, shown)
+            continue
+        study.results = update(options.results, None)
+        row = study.cell(init, fraction, seed, lengths)
+        lengths = [row["steps"]]
+        mine = {"dataset": name, "init": init.name, "fraction": fraction}
+        update(options.results, [one for one in study.results if mine.items() <= one.items()])
+        logger.info(
+            "%s %s %g %% seed %d: %d steps, test AP %.4f.", name, init.name, fraction, seed,
+            row["steps"], row["ap"],
+        )  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the flags."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.label_efficiency")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="roots with splits")
-    parser.add_argument("--work", type=Path, required=True, help="folder of runs")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/study"), help="folder of runs (%(default)s)"
+    )
     parser.add_argument("--inits", nargs="+", required=True)
     parser.add_argument("--fractions", type=float, nargs="+", default=[5.0], help="percent")
     parser.add_argument("--seeds", type=int, default=1, help="how many")
@@ -310,9 +410,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", type=Path, help="YAML: what the inits are")
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--finetune", nargs="*", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="(%(default)s)")
+    parser.add_argument("--no-test", action="store_true", help="val alone; nothing is written")
     return parser
 
 
+def told(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code, with one sentence for what stopped it."""
+    try:
+        return command()
+    except GroundworkError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -26,6 +26,7 @@ from finetune.metrics import Results, score, to_rows
 from groundwork.checkpoint import write_atomically
 from groundwork.command import log_to_standard_output
 from groundwork.config import Section, parse_overrides, validate
+from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples, open_labeled
 from groundwork.data.reading import MAX_PIXELS, Reading
 from groundwork.errors import DataError, GroundworkError, UsageError
@@ -79,6 +80,10 @@ class Sets(Section):
     val: str | None = None
     test: str | None = None
     split: Literal["train", "val", "test"] | None = None  # another split of that root
+    # Of pictures that are not split (or of split=train): the share that training with the same
+    # data.holdout held out, and train_list, if it had one.
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    train_list: str | None = None
     workers: int | None = Field(default=None, ge=0)  # threads that decode; null: as many as cores
     cache: str | None = None  # for drawn scenes, remote shards, foreign indexes
     max_pixels: Count = MAX_PIXELS  # a larger picture is refused before it is decoded
@@ -158,8 +163,10 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
 
 def _open(source: str, split: str, sets: Sets, reading: Reading) -> LabeledSamples:
     data = Data(cache=sets.cache)
+    held_out = HeldOut(sets.holdout, kept=True) if sets.holdout else None
     return open_labeled(
         source, split, cache=data.cache_folder(), cache_bytes=int(data.cache_gb * 1e9),
+        names_in=None if sets.train_list is None else Path(sets.train_list), held_out=held_out,
         reading=reading,
     )  # fmt: skip
 

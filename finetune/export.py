@@ -129,7 +129,7 @@ def _export(options: argparse.Namespace) -> str:
 
 
 def _onnx(options: argparse.Namespace, out: Path) -> str:
-    from finetune.export_onnx import check_onnx, onnx_model, save_onnx, with_suppression
+    from finetune.export_onnx import check_onnx, check_runs, onnx_model, save_onnx, with_suppression
 
     detector, about = detector_from_file(options.weights)
     noted = _noted(detector, about, options.image_size)
@@ -138,6 +138,7 @@ def _onnx(options: argparse.Namespace, out: Path) -> str:
     outputs = "boxes: N A 4 (left, top, right, bottom, pixels); scores: N A C"
     if options.nms:
         model = with_suppression(model, noted, **options.limits)
+        check_runs(model, detector)
         outputs = "detections: K 7: picture, left, top, right, bottom (pixels), score, class"
     _write(out, lambda path: save_onnx(model, path))
     return (

@@ -163,6 +163,28 @@ def check_onnx(model: Any, detector: Detector) -> tuple[float, float]:
     return worst, rounding
 
 
+def check_runs(model: Any, detector: Detector) -> None:
+    """Run a model with suppression on two pictures. Raises GroundworkError where it does not run.
+
+    What it finds is compared with torch in tests: boxes that nearly tie may be told in either way.
+    """
+    runtime = _import("onnxruntime")
+    shape = (2, detector.backbone.in_channels, 2 * SMALLEST, 3 * SMALLEST)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).numpy()
+    try:
+        session = runtime.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        [found] = session.run(None, {"images": images})
+    except Exception as error:  # onnxruntime has no common class of its own
+        raise GroundworkError(
+            f"The ONNX model with suppression does not run ({error}): it was not written. Export "
+            "it without --nms, or try another version of onnxruntime."
+        ) from error
+    if found.ndim != 2 or found.shape[1] != 7:
+        raise GroundworkError(f"The ONNX model with suppression gives {found.shape}, not K x 7.")
+
+
 def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor], side: int) -> float:
     boxes, scores = ((a - b).abs().max().item() for a, b in zip(found, wanted, strict=True))
     return max(boxes / side, scores)

@@ -19,7 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from finetune.draw import TEXT, as_image, colour_of, draw_box, draw_tag
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
-from groundwork.data.reading import add_flags, stated_by
+from groundwork.data.reading import MAX_PIXELS, PLAIN, add_flags, stated_by
 from groundwork.errors import DataError, GroundworkError
 from groundwork.settings import Data
 
@@ -57,6 +57,7 @@ class Survey:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # pictures by width, height
     sides: list[npt.NDArray[np.float32]] = field(default_factory=list)
     shares: list[npt.NDArray[np.float32]] = field(default_factory=list)  # of the longer side
+    thinnest: list[npt.NDArray[np.float32]] = field(default_factory=list)  # sides, as shares of it
 
     def count(self, picture: Picture, annotations: Annotations) -> None:
         """Count one picture."""
@@ -67,9 +68,15 @@ class Survey:
         self.boxes.update(classes)
         self.shown_in.update(set(classes))
         self.sizes[picture.width, picture.height] += 1
+        longer = max(picture.width, picture.height)
         sides = np.sqrt((edges[:, 2:] - edges[:, :2]).prod(axis=1))
         self.sides.append(sides)
-        self.shares.append(sides / max(picture.width, picture.height))
+        self.shares.append(sides / longer)
+        self.thinnest.append((edges[:, 2:] - edges[:, :2]).min(axis=1) / longer)
+
+    def below(self, pixels: float, image_size: int) -> int:
+        """Return how many boxes have a side of less than so many pixels at an image size."""
+        return sum(int((sides * image_size < pixels).sum()) for sides in self.thinnest)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         help="pictures on the sheet (default %(default)s; 0: no sheet)",
     )
     add_flags(parser, "as the format says")
+    parser.add_argument(
+        "--max-pixels",
+        metavar="PIXELS",
+        type=_count,
+        default=MAX_PIXELS,
+        help="pictures of so many pixels or more count as unreadable (default %(default)s)",
+    )
     return parser
 
 
@@ -130,7 +144,7 @@ def _show(given: argparse.Namespace) -> None:
     if given.split is not None:
         splits = (given.split,)
     settings = Data()
-    reading = stated_by(given.bands, given.value_range)
+    reading = stated_by(given.bands, given.value_range, replace(PLAIN, max_pixels=given.max_pixels))
     opened: dict[str | None, LabeledSamples] = {}
     for split in splits:
         samples = open_labeled(
@@ -188,11 +202,13 @@ def _survey(
     tick: Callable[[], object],
 ) -> None:
     for shard, index in places:
-        sample = samples.read(shard, index)
+        source, shown = samples.name, ""
         try:
+            sample = samples.read(shard, index)
+            source, shown = sample.source, f"{sample.key}: "
             picture = open_picture(sample.image, samples.reading)
         except DataError as error:
-            samples.defects.add(UNREADABLE, sample.source, f"{sample.key}: {error}")
+            samples.defects.add(UNREADABLE, source, f"{shown}{error}")
             continue
         annotations = samples.annotations(sample, picture)
         with _COUNTING:

@@ -73,6 +73,8 @@ from groundwork.training_state import Trained
 
 logger = logging.getLogger(__name__)
 
+_FEW_STEPS = 500  # below which a run on pictures of one's own is told to be a first look
+
 
 @dataclass
 class Position(training_state.Position):
@@ -162,7 +164,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     if run.resumed:
         run.begin(saved)
     if accelerator.is_main_process:
-        tell_defects(sets, run.folder)
+        tell_defects(sets, run.folder, recipe.image_size)
     if recipe.compile:
         for part in parts_of(detector).values():
             part.compile()
@@ -299,7 +301,9 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             if loader is None or stretch.number != position.stretch:
                 if loader is not None:
                     loader.close()
-                if stretch.number != position.stretch:
+                # A run that goes on with other batches may stand inside one of them.
+                off = (position.samples - position.origin) % stretch.batch_size
+                if stretch.number != position.stretch or off:
                     position.stretch, position.origin = stretch.number, position.samples
                 loader = open_loader(stretch)
                 batches = iter(loader)
@@ -469,6 +473,11 @@ def _announce(
         for name, one in (("validation", sets.val), ("test", sets.test))
         if one is not None
     ]
+    if recipe.data.train != "scenes" and clock.steps is not None and clock.steps < _FEW_STEPS:
+        logger.warning(
+            "%d steps are a first look: detectors of a few dozen pictures got better up to 2,000 "
+            "and more (budget.steps, budget.epochs; recipes/finetune has recipes).", clock.steps,
+        )  # fmt: skip
     logger.info(
         "A detector on %s (%.2f M parameters) of %d class(es), %d labeled pictures of %s%s, %d px, "
         "batch %d, %s, %d process(es), %s.",

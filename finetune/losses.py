@@ -2,7 +2,8 @@
 
 What is compared with what comes from the task-aligned assignment (finetune/assign.py). Sums over
 points are divided by the sum of the targets' scores over the batch, so that pictures with many
-boxes do not outweigh the others; of several processes each divides by its own sum.
+boxes do not outweigh the others; of several processes, and of several micro-batches of a step
+(`accumulate`), each divides by its own sum.
 
 - classification, every point and class against its target score: `bce` (binary cross-entropy),
   `focal` (arXiv 1708.02002, equation 5, torchvision's), `varifocal` (arXiv 2008.13367, equation 2)
@@ -243,6 +244,7 @@ def penalty(
                 total = total + l2 / 2 * parameter.square().sum()
     if l1_scales:
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d) and counts(module.weight):
+            # SyncBatchNorm is one of these too, and no BatchNorm2d.
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and counts(module.weight):
                 total = total + l1_scales * module.weight.abs().sum()
     return total

@@ -1,4 +1,4 @@
-"""What a detector finds in pictures: `python -m finetune.predict WEIGHTS PICTURES --out DIR`.
+"""What a detector finds in pictures: `python -m finetune.predict WEIGHTS PICTURES [--out DIR]`.
 
 What: DIR/predictions.json (images, annotations and categories in COCO's form), DIR/detections.json
 (COCO's results form, a list), and DIR/pictures, where the boxes are drawn with names and scores.
@@ -256,7 +256,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("weights", metavar="WEIGHTS", type=Path, help="a detector.safetensors")
     add("pictures", metavar="PICTURES", help="a picture, a folder, a list (.txt) or tar shards")
-    add("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("predictions"),
+        help="the folder to write (%(default)s)",
+    )
     add("--score", type=_share, default=0.25, help="boxes scored lower are left out (%(default)s)")
     add("--iou", type=_share, default=0.7, help="boxes of a class may overlap so far (%(default)s)")
     add("--most", type=_count, default=300, metavar="N", help="boxes of a picture (%(default)s)")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.augment.boxes import Rule
 from finetune.labels import survey
 from finetune.recipe import Recipe
 from groundwork.checkpoint import write_atomically
@@ -85,7 +86,7 @@ def open_sets(recipe: Recipe) -> Sets:
     return Sets(train, val, other(data.test, "test") if recipe.eval.test else None)
 
 
-def tell_defects(sets: Sets, folder: Path) -> None:
+def tell_defects(sets: Sets, folder: Path, image_size: int) -> None:
     """Say what is wrong with the labels, by reason; label-defects.jsonl lists it.
 
     Some defects show when a picture is opened. Pictures in files are looked at before training,
@@ -106,6 +107,13 @@ def tell_defects(sets: Sets, folder: Path) -> None:
                     f"`python -m finetune.labels`, and whether coordinates are what the form "
                     "wants: YOLO's are shares of the picture's sides, COCO's and VOC's pixels."
                 )
+            lost = found.below(Rule().min_side, image_size) if name == "training" else 0
+            if lost:
+                logger.warning(
+                    "%d of %d boxes for training have a side below %g px at image_size=%d and are "
+                    "left out: a larger image_size shows them, or tiles (python -m pretrain.pack "
+                    "--tiles).", lost, found.boxes.total(), Rule().min_side, image_size,
+                )  # fmt: skip
             if name == "validation" and not found.boxes:
                 logger.warning(
                     "No picture for validation has a box, so AP will say nothing: name others by "

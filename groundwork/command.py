@@ -28,6 +28,8 @@ logger = logging.getLogger("groundwork.command")
 # How often a launcher has started the same command before: torchrun's count, and Slurm's.
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
+LAUNCHER = "GROUNDWORK_LAUNCHER"  # in the environment of what a program of ours has started
+
 INIT_NAME = "init.txt"  # of a run folder: the file that --init named
 
 
@@ -194,7 +196,9 @@ def stop_with_the_launcher() -> None:
     `accelerate launch` with one process dies of SIGTERM without passing it on, and training would
     go on as an orphan. Only under a launcher: a run started by hand may outlive its shell.
     """
-    launched = any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
+    launched = any(
+        name.startswith(("ACCELERATE_", "TORCHELASTIC_", LAUNCHER)) for name in os.environ
+    )
     if launched and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)

@@ -295,14 +295,15 @@ def commit() -> str:
         return ""
 
 
-def bring_best(saved: Checkpoint, run: Run, best: float) -> float:
+def bring_best(saved: Checkpoint, run: Run, best: float, measure: str | None = None) -> float:
     """Take the best weights along where a run goes on in another folder.
 
     Return the score to beat: -1 where the weights that had `best` are not there any more. Weights
-    of a step behind the checkpoint are of a course that is left, or of steps to be taken again.
+    of a step behind the checkpoint are of a course that is left, or of steps to be taken again;
+    weights that say nothing of `measure` were chosen by another one.
     """
     here, there = run.folder / BEST, saved.path.parent.parent / BEST
-    found = best >= 0 and _step_of(there) <= saved.step
+    found = best >= 0 and _step_of(there, measure) <= saved.step
     run.accelerator.wait_for_everyone()  # before one writes what another looks for
     if found and run.accelerator.is_main_process and here.resolve() != there.resolve():
         copy_whole(there, here)
@@ -310,10 +311,11 @@ def bring_best(saved: Checkpoint, run: Run, best: float) -> float:
     return best if found else -1.0
 
 
-def _step_of(path: Path) -> float:
-    """Return the step that weights are of; infinite where there are none that can be read."""
+def _step_of(path: Path, measure: str | None) -> float:
+    """Return the step that weights are of; infinite where none can be read that tell `measure`."""
     try:
-        return int(read_product(path)[1]["step"])
+        about = read_product(path)[1]
+        return math.inf if measure is not None and measure not in about else int(about["step"])
     except CheckpointError:
         return math.inf
 

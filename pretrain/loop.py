@@ -126,7 +126,11 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     alarm = CollapseAlarm()
     indicator = recipe.probe.indicator() if recipe.probe.times else None
     if saved is not None and indicator is not None:
-        position.best = bring_best(saved, run, position.best)
+        position.best = bring_best(saved, run, position.best, indicator)
+        position.worse = 0 if position.best < 0 else position.worse
+    patience = recipe.probe.patience
+    # What a run that ended so says when it is gone on with; all processes read the same.
+    ended_early = saved is not None and patience is not None and position.worse >= patience
     probe = None
     if accelerator.is_main_process and recipe.probe.times:
         probe = open_probe(
@@ -241,7 +245,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             tracking.write(0, measure())
             _sheet(run, task, sheet, 0)
         clock.start()
-        while not clock.over(position.step):
+        while not clock.over(position.step) and not ended_early:
             progress = clock.progress(position.step)
             factor = multiplier(recipe.schedule, progress) * 0.5**position.rollbacks
             set_learning_rate(optimizer, recipe.optim.lr * factor)
@@ -331,7 +335,6 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 if agree(group, bool(collapse)).stop and recipe.probe.stop_on_collapse:
                     save(required=True)
                     raise DivergedError(f"Stopped at step {position.step}. {collapse}")
-                patience = recipe.probe.patience
                 # The main process alone measures, and so it alone knows.
                 enough = probe is not None and patience is not None and position.worse >= patience
                 if agree(group, enough).stop and not ended:
@@ -358,7 +361,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         stop.restore()
     product = run.folder / "pretrained.safetensors"
     if accelerator.is_main_process:
-        if indicator is not None and (run.folder / BEST).is_file():
+        if indicator is not None and position.best >= 0 and (run.folder / BEST).is_file():
             copy_whole(run.folder / BEST, product)  # and not a move: a finished run may be resumed
             _, about = read_product(product)
             logger.info(

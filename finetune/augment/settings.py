@@ -109,7 +109,7 @@ class RandAugmentSettings(Section):
     """`num_ops` operations of one `magnitude`, drawn for each picture (policies.py); 0 is none."""
 
     num_ops: int = Field(default=0, ge=0)
-    magnitude: float = Field(default=5.0, ge=0, le=10)
+    magnitude: float = Field(default=6.0, ge=0, le=10)  # at 5 colour and contrast stay
 
 
 class AutoAugmentSettings(Section):

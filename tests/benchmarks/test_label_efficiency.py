@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.label_efficiency import Init, Study, inits_of, main, parser
-from benchmarks.label_efficiency_results import draw, table
+from benchmarks.label_efficiency import Init, Study, _go_on, _settings, inits_of, main, parser
+from benchmarks.label_efficiency_results import draw, table, update
 from finetune.detector import build_detector
 from finetune.weights import parts_of, save_detector
 from groundwork.errors import UsageError
@@ -68,6 +73,61 @@ def test_a_plan_says_what_an_init_is(tmp_path: Path) -> None:
     options.inits = ["wrong"]
     with pytest.raises(UsageError, match=r"wrong has unknown key.* recipee"):
         inits_of(options, tmp_path / "two")
+    options.inits = ["mine"]
+    with pytest.raises(UsageError, match=r"mine.recipe is given for one, two, not for three"):
+        inits_of(options, tmp_path / "three")
+
+
+def test_studies_of_other_inits_may_write_the_same_results(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "found.json"
+    assert update(file, None) == []
+    update(file, [_one("scratch", 0, 0.2), _one("scratch", 1, 0.3)])
+    update(file, [_one("byol", 0, 0.4)])
+    assert [one["init"] for one in update(file, [_one("scratch", 2, 0.5)])] == ["byol", "scratch"]
+    assert [(one["init"], one["ap"]) for one in update(file, None)] == [
+        ("byol", 0.4), ("scratch", 0.5),
+    ]  # fmt: skip
+
+
+def test_what_makes_figures_comparable() -> None:
+    first = (
+        "python -m finetune.run --out a-5pct-seed0-500 data.train=x budget.steps=500 seed=0 lr=1"
+    )
+    other = first.replace("500", "2000").replace("seed0", "seed1").replace("seed=0", "seed=1")
+    assert _settings(first) == _settings(other) == "python -m finetune.run lr=1"
+    assert _settings(first.replace("lr=1", "lr=2")) != _settings(first)
+
+
+def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match=r"Another process trains in .*run"):
+            _go_on("finetune.run", run, [], [])
+    assert run.is_dir()
+
+
+@pytest.mark.slow
+def test_what_stops_the_study_stops_its_run_which_saves(labeled: Path, tmp_path: Path) -> None:
+    arguments = _options(
+        labeled, tmp_path, "--inits", "scratch", "--fractions", "50", "--steps", "100000",
+        "--image-size", "64", "--batch-size", "2", "--finetune", *KEYS,
+    )  # fmt: skip
+    study = subprocess.Popen([sys.executable, "-m", "benchmarks.label_efficiency", *arguments])
+    run = tmp_path / "labeled" / "scratch-50pct-seed0-100000"
+    try:
+        for _ in range(600):
+            if (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").stat().st_size:
+                break
+            time.sleep(0.1)
+        study.send_signal(signal.SIGTERM)
+        assert study.wait(60) == 75
+    finally:
+        study.kill()
+        study.wait()
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    assert any(run.glob("checkpoints/step-*/manifest.json"))
 
 
 def test_a_fraction_is_drawn_by_the_seed_and_a_given_list_is_taken(
@@ -119,8 +179,10 @@ def test_a_length_that_is_no_better_changes_no_row(
     better = study.cell(init, 5, 0, [4000])
     assert study.results == [better] and better["steps"] == 4000
     assert better["val_ap_by_steps"]["1000"] == 0.45
-    keys = "lr=2"  # another plan's lengths are no choice
-    assert study.cell(init, 5, 0, [500])["val_ap_by_steps"] == {"500": 0.3}
+    study.cell(init, 5, 1, [4000])
+    keys = "lr=2"  # another plan's lengths are no choice, and its rows are no other seeds
+    row = study.cell(init, 5, 0, [4000])
+    assert row["val_ap_by_steps"] == {"4000": 0.46} and study.results == [row]
 
 
 @pytest.mark.slow

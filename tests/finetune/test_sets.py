@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from finetune import evaluate
 from finetune.recipe import resolve
 from finetune.sets import open_sets, tell_defects
 from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples
+from groundwork.data.reading import PLAIN
 from groundwork.errors import DataError, UsageError
 
 
@@ -94,7 +96,7 @@ def test_labels_in_the_wrong_unit_train_nothing(tmp_path: Path) -> None:
     root = _root(tmp_path / "set", *["0 30 20 10 10\n"] * 3)  # pixels
     sets = open_sets(resolve(None, [f"data.train={root}"]))
     with pytest.raises(DataError, match=r"No box of .* is left .*3 x .*outside.*shares"):
-        tell_defects(sets, tmp_path)
+        tell_defects(sets, tmp_path, 640)
     sets.close()
 
 
@@ -109,7 +111,7 @@ def test_a_defect_of_what_was_split_is_told_once(
     file.write_text(json.dumps(document))
     sets = open_sets(resolve(None, [f"data.train={labeled}", "data.holdout=0.2"]))
     with caplog.at_level(logging.WARNING, "finetune.sets"):
-        tell_defects(sets, tmp_path)
+        tell_defects(sets, tmp_path, 640)
     sets.close()
     assert len((tmp_path / "label-defects.jsonl").read_text().splitlines()) == 1
     assert "validation" not in caplog.text
@@ -124,7 +126,33 @@ def test_validation_without_a_box_is_told(tmp_path: Path, caplog: pytest.LogCapt
         caplog.clear()
         sets = open_sets(resolve(None, [f"data.train={data}", "data.holdout=0.5"]))
         with caplog.at_level(logging.WARNING, "finetune.sets"):
-            tell_defects(sets, tmp_path)
+            tell_defects(sets, tmp_path, 640)
         sets.close()
         told.append("No picture for validation has a box" in caplog.text)
     assert sorted(told) == [False, True]  # one of two is held out, by its name
+
+
+def test_boxes_that_are_too_small_at_the_image_size_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = _root(tmp_path / "set", "0 0.5 0.5 0.2 0.2\n0 0.5 0.5 0.02 0.2\n")
+    sets = open_sets(resolve(None, [f"data.train={root}"]))
+    told = []
+    for size in (640, 32):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "finetune.sets"):
+            tell_defects(sets, tmp_path, size)
+        told.append("1 of 2 boxes for training have a side below 2 px" in caplog.text)
+    sets.close()
+    assert told == [False, True]
+
+
+def test_an_evaluation_finds_what_training_held_out(tmp_path: Path) -> None:
+    root = _root(tmp_path / "set", *["0 0.5 0.5 0.2 0.2\n"] * 10)
+    sets = open_sets(resolve(None, [f"data.train={root}", "data.holdout=0.3"]))
+    held = _paths(sets.val)
+    sets.close()
+    keys = evaluate.Sets(val=str(root), holdout=0.3)
+    found = evaluate._open(str(root), "val", keys, PLAIN)
+    assert _paths(found) == held and len(held) == 3
+    found.close()

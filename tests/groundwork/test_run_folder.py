@@ -37,6 +37,15 @@ def test_the_best_weights_stay_or_come_along(tmp_path: Path, step: int) -> None:
     assert read_product(tmp_path / "b" / BEST)[1]["step"] == step
 
 
+def test_weights_that_another_measure_chose_are_not_the_best(tmp_path: Path) -> None:
+    _best(tmp_path / "a", 30)
+    saved = _saved(tmp_path / "a", 40)
+    assert bring_best(saved, _run(tmp_path / "a"), 0.5, "probe/knn") == -1
+    _, about = read_product(tmp_path / "a" / BEST)
+    known = next(key for key in about if key != "step")
+    assert bring_best(saved, _run(tmp_path / "a"), 0.5, known) == 0.5
+
+
 def test_weights_of_a_later_step_are_of_a_course_that_is_left(tmp_path: Path) -> None:
     _best(tmp_path / "a", 41)
     saved = _saved(tmp_path / "a", 40)

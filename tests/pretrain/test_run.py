@@ -321,6 +321,14 @@ def test_several_tasks_a_neck_and_a_detection_probe_that_chooses(
     # A head of two steps finds nothing, whatever it stands on.
     assert max(line["step"] for line in metrics(tmp_path / "two")) < 12
     assert "No better probe/ap" in done.stdout
+    # Gone on with it has ended, unless more patience is wanted.
+    last = max(line["step"] for line in metrics(tmp_path / "two"))
+    done = run(1, tmp_path, "--resume", "two")
+    assert done.returncode == 0, done.stderr
+    assert max(line["step"] for line in metrics(tmp_path / "two")) == last
+    done = run(1, tmp_path, "--resume", "two", f"budget.steps={last + 1}", "probe.patience=9")
+    assert done.returncode == 0, done.stderr
+    assert max(line["step"] for line in metrics(tmp_path / "two")) == last + 1
 
 
 @pytest.mark.parametrize(
