@@ -46,21 +46,21 @@ class Clusters(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(network).requires_grad_(False)
         self.strides = [level.stride for level in levels]
-        self.levels = nn.ModuleList(_LevelClusters(level.channels, count) for level in levels)
+        self.levels = nn.ModuleList(LevelClusters(level.channels, count) for level in levels)
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))  # copies so far
         self.taken: Tensor
 
     @property
     def count(self) -> int:
         """How many clusters there are, in all levels."""
-        return sum(level.count for level in self._levels())
+        return sum(level.count for level in self.by_level)
 
     @torch.no_grad()
     def take(self, network: nn.Module) -> None:
         """Copy the network as it is now, and forget the clusters."""
         self.network.load_state_dict(network.state_dict())
         self.taken += 1
-        for level in self._levels():
+        for level in self.by_level:
             level.filled.zero_()
             level.ready.fill_(False)
 
@@ -77,7 +77,7 @@ class Clusters(nn.Module):
         of_level = torch.bucketize(side, side.new_tensor(_LIMITS))
         places = torch.cat((row[:, None].to(boxes.dtype), boxes), 1)
         found, known, first = torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool), 0
-        for index, level in enumerate(self._levels()):
+        for index, level in enumerate(self.by_level):
             own = (of_level == index).nonzero().squeeze(1)
             bins = roi_align(
                 features[index].float(), places[own], _BINS, 1 / self.strides[index], 2, True
@@ -94,15 +94,17 @@ class Clusters(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """Make the clusters of levels of which enough has been seen."""
-        for level in self._levels():
+        for level in self.by_level:
             if not level.ready and level.filled == _SEEN:
                 level.make()
 
-    def _levels(self) -> list[_LevelClusters]:
-        return [level for level in self.levels if isinstance(level, _LevelClusters)]
+    @property
+    def by_level(self) -> list[LevelClusters]:
+        """The clusters of P3, P4 and P5."""
+        return [level for level in self.levels if isinstance(level, LevelClusters)]
 
 
-class _LevelClusters(nn.Module):
+class LevelClusters(nn.Module):
     """The clusters of one level."""
 
     seen: Tensor

@@ -135,7 +135,9 @@ def test_penalty_by_hand_leaves_norms_and_biases_to_l1() -> None:
         convolution.bias.fill_(100.0)
     assert float(penalty(model, l2=0.1, l1_scales=0.0).detach()) == pytest.approx(0.1 / 2 * 18)
     assert float(penalty(model, l2=0.0, l1_scales=0.01).detach()) == pytest.approx(0.01 * 2.5)
-    several = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # as on several GPUs
+    shared = nn.SyncBatchNorm(2)  # as on several GPUs
+    shared.load_state_dict(norm.state_dict())
+    several = nn.Sequential(convolution, shared)
     assert float(penalty(several, l2=0.0, l1_scales=0.01).detach()) == pytest.approx(0.01 * 2.5)
     assert float(penalty(model, 0.1, 0.01, frozen=[convolution]).detach()) == pytest.approx(0.025)
     assert float(penalty(model, 0.1, 0.01, frozen=[model]).detach()) == 0

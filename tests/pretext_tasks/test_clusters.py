@@ -51,11 +51,11 @@ def test_things_that_look_alike_are_of_one_kind(monkeypatch: pytest.MonkeyPatch)
     found = Clusters(_Colours(), LEVELS, 3)
     assert found.count == 9
     rows = torch.arange(4)
-    while not found.levels[0].ready:
+    while not found.by_level[0].ready:
         image, own = _pictures(generator)
         assert not found.kinds(image, rows, BOXES)[1].any()
         found.update()
-    assert found.levels[0].filled == 60
+    assert found.by_level[0].filled == 60
     seen: dict[int, set[int]] = {}
     for _ in range(10):
         image, own = _pictures(generator)
@@ -74,7 +74,7 @@ def test_a_level_without_clusters_waits_by_itself(monkeypatch: pytest.MonkeyPatc
     for _ in range(4):
         found.kinds(image, rows, boxes)
         found.update()
-    assert [bool(level.ready) for level in found.levels] == [True, False, False]
+    assert [bool(level.ready) for level in found.by_level] == [True, False, False]
     kinds, known = found.kinds(image, rows, boxes)
     assert known.tolist() == [True, False, True, False]
     assert set(kinds.tolist()) <= {0, 1}
@@ -91,11 +91,11 @@ def test_the_copy_stays_until_the_next_is_taken() -> None:
     with torch.no_grad():
         network.scale.fill_(3.0)
     assert found.network.scale == 1 and not found.network.scale.requires_grad
-    found.levels[0].ready.fill_(True)
-    found.levels[0].filled.fill_(5)
+    found.by_level[0].ready.fill_(True)
+    found.by_level[0].filled.fill_(5)
     found.take(network)
     assert found.network.scale == 3 and found.taken == 1
-    assert not found.levels[0].ready and found.levels[0].filled == 0
+    assert not found.by_level[0].ready and found.by_level[0].filled == 0
 
 
 def test_kmeans_finds_groups_and_loses_none() -> None:
@@ -112,7 +112,7 @@ def test_kmeans_finds_groups_and_loses_none() -> None:
 
 
 def test_features_that_are_all_the_same_make_no_nan() -> None:
-    level = Clusters(_Colours(), LEVELS, 4).levels[0]
+    level = Clusters(_Colours(), LEVELS, 4).by_level[0]
     level.keep(torch.ones(5000, 3))
     level.make()
     assert level.filled == len(level.seen)
