@@ -89,8 +89,9 @@ def open_sets(recipe: Recipe) -> Sets:
 def tell_defects(sets: Sets, folder: Path, image_size: int) -> None:
     """Say what is wrong with the labels, by reason; label-defects.jsonl lists it.
 
-    Some defects show when a picture is opened. Pictures in files are looked at before training,
-    their headers alone, where they are not too many; the others are left to finetune.labels.
+    Some defects show when a picture is opened. Pictures on this machine are looked at before
+    training, their headers alone, where they are not too many; the others are left to
+    finetune.labels.
     Raises DataError where no box for training is left.
     """
     lines: list[str] = []
@@ -98,7 +99,7 @@ def tell_defects(sets: Sets, folder: Path, image_size: int) -> None:
     for name, labeled in (("training", sets.train), ("validation", sets.val), ("test", sets.test)):
         if labeled is None:
             continue
-        if labeled.in_files and len(labeled) <= SURVEYED:
+        if labeled.local and len(labeled) <= SURVEYED:
             found = survey(labeled)
             if name == "training" and not found.boxes and len(labeled.defects):
                 reason, count = labeled.defects.counts().most_common(1)[0]
@@ -119,10 +120,10 @@ def tell_defects(sets: Sets, folder: Path, image_size: int) -> None:
                     "No picture for validation has a box, so AP will say nothing: name others by "
                     "data.val, or raise data.holdout."
                 )
-        elif labeled.in_files:
+        else:
             logger.info(
-                "%s are too many pictures to look at all labels first: python -m finetune.labels "
-                "does.", labeled.name,
+                "%s: %s to look at all labels first: python -m finetune.labels does.",
+                labeled.name, "too many pictures" if labeled.local else "too far away",
             )  # fmt: skip
         new = [defect for defect in labeled.defects if defect not in told]
         told.update(new)

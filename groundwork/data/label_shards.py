@@ -148,6 +148,11 @@ class ShardLabels:
         self._classes = len(names)
         self._chosen = chosen
 
+    @property
+    def remote(self) -> bool:
+        """Whether shards are fetched before they can be read."""
+        return isinstance(self._shards, RemoteLabels)
+
     def __len__(self) -> int:
         return self._length
 

@@ -22,6 +22,7 @@ from groundwork.data.decode import Picture, open_picture
 from groundwork.data.label_policy import LISTED_TWICE, MISSING_PICTURE, Defects, Labels, settle
 from groundwork.data.label_roots import Root, find_root
 from groundwork.data.label_shard_sets import SCENES, find_shards, open_shard_labels
+from groundwork.data.label_shards import ShardLabels
 from groundwork.data.label_table import HeldOut, LabelTable, check_names, choose
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.samples import PictureFiles
@@ -65,9 +66,9 @@ class LabeledSamples:
         return len(self._pictures)
 
     @property
-    def in_files(self) -> bool:
-        """Whether pictures are files of their own, which have no shards to be fetched."""
-        return isinstance(self._pictures, PictureFiles)
+    def local(self) -> bool:
+        """Whether all pictures are on this machine: in files, or in shards that are."""
+        return not (isinstance(self._pictures, ShardLabels) and self._pictures.remote)
 
     def read(self, shard: int, index: int) -> Sample:
         """Read one sample, its labels as they are written included. Raises DataError."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -156,3 +159,24 @@ def test_an_evaluation_finds_what_training_held_out(tmp_path: Path) -> None:
     found = evaluate._open(str(root), "val", keys, PLAIN)
     assert _paths(found) == held and len(held) == 3
     found.close()
+
+
+def test_defects_in_shards_of_others_are_told_before_training(
+    tmp_path: Path, make_jpeg: Callable[..., bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    label = {"boxes": [[1, 1, 30, 30], [9, 9, 5, 5]], "classes": [0, 0], "names": ["x", "x"]}
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for name, content in (("a.jpg", make_jpeg(0)), ("a.json", json.dumps(label).encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    keys = [f"data.train={folder}", f"data.val={folder}", f"data.cache={tmp_path}"]
+    sets = open_sets(resolve(None, keys))
+    with caplog.at_level(logging.WARNING, "finetune.sets"):
+        tell_defects(sets, tmp_path, 640)
+    sets.close()
+    assert "Labels for training: 1 x box" in caplog.text
+    [defect] = (tmp_path / "label-defects.jsonl").read_text().splitlines()
+    assert "a.json" in defect
