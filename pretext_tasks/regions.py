@@ -30,7 +30,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from pydantic import Field
 from torch import Tensor, nn
 
 from finetune.assign import Targets
@@ -46,8 +45,6 @@ from groundwork.data.decode import Picture
 from groundwork.data.memory import Memory
 from groundwork.data.resize import Box
 from groundwork.modes import evaluating
-from groundwork.necks.yolo12 import Features
-from pretext_tasks.clusters import Clusters
 from pretext_tasks.contract import StepOutput, Views
 from pretext_tasks.crops import AreaRange, RatioRange, Turn, check_side, draw_crop, draw_turn
 from pretext_tasks.stable_regions import (
@@ -85,9 +82,6 @@ class RegionsConfig(Section):
     rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
     colour: Annotated[Colour, starting_from(COLOUR)] = COLOUR
     boxes: Literal["score", "equal"] = "score"  # as the second stage's loss.boxes
-    # Points of the run, from 0 to 1, from which kinds are clusters of what has been learned so far.
-    rounds: tuple[Probability, ...] = ()
-    clusters: int = Field(default=64, ge=2)  # of each level
 
 
 @dataclass(frozen=True)
@@ -178,12 +172,7 @@ class Regions(ThroughNeck):
         )
         self.config = config
         channels = [level.channels for level in self.levels]
-        self._first = KINDS if config.kinds else 1  # kinds before those that are clusters
-        self.clusters = (
-            Clusters(_Network(self), self.levels, config.clusters) if config.rounds else None
-        )
-        learned = 0 if self.clusters is None else self.clusters.count
-        self.head = DetectionHead(channels, self._first + learned)
+        self.head = DetectionHead(channels, KINDS if config.kinds else 1)
         self._loss = DetectionLoss(LossKeys(boxes=config.boxes))
 
     @classmethod
@@ -199,8 +188,9 @@ class Regions(ThroughNeck):
         of its area), which should be near what boxes will have in fine-tuning.
         """
         image = self._coloured(batch)
-        targets = self._targets(batch)
         raw = self.head(self.through(self.backbone(image)))
+        row, place = _there(batch).nonzero(as_tuple=True)
+        targets = Targets(row, batch["boxes"][row, place], batch["kinds"][row, place])
         size = (image.shape[2], image.shape[3])
         with torch.autocast(image.device.type, enabled=False):
             loss = self._loss(self, raw, size, targets)
@@ -208,14 +198,6 @@ class Regions(ThroughNeck):
         sides = (targets.boxes[:, 2:] - targets.boxes[:, :2]).prod(1).sqrt()
         side = sides.median() if len(sides) else sides.sum()
         return StepOutput(loss.total, {**loss.parts, "regions": found, "side": side})
-
-    def after_step(self, progress: float) -> None:
-        """Take a copy of the network where a round begins, and make clusters when it is time."""
-        if self.clusters is None:
-            return
-        if sum(start <= progress for start in self.config.rounds) > int(self.clusters.taken):
-            self.clusters.take(_Network(self))
-        self.clusters.update()
 
     def product(self) -> dict[str, nn.Module]:
         """Return backbone, neck, and the head's branch for boxes."""
@@ -238,32 +220,9 @@ class Regions(ThroughNeck):
             found.append(_drawn(seen[row], best.boxes.clamp(min=0).minimum(limits)))
         return {"regions": torch.stack(regions), "found": torch.stack(found)}
 
-    def _targets(self, batch: dict[str, Tensor]) -> Targets:
-        """Return the regions, of kinds by size and contrast, or of clusters where there are any."""
-        row, place = _there(batch).nonzero(as_tuple=True)
-        boxes, kinds = batch["boxes"][row, place], batch["kinds"][row, place]
-        if self.clusters is not None and self.clusters.taken:
-            plain = colour.normalise(batch["image"], self.backbone.mean, self.backbone.std)
-            found, known = self.clusters.kinds(plain, row, boxes)
-            kinds = torch.where(known, self._first + found, kinds)
-        return Targets(row, boxes, kinds)
-
     def _coloured(self, batch: dict[str, Tensor]) -> Tensor:
         backbone = self.backbone
         return colour.apply(batch["image"], batch["colour"], backbone.mean, backbone.std)
-
-
-class _Network(nn.Module):
-    """Backbone and neck, images -> Features."""
-
-    def __init__(self, task: ThroughNeck) -> None:
-        super().__init__()
-        self.backbone, self.neck = task.backbone, task.neck
-
-    def forward(self, image: Tensor) -> Features:
-        assert self.neck is not None
-        features: Features = self.neck(self.backbone(image))
-        return features
 
 
 class _BoxBranch(nn.Module):
