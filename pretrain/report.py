@@ -29,12 +29,13 @@ from PIL import Image
 from torch import Tensor
 
 from groundwork import colour
+from groundwork.backbones import build_backbone
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import backbone_from_file
-from groundwork.checkpoint import write_atomically
+from groundwork.checkpoint import latest, write_atomically
 from groundwork.config import read_yaml
 from groundwork.data.samples import open_samples
-from groundwork.errors import GroundworkError, UsageError
+from groundwork.errors import CheckpointError, GroundworkError, UsageError
 from pretrain.probe_pictures import read_unlabeled
 from pretrain.recipe import Recipe, build
 from pretrain.report_pictures import look
@@ -46,6 +47,7 @@ _LOOKED_AT = 128  # pictures among which neighbours are looked for
 _SIDE = 160  # of a picture on the page, pixels
 # Curves worth a plot of their own, by the beginning of their names; the rest are in metrics.jsonl.
 _CURVES = ("train/", "probe/", "optim/lr", "speed/images_per_second")
+_OF_BACKBONE = re.compile(r"((?:tasks\.[^.]+\.)?)backbone\.(.+)")
 _SHEET = re.compile(r"step-(\d+)-(.+)\.png")
 
 STYLE = """
@@ -194,14 +196,35 @@ def _sheets(folder: Path) -> str:
 def _features(run: Path, recipe: Recipe) -> str:
     """Return colours of the features' main directions, and nearest neighbours."""
     try:
-        backbone = backbone_from_file(run / "pretrained.safetensors")
+        backbone, note = _backbone(run, recipe)
         cache, cache_bytes = recipe.data.cache_folder(), int(recipe.data.cache_gb * 1e9)
         samples = open_samples(recipe.data.train, cache=cache, cache_bytes=cache_bytes)
         pixels = read_unlabeled(samples, _LOOKED_AT, _SIDE, recipe.data.reading()).pixels
         samples.close()
     except GroundworkError as error:
         return f"<p>Not shown: {html.escape(str(error))}</p>"
-    return features_shown(backbone, pixels)
+    return note + features_shown(backbone, pixels)
+
+
+def _backbone(run: Path, recipe: Recipe) -> tuple[Backbone, str]:
+    """Return what a run keeps, or of one that goes on what its newest checkpoint has; and a note.
+
+    Raises GroundworkError where there is neither.
+    """
+    product = run / "pretrained.safetensors"
+    saved = None if product.is_file() else latest(run / "checkpoints")
+    if saved is None:
+        return backbone_from_file(product), ""
+    backbone = build_backbone(recipe.backbone.name, recipe.data.reading().channels)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in saved.tensors.get("task", {}).items():
+        if match := _OF_BACKBONE.fullmatch(name):
+            found.setdefault(match[1], {})[match[2]] = tensor
+    for tensors in found.values():  # of several tasks all have the same
+        with contextlib.suppress(RuntimeError):
+            backbone.load_state_dict(tensors)
+            return backbone, f"<p>Of the checkpoint of step {saved.step}: the run goes on.</p>"
+    raise CheckpointError(f"{saved.path} holds no {recipe.backbone.name}.")
 
 
 def features_shown(backbone: Backbone, pixels: Tensor) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from groundwork.backbones import build_backbone
 from groundwork.backbones.product import save_product
+from groundwork.checkpoint import save
 from groundwork.config import to_yaml
 from groundwork.errors import UsageError
 from pretrain.recipe import resolve
@@ -71,6 +72,24 @@ def test_a_run_that_has_only_begun_has_a_page_too(run: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 0, "probe/rankme": 12.5}\n')
     page = write_report(run).read_text()
     assert "Not shown:" in page and "No pictures yet" in page and "No curve yet" in page
+
+
+@pytest.mark.parametrize("prefix", ["", "tasks.inpainting."])
+def test_a_run_that_goes_on_shows_its_newest_checkpoint(run: Path, prefix: str) -> None:
+    (run / "recipe.yaml").write_text(
+        (run / "recipe.yaml").read_text().replace("name: yolo12n", "name: timm/resnet18")
+    )
+    (run / "pretrained.safetensors").unlink()
+    torch.manual_seed(0)
+    tensors = build_backbone("timm/resnet18").state_dict()
+    task = {f"{prefix}backbone.{name}": tensor for name, tensor in tensors.items()}
+    task["target_backbone.stem"] = torch.zeros(1)
+    save(run / "checkpoints", 40, {"task": task}, {"state": {}}, keep=2)
+    page = write_report(run).read_text()
+    assert "Of the checkpoint of step 40" in page and "Nearest neighbours" in page
+    task = {"backbone.other": torch.zeros(1)}
+    save(run / "checkpoints", 50, {"task": task}, {"state": {}}, keep=2)
+    assert "step-50 holds no timm/resnet18" in write_report(run).read_text()
 
 
 def test_a_loss_that_was_not_finite_is_left_out(run: Path) -> None:
