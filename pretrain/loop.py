@@ -129,8 +129,9 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         position.best = bring_best(saved, run, position.best, indicator)
         position.worse = 0 if position.best < 0 else position.worse
     patience = recipe.probe.patience
-    # What a run that ended so says when it is gone on with; all processes read the same.
-    ended_early = saved is not None and patience is not None and position.worse >= patience
+    # A run that patience has ended ends at once when it is gone on with; all processes read so.
+    had_patience = saved is not None and saved.documents["recipe"]["probe"]["patience"] is not None
+    ended_early = had_patience and patience is not None and position.worse >= patience
     probe = None
     if accelerator.is_main_process and recipe.probe.times:
         probe = open_probe(
