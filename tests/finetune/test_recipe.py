@@ -42,7 +42,7 @@ def test_the_full_stack_is_the_customers_chain() -> None:
     chain = Compose(
         [
             Mosaic(prob=0.5), MixUp(prob=0.2), GridMask(prob=0.3),
-            RandomAffine(degrees=10, scale=(0.5, 1.5)),
+            RandomAffine(degrees=10, scale=(0.5, 1.5), enclose="ellipse"),
             ColorJitter(hue=0.1, saturation=0.4, brightness=0.3), RandomHorizontalFlip(p=0.5),
         ]
     )  # fmt: skip
