@@ -79,6 +79,7 @@ for part in parts:
 share_statistics(parts)
 state = [part.state_dict() for part in parts]
 torch.save(state, Path(sys.argv[1]) / f"{rank}.pt")
+dist.barrier()  # a process that leaves first may take the other down inside torch
 dist.destroy_process_group()
 """
 

@@ -101,6 +101,7 @@ def _run_rank(rank: int, folder: Path, name: str, config: str) -> None:
     half = {entry: value.chunk(2)[rank] for entry, value in batch.items()}
     result = _loss_and_gradient(DistributedDataParallel(_task(name, config)), half)
     torch.save(result, folder / f"rank-{rank}.pt")
+    distributed.barrier()  # a rank that goes while the other still talks may abort
     distributed.destroy_process_group()
 
 
