@@ -53,7 +53,7 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks.label_efficiency_results import update
+from benchmarks.label_efficiency_results import read, update
 from finetune.evaluate import evaluate
 from finetune.weights import detector_from_file
 from groundwork.command import LAUNCHER
@@ -380,7 +380,7 @@ def _row(study: Study, init: Init, fraction: float) -> None:
             shown = ", ".join(f"{steps} steps {ap:.4f}" for steps, ap in found.items())
             logger.info("%s %s %g %% seed %d, val AP: %s", name, init.name, fraction, seed, shown)
             continue
-        study.results = update(options.results, None)
+        study.results = read(options.results)
         row = study.cell(init, fraction, seed, lengths)
         lengths = [row["steps"]]
         mine = {"dataset": name, "init": init.name, "fraction": fraction}

@@ -21,25 +21,25 @@ Results = Sequence[dict[str, Any]]
 Curve = npt.NDArray[np.float64]
 
 
-def update(file: Path, rows: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+def read(file: Path) -> list[dict[str, Any]]:
+    """Return the rows that are there."""
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
+def update(file: Path, rows: list[dict[str, Any]]) -> None:
     """Put these rows, all of one set, init and fraction, in the place of those that are there.
 
-    Return all that are there then. The folder is locked meanwhile, so that other studies may write
-    the same file. With None nothing is written.
+    The folder is locked meanwhile, so that other studies may write the same file.
     """
-    if rows is None:
-        return json.loads(file.read_text()) if file.is_file() else []
     file.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(file.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         cells = {(one["dataset"], one["init"], one["fraction"]) for one in rows}
-        found = update(file, None)
-        results = [
-            one for one in found if (one["dataset"], one["init"], one["fraction"]) not in cells
+        others = [
+            one for one in read(file) if (one["dataset"], one["init"], one["fraction"]) not in cells
         ]
-        write(results + rows, file)
-        return results + rows
+        write(others + rows, file)
     finally:
         os.close(folder)
 

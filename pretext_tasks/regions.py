@@ -185,7 +185,7 @@ class Regions(ThroughNeck):
         """Return the detection loss.
 
         Metrics: its parts; regions of a view in the mean; the middle one's side in pixels (the root
-        of its area), which should be near what boxes will have in fine-tuning.
+        of its area).
         """
         image = self._coloured(batch)
         raw = self.head(self.through(self.backbone(image)))

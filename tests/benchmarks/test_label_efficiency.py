@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.label_efficiency import Init, Study, _go_on, _settings, inits_of, main, parser
-from benchmarks.label_efficiency_results import draw, table, update
+from benchmarks.label_efficiency_results import draw, read, table, update
 from finetune.detector import build_detector
 from finetune.weights import parts_of, save_detector
 from groundwork.errors import UsageError
@@ -80,11 +80,11 @@ def test_a_plan_says_what_an_init_is(tmp_path: Path) -> None:
 
 def test_studies_of_other_inits_may_write_the_same_results(tmp_path: Path) -> None:
     file = tmp_path / "results" / "found.json"
-    assert update(file, None) == []
+    assert read(file) == []
     update(file, [_one("scratch", 0, 0.2), _one("scratch", 1, 0.3)])
     update(file, [_one("byol", 0, 0.4)])
-    assert [one["init"] for one in update(file, [_one("scratch", 2, 0.5)])] == ["byol", "scratch"]
-    assert [(one["init"], one["ap"]) for one in update(file, None)] == [
+    update(file, [_one("scratch", 2, 0.5)])
+    assert [(one["init"], one["ap"]) for one in read(file)] == [
         ("byol", 0.4), ("scratch", 0.5),
     ]  # fmt: skip
 
@@ -109,7 +109,10 @@ def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_what_stops_the_study_stops_its_run_which_saves(labeled: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_stops_the_study_stops_its_run_which_saves(
+    labeled: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     arguments = _options(
         labeled, tmp_path, "--inits", "scratch", "--fractions", "50", "--steps", "100000",
         "--image-size", "64", "--batch-size", "2", "--finetune", *KEYS,
@@ -121,8 +124,12 @@ def test_what_stops_the_study_stops_its_run_which_saves(labeled: Path, tmp_path:
             if (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").stat().st_size:
                 break
             time.sleep(0.1)
-        study.send_signal(signal.SIGTERM)
-        assert study.wait(60) == 75
+        study.send_signal(number)
+        assert study.wait(60) == (75 if number == signal.SIGTERM else -signal.SIGKILL)
+        for _ in range(600):  # killed, it does not wait for its run
+            if json.loads((run / "status.json").read_text())["state"] != "running":
+                break
+            time.sleep(0.1)
     finally:
         study.kill()
         study.wait()
