@@ -106,6 +106,17 @@ def test_a_run_stopped_twice_in_an_epoch_and_in_the_next_is_bit_exact(
         before = out
 
 
+@pytest.mark.slow
+def test_several_sizes_go_on_with_other_batches(labeled: Path, tmp_path: Path) -> None:
+    """After five batches of two, batches of four do not begin where one of them would."""
+    keys = [f"data.train={labeled}", "image_sizes=[64,96,128]", "augment.close=0", *TINY]
+    done = run(1, tmp_path, "--out", "out", *keys, "batch_size=2", "budget.steps=5")
+    assert done.returncode == 0, done.stderr
+    done = run(1, tmp_path, "--resume", "out", "batch_size=4", "budget.steps=15")
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(tmp_path / "out")) == list(range(1, 16))
+
+
 @pytest.mark.dist
 def test_two_ranks_see_the_batches_of_one_and_score_alike(labeled: Path, tmp_path: Path) -> None:
     keys = [f"data.train={labeled}", "budget.steps=3", "log.samples=true", *TINY]
