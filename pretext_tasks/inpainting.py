@@ -1,11 +1,13 @@
 """Inpainting: predict the hidden part of a picture from the part that can be seen.
 
 Masked image modelling for convolutional backbones. Blocks of the picture are replaced by a filling,
-the backbone sees the filled picture, and a light decoder over C3, C4 and C5 predicts the pixels;
-the loss is on the hidden ones alone. Sources: Context Encoders (Pathak et al. 2016, arXiv
-1604.07379) for inpainting as a pretext task; SimMIM (Xie et al. 2021, arXiv 2111.09886) for filling
-hidden blocks instead of dropping them, blocks of 32 px of which 60 % are hidden, and a light
-decoder; MAE (He et al. 2021, arXiv 2111.06377, section 4.1) for targets normalised patch by patch.
+the backbone sees the filled picture, and a light decoder over C3, C4 and C5 predicts the pixels, or
+with `target=hog` the directions of edges (pretext_tasks/inpainting_targets.py); the loss is on what
+is hidden alone. Sources: Context Encoders (Pathak et al. 2016, arXiv 1604.07379) for inpainting as
+a pretext task; SimMIM (Xie et al. 2021, arXiv 2111.09886) for filling hidden blocks instead of
+dropping them, blocks of 32 px of which 60 % are hidden, and a light decoder; MAE (He et al. 2021,
+arXiv 2111.06377, section 4.1) for targets normalised patch by patch; MaskFeat (Wei et al. 2021,
+arXiv 2112.09133) for histograms of gradients.
 
 What convolution does over hidden regions, with `encoder=dense`: nothing special. It sees the filled
 hole: every kernel that touches one mixes filling with picture, the hole's borders are edges like
@@ -38,14 +40,15 @@ Differs from the papers:
 - Only a light crop (at least half of the area) and flips; no colour unless `colour` says so.
 - The decoder: 1x1 convolutions of C3, C4, C5 to one width, brought to stride 8 (nearest) and
   summed, one 3x3 convolution, and a 1x1 convolution to 8 x 8 x 3 values for each cell, laid out as
-  pixels. GroupNorm, so that it has no statistics of the batch. With 16 or 32 in `scales`, C4 and C5
-  also predict by themselves 8 x 8 x 3 values for each of their cells: the target pooled by 2 or 4.
+  pixels (of `hog` 9 x 3). GroupNorm, so that it has no statistics of the batch. With 16 or 32 in
+  `scales`, C4 and C5 also predict by themselves as many values for each of their cells: pixels
+  pooled by 2 or 4, or the histograms of cells of 16 or 32 px.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -70,13 +73,20 @@ from groundwork.modes import evaluating
 from groundwork.necks.yolo12 import Features
 from pretext_tasks.contract import StepOutput, Views
 from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
+from pretext_tasks.inpainting_targets import (
+    STRIDE,
+    Histograms,
+    Pixels,
+    Target,
+    mean_over,
+    spread,
+)
 from pretext_tasks.through_neck import Letter, ThroughNeck
 from pretext_tasks.visible import check_backbone, visible_only
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
-_STRIDE = 8  # of the decoder's cells, each of which predicts 8 x 8 pixels
 _GROUP = 8  # channels that are normalised together
 
 
@@ -85,8 +95,10 @@ class InpaintingConfig(Section):
 
     block: int = Field(default=32, multiple_of=8, ge=8)  # SimMIM, table 1: side in pixels
     ratio: float = Field(default=0.6, gt=0, lt=1)  # SimMIM, table 1: share of hidden blocks
-    patch: int | None = Field(default=16, ge=2)  # MAE: side in pixels; None: not normalised
-    eps: Positive = 1.5e-5  # added to a patch's variance: (1 / 255) squared
+    target: Literal["pixels", "hog"] = "pixels"  # what is predicted; hog: MaskFeat
+    patch: int | None = Field(default=16, ge=2)  # MAE, of pixels: side; None: not normalised
+    # (1 / 255) squared, added to a patch's variance, and to the square of a histogram's length
+    eps: Positive = 1.5e-5
     loss: Literal["l2", "l1"] = "l2"  # MAE; SimMIM: l1
     scales: tuple[Literal[8, 16, 32], ...] = (8,)  # strides that predict; 8 must be one
     filling: Literal["token", "mean"] = "token"  # of holes, for a dense encoder
@@ -103,7 +115,12 @@ class InpaintingConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> InpaintingConfig:
-        if self.patch is not None and self.block % self.patch:
+        if self.target == "hog" and self.block % max(self.scales):
+            raise ValueError(
+                f"target=hog needs whole cells of every stride in a block: block={self.block} is "
+                f"not a multiple of {max(self.scales)} (scales)"
+            )
+        if self.target == "pixels" and self.patch is not None and self.block % self.patch:
             raise ValueError(f"patch={self.patch} does not divide block={self.block}")
         if self.encoder == "sparse" and self.block % STRIDES[-1]:
             raise ValueError(
@@ -144,19 +161,14 @@ class InpaintingViews:
         return entries
 
 
-class Target(NamedTuple):
-    """What is to be predicted, N C H W, and what was taken out of it (N C H W, or N 1 H W)."""
-
-    value: Tensor
-    mean: Tensor
-    deviation: Tensor
-
-
 class Decoder(nn.Module):
-    """Predicts pixels from the pyramid: one map for each stride in `scales`, finest first."""
+    """Predicts from the pyramid: one map for each stride in `scales`, finest first.
+
+    `cell` is how many values there are for each of a map's cells.
+    """
 
     def __init__(
-        self, levels: tuple[Level, Level, Level], width: int, scales: set[int], channels: int
+        self, levels: tuple[Level, Level, Level], width: int, scales: set[int], cell: int
     ) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(level.channels, width, 1) for level in levels)
@@ -167,28 +179,28 @@ class Decoder(nn.Module):
             nn.GroupNorm(width // _GROUP, width),
             nn.SiLU(),
         )
-        self.output = nn.Conv2d(width, _STRIDE**2 * channels, 1)
+        self.output = nn.Conv2d(width, cell, 1)
         # A head that no loss reaches would hold up DDP: there are only those that are asked for.
         self.deep = nn.ModuleDict(
             {
                 str(scale): nn.Sequential(
                     nn.GroupNorm(width // _GROUP, width),
                     nn.SiLU(),
-                    nn.Conv2d(width, _STRIDE**2 * channels, 1),
+                    nn.Conv2d(width, cell, 1),
                 )
-                for scale in sorted(scales - {_STRIDE})
+                for scale in sorted(scales - {STRIDE})
             }
         )
 
     def forward(self, pyramid: Pyramid | Features) -> dict[int, Tensor]:
-        """Return, by stride, N C H W, and H/2 W/2 and H/4 W/4 for strides 16 and 32."""
+        """Return, by stride, N cell H/stride W/stride."""
         c3, c4, c5 = (lateral(level) for lateral, level in zip(self.lateral, pyramid, strict=True))
         size = c3.shape[2:]
         merged = c3 + functional.interpolate(c4, size) + functional.interpolate(c5, size)
-        predictions = {_STRIDE: _to_pixels(self.output(self.block(merged)))}
+        predictions = {STRIDE: self.output(self.block(merged))}
         own = {"16": c4, "32": c5}
         for scale, head in self.deep.items():
-            predictions[int(scale)] = _to_pixels(head(own[scale]))
+            predictions[int(scale)] = head(own[scale])
         return predictions
 
 
@@ -200,7 +212,11 @@ class Inpainting(ThroughNeck):
     def __init__(self, backbone: Backbone, config: InpaintingConfig) -> None:
         super().__init__(backbone, config.neck)
         self.config = config
-        self.decoder = Decoder(self.levels, config.width, set(config.scales), backbone.in_channels)
+        self.target: Target = (
+            Histograms(config.eps) if config.target == "hog" else Pixels(config.patch, config.eps)
+        )
+        cell = self.target.cell(backbone.in_channels)
+        self.decoder = Decoder(self.levels, config.width, set(config.scales), cell)
         if config.encoder == "sparse":
             check_backbone(backbone)
             # SparK's mask embeddings: what a decoder sees of a hidden cell, at each level.
@@ -232,48 +248,53 @@ class Inpainting(ThroughNeck):
         return InpaintingViews(config, image_size, hidden)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """Return the loss on hidden pixels, averaged over the scales.
+        """Return the loss on what is hidden, averaged over the scales.
 
-        Metrics: hidden_error, the mean absolute error of hidden pixels in grey levels (0 to 255)
-        once each patch has its own mean and deviation back.
+        Metrics, of hidden cells: hidden_error, the mean absolute error of pixels in grey levels (0
+        to 255) once each patch has its own mean and deviation back; of `target=hog` hidden_cosine,
+        between histograms.
         """
-        hidden = spread(batch["hidden"], self.config.block)
-        predictions = self.decoder(self._features(self._filled(batch, hidden), batch["hidden"]))
+        predictions = self._predictions(batch, self._filled(batch))
         with torch.no_grad():
-            target = self._target(batch, hidden)
+            image = self._truth(batch)
+            targets = {scale: self.target.of(image, scale) for scale in predictions}
         losses = [
             hidden_loss(
                 prediction,
-                _shrunk(target.value, scale // _STRIDE),
-                spread(batch["hidden"], self.config.block * _STRIDE // scale),
+                targets[scale],
+                spread(batch["hidden"], targets[scale].shape[2] // batch["hidden"].shape[1]),
                 self.config.loss,
             )
             for scale, prediction in predictions.items()
         ]
         with torch.no_grad():
-            error = (predictions[_STRIDE].float() - target.value).abs() * target.deviation
-            metrics = {"hidden_error": 255 * _mean_over(error, hidden)}
+            metrics = self.target.metrics(predictions[STRIDE].float(), image, self._hidden(batch))
         return StepOutput(torch.stack(losses).mean(), metrics)
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the network sees, the same with the prediction in its holes, and the truth.
+        """Return what the network sees, the prediction in its holes, and the truth.
 
-        The prediction is of normalised patches: each patch is given the mean and deviation of the
-        truth back, so that brightness and contrast of a hole are not the network's work.
+        Of normalised patches, see pretext_tasks/inpainting_targets.py: their brightness and
+        contrast are the truth's. Of histograms edges are drawn, cell by cell.
         """
-        hidden = spread(batch["hidden"], self.config.block)
-        filled = self._filled(batch, hidden)
+        filled = self._filled(batch)
         with evaluating(self):
-            prediction = self.decoder(self._features(filled, batch["hidden"]))[_STRIDE].float()
-        target = self._target(batch, hidden)
-        truth = target.value * target.deviation + target.mean
-        restored = torch.where(hidden, prediction * target.deviation + target.mean, truth)
+            prediction = self._predictions(batch, filled)[STRIDE].float()
+        shown = self.target.shown(prediction, self._truth(batch), self._hidden(batch))
         return {
             "masked": colour.denormalise(filled, *self._normalisation),
-            "reconstruction": colour.denormalise(restored, *self._plain),
-            "truth": colour.denormalise(truth, *self._plain),
+            **{name: colour.denormalise(image, *self._plain) for name, image in shown.items()},
         }
+
+    def _predictions(self, batch: dict[str, Tensor], filled: Tensor) -> dict[int, Tensor]:
+        """Return maps by stride, laid out as the target is."""
+        predictions = self.decoder(self._features(filled, batch["hidden"]))
+        return {scale: self.target.laid_out(cells) for scale, cells in predictions.items()}
+
+    def _hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return bool N 1 H W, true for hidden pixels."""
+        return spread(batch["hidden"], self.config.block)
 
     def _features(self, seen: Tensor, hidden: Tensor) -> Pyramid | Features:
         """Run backbone and neck on filled pictures; `hidden` is bool N S S, block by block."""
@@ -287,8 +308,9 @@ class Inpainting(ThroughNeck):
             filled.append(torch.where(cells, token.view(1, -1, 1, 1), level))
         return self.through(Pyramid(*filled))
 
-    def _filled(self, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    def _filled(self, batch: dict[str, Tensor]) -> Tensor:
         """Return what the network sees, float32 N C H W; computed without a hidden pixel."""
+        hidden = self._hidden(batch)
         # Hidden bytes are gone from here on.
         image = batch["image"].masked_fill(hidden.squeeze(1).unsqueeze(3), 0)
         seen = self._coloured(image, batch, hidden, *self._normalisation)
@@ -300,9 +322,9 @@ class Inpainting(ThroughNeck):
         mean = (seen * visible).sum(dim=(2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
         return torch.where(hidden, mean, seen)
 
-    def _target(self, batch: dict[str, Tensor], hidden: Tensor) -> Target:
-        image = self._coloured(batch["image"], batch, hidden, *self._plain)
-        return normalise_patches(image, self.config.patch, self.config.eps)
+    def _truth(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the whole picture, N C H W, colours from 0 to 1."""
+        return self._coloured(batch["image"], batch, self._hidden(batch), *self._plain)
 
     def _coloured(
         self,
@@ -327,40 +349,7 @@ class Inpainting(ThroughNeck):
         return (0.0,) * channels, (1.0,) * channels
 
 
-def normalise_patches(image: Tensor, patch: int | None, eps: float) -> Target:
-    """Take its own mean and deviation out of every patch of N C H W, over pixels and channels.
-
-    The deviation is sqrt(variance + eps), with the unbiased variance, as MAE's. Without a patch
-    the target is the image itself.
-    """
-    if patch is None:
-        return Target(image, torch.zeros_like(image[:, :1]), torch.ones_like(image[:, :1]))
-    n, channels, height, width = image.shape
-    patches = image.reshape(n, channels, height // patch, patch, width // patch, patch)
-    variance, mean = torch.var_mean(patches, dim=(1, 3, 5))  # N H/patch W/patch
-    mean, deviation = spread(mean, patch), spread((variance + eps).sqrt(), patch)
-    return Target((image - mean) / deviation, mean, deviation)
-
-
 def hidden_loss(prediction: Tensor, target: Tensor, hidden: Tensor, kind: str) -> Tensor:
     """Return the mean error over the hidden pixels (bool N 1 H W) of N C H W, in float32."""
     difference = prediction.float() - target
-    return _mean_over(difference.abs() if kind == "l1" else difference.square(), hidden)
-
-
-def spread(cells: Tensor, side: int) -> Tensor:
-    """Give every cell of N H W its side x side pixels: N 1 H*side W*side."""
-    return cells.repeat_interleave(side, 1).repeat_interleave(side, 2).unsqueeze(1)
-
-
-def _mean_over(value: Tensor, hidden: Tensor) -> Tensor:
-    """Average N C H W where `hidden` is true. A product, not a choice: nothing waits for sizes."""
-    return (value * hidden).sum() / (value.shape[1] * hidden.sum())
-
-
-def _shrunk(image: Tensor, factor: int) -> Tensor:
-    return image if factor == 1 else functional.avg_pool2d(image, factor)
-
-
-def _to_pixels(prediction: Tensor) -> Tensor:
-    return functional.pixel_shuffle(prediction, _STRIDE)
+    return mean_over(difference.abs() if kind == "l1" else difference.square(), hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,19 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour
 from groundwork.config import validate
 from groundwork.data.decode import open_picture
 from groundwork.errors import UsageError
-from pretext_tasks.inpainting import (
-    Inpainting,
-    InpaintingConfig,
-    hidden_loss,
-    normalise_patches,
-    spread,
-)
+from pretext_tasks.inpainting import Inpainting, InpaintingConfig, hidden_loss
+from pretext_tasks.inpainting_targets import BINS, Histograms, normalise_patches, oriented, spread
 
 MakeBatch = Callable[..., dict[str, Tensor]]
 MakeTask = Callable[..., Inpainting]
@@ -51,6 +48,12 @@ def _predictions(task: Inpainting, batch: dict[str, Tensor]) -> dict[int, Tensor
     return found[0]
 
 
+def _predicting(task: Inpainting, pixels: dict[int, Tensor]) -> Any:
+    """Let the decoder predict these pixels, by stride, whatever it sees."""
+    cells = {stride: pixel_unshuffle(map_, 8) for stride, map_ in pixels.items()}
+    return task.decoder.register_forward_hook(lambda *_: cells)
+
+
 def _other_pixels_hidden(batch: dict[str, Tensor], block: int) -> dict[str, Tensor]:
     """The same batch, with every hidden byte changed, and by different amounts."""
     pixels = spread(batch["hidden"], block).permute(0, 2, 3, 1)
@@ -63,7 +66,14 @@ def _other_pixels_hidden(batch: dict[str, Tensor], block: int) -> dict[str, Tens
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    "holes", [{"filling": "token"}, {"filling": "mean"}, {"encoder": "sparse"}, {"neck": "n"}]
+    "holes",
+    [
+        {"filling": "token"},
+        {"filling": "mean"},
+        {"encoder": "sparse"},
+        {"neck": "n"},
+        {"target": "hog"},
+    ],
 )
 @pytest.mark.parametrize("jitter", [None, EVERY_COLOUR])
 def test_not_one_bit_of_the_prediction_depends_on_a_hidden_pixel(
@@ -106,7 +116,7 @@ def test_visible_pixels_have_no_part_in_the_loss(
     task = make_task(scales=(8, 16, 32))
     batch = make_batch(Inpainting, task.config)
     fixed = {s: torch.randn(4, 3, 512 // s, 512 // s) for s in (8, 16, 32)}
-    task.decoder.register_forward_hook(lambda *_: fixed)
+    _predicting(task, fixed)
     flipped = {"hidden": ~batch["hidden"]}
     other = _other_pixels_hidden(batch | flipped, 32) | {"hidden": batch["hidden"]}
     assert task(other).loss.item() == pytest.approx(task(batch).loss.item(), abs=1e-6)
@@ -144,7 +154,7 @@ def test_predicting_each_patchs_mean_costs_one(make_task: MakeTask, make_batch: 
     task = make_task()
     batch = make_batch(Inpainting, task.config)
     batch["image"] = torch.randint(0, 256, batch["image"].shape, dtype=torch.uint8)
-    task.decoder.register_forward_hook(lambda *_: {8: torch.zeros(4, 3, 64, 64)})
+    _predicting(task, {8: torch.zeros(4, 3, 64, 64)})
     output = task(batch)
     # The unbiased variance of 16 x 16 x 3 values is larger than their mean square by 768 / 767.
     assert output.loss.item() == pytest.approx(767 / 768, rel=1e-3)
@@ -156,7 +166,7 @@ def test_hidden_error_is_in_grey_levels(make_task: MakeTask, make_batch: MakeBat
     task = make_task(patch=None)
     batch = make_batch(Inpainting, task.config)
     batch["image"] = torch.full_like(batch["image"], 51)
-    task.decoder.register_forward_hook(lambda *_: {8: torch.full((4, 3, 64, 64), 0.3)})
+    _predicting(task, {8: torch.full((4, 3, 64, 64), 0.3)})
     output = task(batch)
     assert output.metrics["hidden_error"].item() == pytest.approx(0.3 * 255 - 51, abs=1e-4)
     assert output.loss.item() == pytest.approx(0.01, abs=1e-6)
@@ -167,16 +177,20 @@ def test_deeper_levels_predict_the_pooled_target(
 ) -> None:
     task = make_task(scales=(8, 16, 32), patch=None)
     batch = make_batch(Inpainting, task.config)
-    assert {s: p.shape[-1] for s, p in _predictions(task, batch).items()} == {8: 64, 16: 32, 32: 16}
+    assert {s: pixel_shuffle(p, 8).shape[-1] for s, p in _predictions(task, batch).items()} == {
+        8: 64,
+        16: 32,
+        32: 16,
+    }
     colours = (batch["image"] / 255).permute(0, 3, 1, 2)
     right = {
         scale: colours.view(4, 3, 64 // side, side, 64 // side, side).mean(dim=(3, 5))
         for scale, side in ((8, 1), (16, 2), (32, 4))
     }
-    task.decoder.register_forward_hook(lambda *_: right)
+    _predicting(task, right)
     assert task(batch).loss.item() < 1e-10
     wrong = right | {32: right[32] + 3}
-    task.decoder.register_forward_hook(lambda *_: wrong)
+    _predicting(task, wrong)
     assert task(batch).loss.item() == pytest.approx(9 / 3, rel=1e-4)  # the mean of three scales
 
 
@@ -184,7 +198,13 @@ def test_deeper_levels_predict_the_pooled_target(
 def test_backward_reaches_every_parameter(
     make_task: MakeTask, make_batch: MakeBatch, scales: tuple[int, ...]
 ) -> None:
-    for way in ({"filling": "token"}, {"filling": "mean"}, {"encoder": "sparse"}, {"neck": "n"}):
+    for way in (
+        {"filling": "token"},
+        {"filling": "mean"},
+        {"encoder": "sparse"},
+        {"neck": "n"},
+        {"target": "hog"},
+    ):
         task = make_task(scales=scales, colour=EVERY_COLOUR, loss="l1", **way)
         task(make_batch(Inpainting, task.config)).loss.backward()
         assert all(parameter.grad is not None for parameter in task.parameters())
@@ -241,7 +261,7 @@ def test_pictures_are_restored_with_each_patchs_own_mean_and_deviation(
     batch = make_batch(Inpainting, task.config)
     colours = (batch["image"] / 255).permute(0, 3, 1, 2)
     right = normalise_patches(colours, 16, task.config.eps).value
-    hook = task.decoder.register_forward_hook(lambda *_: {8: right})
+    hook = _predicting(task, {8: right})
     shown = task.pictures(batch)
     assert torch.equal(shown["truth"], batch["image"].permute(0, 3, 1, 2))
     assert torch.equal(shown["reconstruction"], shown["truth"])
@@ -282,6 +302,8 @@ def test_a_size_that_blocks_do_not_fill_is_refused(
         ({"block": 20}, r"task\.block"),
         ({"block": 16, "encoder": "sparse"}, "whole cells of 32 px in a block, not 16"),
         ({"loss": "l3"}, r"task\.loss"),
+        ({"target": "sift"}, r"task\.target"),
+        ({"target": "hog", "block": 16, "scales": [8, 32]}, "block=16 is not a multiple of 32"),
         ({"crop_scale": [0.5, 2.0]}, "crop_scale"),
     ],
 )
@@ -312,3 +334,62 @@ def test_a_decoder_sees_a_token_for_every_cell_that_a_sparse_encoder_left_empty(
         wanted = token.view(1, -1, 1, 1).expand_as(level)
         assert torch.equal(level[hidden], wanted[hidden])
         assert not torch.equal(level[~hidden], wanted[~hidden])
+
+
+def _ramp(angle: float, side: int = 16) -> Tensor:
+    """A picture that grows brighter in one direction, 1 3 side side; 0 is to the right."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    rising = x * math.cos(math.radians(angle)) + y * math.sin(math.radians(angle))
+    return (0.5 + 0.01 * rising).expand(1, 3, side, side)
+
+
+@pytest.mark.parametrize(
+    ("angle", "expected"), [(10, 0), (30, 1), (90, 4), (150, 7), (170, 8), (190, 0), (270, 4)]
+)
+def test_a_gradient_is_counted_in_the_bin_of_its_direction(angle: float, expected: int) -> None:
+    """Bins are of 20 degrees, and opposite directions are one."""
+    inner = oriented(_ramp(angle))[:, :, 2:-2, 2:-2].unflatten(1, (3, BINS)).sum(dim=(3, 4))
+    assert inner.argmax(2).tolist() == [[expected] * 3]
+    assert torch.equal((inner > 0).sum(2), torch.ones(1, 3, dtype=torch.long))
+    # Two neighbours lie two pixels apart.
+    assert inner.max().item() / 144 == pytest.approx(0.02, rel=1e-4)
+
+
+def test_histograms_have_length_one_where_there_are_edges_and_none_where_there_are_not() -> None:
+    target = Histograms(eps=1.5e-5)
+    assert target.of(torch.full((1, 3, 16, 16), 0.3), 8).abs().max() == 0
+    noise = target.of(torch.rand(2, 3, 32, 32), 16)
+    assert noise.shape == (2, 27, 2, 2)
+    lengths = noise.unflatten(1, (3, BINS)).square().sum(2).sqrt()
+    assert torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3)
+
+
+def test_histograms_that_are_predicted_rightly_cost_nothing(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    task = make_task(target="hog", scales=(8, 16, 32))
+    batch = make_batch(Inpainting, task.config)
+    image = (batch["image"] / 255).permute(0, 3, 1, 2)
+    right = {scale: Histograms(task.config.eps).of(image, scale) for scale in (8, 16, 32)}
+    assert right[32].shape == (4, 27, 2, 2)
+    hook = task.decoder.register_forward_hook(lambda *_: right)
+    output = task(batch)
+    assert output.loss.item() < 1e-10
+    assert output.metrics["hidden_cosine"].item() == pytest.approx(1, abs=1e-3)
+    shown = task.pictures(batch)
+    assert set(shown) == {"masked", "reconstruction", "edges", "truth"}
+    assert torch.equal(shown["reconstruction"], shown["edges"])
+    assert torch.equal(shown["truth"], batch["image"].permute(0, 3, 1, 2))
+    hook.remove()
+    task.decoder.register_forward_hook(lambda *_: right | {16: right[16] + 3})
+    assert task(batch).loss.item() == pytest.approx(9 / 3, rel=1e-4)  # the mean of three scales
+
+
+def test_an_edge_is_drawn_along_itself() -> None:
+    """Brightness rises to the right: the edge, and the line in each cell, stand upright."""
+    target = Histograms(eps=1.5e-5)
+    image = _ramp(5)
+    hidden = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    drawn = target.shown(target.of(image, 8), image, hidden)["edges"]
+    cell = drawn[0, 0, :8, :8]
+    assert cell.sum(0).max() > 3 * cell.sum(1).max()

@@ -1,0 +1,173 @@
+"""What inpainting is to predict of a hidden cell: its pixels, or the directions of its edges.
+
+`Pixels`: 8 x 8 x 3 of a cell, normalised patch by patch (MAE, arXiv 2111.06377, section 4.1).
+`Histograms`: of oriented gradients (Dalal and Triggs 2005, CVPR), as MaskFeat predicts (Wei et al.
+2021, arXiv 2112.09133, section 3.2): 9 directions without sign in each cell, by channel,
+each channel's histogram of length 1. They say where edges lie and not how bright a thing is.
+
+Differs from MaskFeat: cells are those of the level that predicts (8 px at stride 8, as in the
+paper, 16 and 32 px above), all pixels of a cell count alike, and `eps` keeps the noise of a flat
+cell from being a direction.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+STRIDE = 8  # of the finest cells that are predicted, in pixels
+BINS = 9  # directions (Dalal and Triggs, section 6.3)
+
+
+class Target(Protocol):
+    """What is predicted, and how a prediction is laid out, measured and shown."""
+
+    def cell(self, channels: int) -> int:
+        """Return how many values are predicted for a cell of a picture of that many channels."""
+
+    def laid_out(self, prediction: Tensor) -> Tensor:
+        """Return N cell() H W as a map that `of` can be compared with."""
+
+    def of(self, image: Tensor, scale: int) -> Tensor:
+        """Return the target of N C H W, colours from 0 to 1, for cells of `scale` px."""
+
+    def metrics(self, prediction: Tensor, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return how good a prediction at stride 8 is where `hidden` (bool N 1 H W) is true."""
+
+    def shown(self, prediction: Tensor, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return pictures, N 3 H W from 0 to 1, of a prediction at stride 8 and of the truth."""
+
+
+class Patches(NamedTuple):
+    """Patches without mean and deviation, N C H W, and these (N C H W, or N 1 H W)."""
+
+    value: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+
+class Pixels:
+    """Pixels without the mean and deviation of the patch that they are in."""
+
+    def __init__(self, patch: int | None, eps: float) -> None:
+        self._patch = patch
+        self._eps = eps
+
+    def cell(self, channels: int) -> int:
+        """Return 8 x 8 values for each channel."""
+        return STRIDE**2 * channels
+
+    def laid_out(self, prediction: Tensor) -> Tensor:
+        """Return N C 8H 8W."""
+        return functional.pixel_shuffle(prediction, STRIDE)
+
+    def of(self, image: Tensor, scale: int) -> Tensor:
+        """Return normalised pixels, pooled by scale / 8."""
+        value = normalise_patches(image, self._patch, self._eps).value
+        return value if scale == STRIDE else functional.avg_pool2d(value, scale // STRIDE)
+
+    def metrics(self, prediction: Tensor, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return hidden_error: the mean absolute error in grey levels (0 to 255)."""
+        target = normalise_patches(image, self._patch, self._eps)
+        error = (prediction - target.value).abs() * target.deviation
+        return {"hidden_error": 255 * mean_over(error, hidden)}
+
+    def shown(self, prediction: Tensor, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return the picture with the prediction in its holes, and the picture.
+
+        Each patch is given the mean and deviation of the truth back, so that brightness and
+        contrast of a hole are not the network's work.
+        """
+        target = normalise_patches(image, self._patch, self._eps)
+        truth = target.value * target.deviation + target.mean
+        restored = torch.where(hidden, prediction * target.deviation + target.mean, truth)
+        return {"reconstruction": restored, "truth": truth}
+
+
+class Histograms:
+    """Histograms of oriented gradients, one for each cell and channel."""
+
+    def __init__(self, eps: float) -> None:
+        self._eps = eps
+
+    def cell(self, channels: int) -> int:
+        """Return 9 values for each channel."""
+        return BINS * channels
+
+    def laid_out(self, prediction: Tensor) -> Tensor:
+        """Return the same: a cell's values are its channels."""
+        return prediction
+
+    def of(self, image: Tensor, scale: int) -> Tensor:
+        """Return N 9C H/scale W/scale, channel by channel."""
+        histograms = functional.avg_pool2d(oriented(image), scale).unflatten(1, (-1, BINS))
+        length = (histograms.square().sum(2, keepdim=True) + self._eps).sqrt()
+        return (histograms / length).flatten(1, 2)
+
+    def metrics(self, prediction: Tensor, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return hidden_cosine: the mean cosine between histograms and what was predicted."""
+        pairs = [x.unflatten(1, (-1, BINS)) for x in (prediction, self.of(image, STRIDE))]
+        cells = hidden[:, :, ::STRIDE, ::STRIDE]
+        return {"hidden_cosine": mean_over(functional.cosine_similarity(*pairs, dim=2), cells)}
+
+    def shown(self, prediction: Tensor, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return edges, drawn in every cell, with the prediction in the holes, and the truth's."""
+        target = self.of(image, STRIDE)
+        restored = torch.where(hidden[:, :, ::STRIDE, ::STRIDE], prediction, target)
+        return {"reconstruction": _edges(restored), "edges": _edges(target), "truth": image}
+
+
+def normalise_patches(image: Tensor, patch: int | None, eps: float) -> Patches:
+    """Take its own mean and deviation out of every patch of N C H W, over pixels and channels.
+
+    The deviation is sqrt(variance + eps), with the unbiased variance, as MAE's. Without a patch
+    the target is the image itself.
+    """
+    if patch is None:
+        return Patches(image, torch.zeros_like(image[:, :1]), torch.ones_like(image[:, :1]))
+    n, channels, height, width = image.shape
+    patches = image.reshape(n, channels, height // patch, patch, width // patch, patch)
+    variance, mean = torch.var_mean(patches, dim=(1, 3, 5))  # N H/patch W/patch
+    mean, deviation = spread(mean, patch), spread((variance + eps).sqrt(), patch)
+    return Patches((image - mean) / deviation, mean, deviation)
+
+
+def oriented(image: Tensor) -> Tensor:
+    """Return N 9C H W: the strength of each pixel's gradient, in the bin of its direction.
+
+    Bins share 180 degrees, from 0, of the gradient (to the right: bin 0; down: bin 4), which is at
+    right angles to the edge. Differences are of the two neighbours, as [-1, 0, 1] gives them.
+    """
+    padded = functional.pad(image, (1, 1, 1, 1), mode="replicate")
+    across = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
+    down = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    bins = (torch.atan2(down, across) / math.pi * BINS).floor().long() % BINS
+    strength = torch.hypot(across, down)
+    split = torch.zeros(*image.shape[:2], BINS, *image.shape[2:], device=image.device)
+    return split.scatter_(2, bins.unsqueeze(2), strength.unsqueeze(2)).flatten(1, 2)
+
+
+def spread(cells: Tensor, side: int) -> Tensor:
+    """Give every cell of N H W its side x side pixels: N 1 H*side W*side."""
+    return cells.repeat_interleave(side, 1).repeat_interleave(side, 2).unsqueeze(1)
+
+
+def mean_over(value: Tensor, hidden: Tensor) -> Tensor:
+    """Average N C H W where `hidden` is true. A product, not a choice: nothing waits for sizes."""
+    return (value * hidden).sum() / (value.shape[1] * hidden.sum())
+
+
+def _edges(histograms: Tensor) -> Tensor:
+    """Draw N 9C H W as N 3 8H 8W: in every cell a line for each direction, as bright as strong."""
+    strength = histograms.unflatten(1, (-1, BINS)).mean(1).clamp(0, 1)
+    middle = (torch.arange(STRIDE, device=strength.device) - (STRIDE - 1) / 2).double()
+    angles = (torch.arange(BINS, device=strength.device).double() + 0.5) * math.pi / BINS
+    # How far a pixel lies from the line through the middle, at right angles to the gradient.
+    away = middle * angles.cos().view(-1, 1, 1) + middle.view(-1, 1) * angles.sin().view(-1, 1, 1)
+    lines = (1 - away.abs()).clamp(min=0).to(strength.dtype)  # 9 8 8
+    drawn = torch.einsum("nbhw,bij->nhiwj", strength, lines).clamp(0, 1)
+    return drawn.flatten(3, 4).flatten(1, 2).unsqueeze(1).expand(-1, 3, -1, -1)
