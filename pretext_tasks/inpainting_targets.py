@@ -104,15 +104,15 @@ class Histograms:
 
     def of(self, image: Tensor, scale: int) -> Tensor:
         """Return N 9C H/scale W/scale, channel by channel."""
-        histograms = functional.avg_pool2d(oriented(image), scale).unflatten(1, (-1, BINS))
+        histograms = by_channel(functional.avg_pool2d(oriented(image), scale))
         length = (histograms.square().sum(2, keepdim=True) + self._eps).sqrt()
         return (histograms / length).flatten(1, 2)
 
     def metrics(self, prediction: Tensor, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
         """Return hidden_cosine: the mean cosine between histograms and what was predicted."""
-        pairs = [x.unflatten(1, (-1, BINS)) for x in (prediction, self.of(image, STRIDE))]
-        cells = hidden[:, :, ::STRIDE, ::STRIDE]
-        return {"hidden_cosine": mean_over(functional.cosine_similarity(*pairs, dim=2), cells)}
+        predicted, target = by_channel(prediction), by_channel(self.of(image, STRIDE))
+        cosine = functional.cosine_similarity(predicted, target, dim=2)
+        return {"hidden_cosine": mean_over(cosine, hidden[:, :, ::STRIDE, ::STRIDE])}
 
     def shown(self, prediction: Tensor, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
         """Return edges, drawn in every cell, with the prediction in the holes, and the truth's."""
@@ -161,9 +161,15 @@ def mean_over(value: Tensor, hidden: Tensor) -> Tensor:
     return (value * hidden).sum() / (value.shape[1] * hidden.sum())
 
 
+def by_channel(histograms: Tensor) -> Tensor:
+    """Return N 9C H W as N C 9 H W."""
+    n, values, height, width = histograms.shape
+    return histograms.reshape(n, values // BINS, BINS, height, width)
+
+
 def _edges(histograms: Tensor) -> Tensor:
     """Draw N 9C H W as N 3 8H 8W: in every cell a line for each direction, as bright as strong."""
-    strength = histograms.unflatten(1, (-1, BINS)).mean(1).clamp(0, 1)
+    strength = by_channel(histograms).mean(1).clamp(0, 1)
     middle = (torch.arange(STRIDE, device=strength.device) - (STRIDE - 1) / 2).double()
     angles = (torch.arange(BINS, device=strength.device).double() + 0.5) * math.pi / BINS
     # How far a pixel lies from the line through the middle, at right angles to the gradient.

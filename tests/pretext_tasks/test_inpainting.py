@@ -18,7 +18,13 @@ from groundwork.config import validate
 from groundwork.data.decode import open_picture
 from groundwork.errors import UsageError
 from pretext_tasks.inpainting import Inpainting, InpaintingConfig, hidden_loss
-from pretext_tasks.inpainting_targets import BINS, Histograms, normalise_patches, oriented, spread
+from pretext_tasks.inpainting_targets import (
+    Histograms,
+    by_channel,
+    normalise_patches,
+    oriented,
+    spread,
+)
 
 MakeBatch = Callable[..., dict[str, Tensor]]
 MakeTask = Callable[..., Inpainting]
@@ -348,7 +354,7 @@ def _ramp(angle: float, side: int = 16) -> Tensor:
 )
 def test_a_gradient_is_counted_in_the_bin_of_its_direction(angle: float, expected: int) -> None:
     """Bins are of 20 degrees, and opposite directions are one."""
-    inner = oriented(_ramp(angle))[:, :, 2:-2, 2:-2].unflatten(1, (3, BINS)).sum(dim=(3, 4))
+    inner = by_channel(oriented(_ramp(angle))[:, :, 2:-2, 2:-2]).sum(dim=(3, 4))
     assert inner.argmax(2).tolist() == [[expected] * 3]
     assert torch.equal((inner > 0).sum(2), torch.ones(1, 3, dtype=torch.long))
     # Two neighbours lie two pixels apart.
@@ -360,7 +366,7 @@ def test_histograms_have_length_one_where_there_are_edges_and_none_where_there_a
     assert target.of(torch.full((1, 3, 16, 16), 0.3), 8).abs().max() == 0
     noise = target.of(torch.rand(2, 3, 32, 32), 16)
     assert noise.shape == (2, 27, 2, 2)
-    lengths = noise.unflatten(1, (3, BINS)).square().sum(2).sqrt()
+    lengths = by_channel(noise).square().sum(2).sqrt()
     assert torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3)
 
 
