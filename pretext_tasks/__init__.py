@@ -17,6 +17,7 @@ TASKS = {
     "jigsaw": "pretext_tasks.jigsaw:Jigsaw",
     "lejepa": "pretext_tasks.lejepa:LeJEPA",
     "regions": "pretext_tasks.regions:Regions",
+    "self_training": "pretext_tasks.self_training:SelfTraining",
     "simclr": "pretext_tasks.simclr:SimCLR",
 }
 

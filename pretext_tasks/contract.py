@@ -79,6 +79,10 @@ class PretextTask(nn.Module, ABC):
     def product(self) -> dict[str, nn.Module]:
         """Return what is kept: {"backbone": Backbone}, and "neck" and "head" where trained."""
 
+    def facts(self) -> dict[str, Any]:
+        """Return what the product's file is to say beside its tensors; JSON-able."""
+        return {}
+
     @abstractmethod
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what a person would want to see, by name: uint8 N 3 H W on the CPU."""

@@ -29,14 +29,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from finetune.assign import Targets
-from finetune.detector import own_width, suppress
-from finetune.head import DetectionHead, anchors_of
-from finetune.losses import DetectionLoss
-from finetune.recipe import LossKeys
+from finetune.head import DetectionHead
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
@@ -44,7 +40,6 @@ from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
 from groundwork.data.memory import Memory
 from groundwork.data.resize import Box
-from groundwork.modes import evaluating
 from pretext_tasks.contract import StepOutput, Views
 from pretext_tasks.crops import AreaRange, RatioRange, Turn, check_side, draw_crop, draw_turn
 from pretext_tasks.stable_regions import (
@@ -56,7 +51,8 @@ from pretext_tasks.stable_regions import (
     size_for,
     stable_regions,
 )
-from pretext_tasks.through_neck import Letter, ThroughNeck
+from pretext_tasks.through_neck import Letter
+from pretext_tasks.whole_detector import WholeDetector
 
 # BYOL's second view without solarisation, and a blur that leaves small things to be seen.
 COLOUR = Colour(grayscale=0.1, blur=0.3, blur_sigma=(0.1, 1.0))
@@ -64,9 +60,6 @@ COLOUR = Colour(grayscale=0.1, blur=0.3, blur_sigma=(0.1, 1.0))
 _VISIBLE = 0.5  # of a region's area that a view must show
 _LEAST = 0.02  # of a view's side: a region's there, 5 px of 256
 _STEPS = 65535  # of a picture's side, to which its regions are rounded and remembered
-
-_SHOWN = 30  # boxes that are drawn, at most, of those found with a score of at least
-_SCORE = 0.1
 
 
 class RegionsConfig(Section):
@@ -161,19 +154,14 @@ def _in_view(regions: Boxes, picture: Picture, box: Box, turn: Turn, side: int) 
     return (ends * side).astype(np.float32)
 
 
-class Regions(ThroughNeck):
+class Regions(WholeDetector):
     """Backbone, neck and head."""
 
     Config = RegionsConfig
 
     def __init__(self, backbone: Backbone, config: RegionsConfig) -> None:
-        super().__init__(
-            backbone, own_width(backbone.name) if config.neck == "auto" else config.neck
-        )
+        super().__init__(backbone, config.neck, KINDS if config.kinds else 1, config.boxes)
         self.config = config
-        channels = [level.channels for level in self.levels]
-        self.head = DetectionHead(channels, KINDS if config.kinds else 1)
-        self._loss = DetectionLoss(LossKeys(boxes=config.boxes))
 
     @classmethod
     def views(cls, config: Any, image_size: int) -> Views:
@@ -187,38 +175,23 @@ class Regions(ThroughNeck):
         Metrics: its parts; regions of a view in the mean; the middle one's side in pixels (the root
         of its area).
         """
-        image = self._coloured(batch)
-        raw = self.head(self.through(self.backbone(image)))
         row, place = _there(batch).nonzero(as_tuple=True)
         targets = Targets(row, batch["boxes"][row, place], batch["kinds"][row, place])
-        size = (image.shape[2], image.shape[3])
-        with torch.autocast(image.device.type, enabled=False):
-            loss = self._loss(self, raw, size, targets)
+        output = self.detection_loss(self._coloured(batch), targets)
         found = batch["count"].float().mean()
         sides = (targets.boxes[:, 2:] - targets.boxes[:, :2]).prod(1).sqrt()
         side = sides.median() if len(sides) else sides.sum()
-        return StepOutput(loss.total, {**loss.parts, "regions": found, "side": side})
+        return StepOutput(output.loss, {**output.metrics, "regions": found, "side": side})
 
     def product(self) -> dict[str, nn.Module]:
         """Return backbone, neck, and the head's branch for boxes."""
         return {**super().product(), "head": _BoxBranch(self.head)}
 
-    @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what the network sees, with the regions, and with what it finds, drawn."""
-        image = self._coloured(batch)
-        seen = colour.denormalise(image, self.backbone.mean, self.backbone.std)
-        there, height, width = _there(batch), image.shape[2], image.shape[3]
-        with evaluating(self):
-            raw = self.head(self.through(self.backbone(image)))
-        decoded = self.head.decode(raw.boxes.float(), anchors_of(height, width, raw.boxes))
-        regions, found = [], []
-        for row, (boxes, scores) in enumerate(zip(decoded, raw.classes.sigmoid(), strict=True)):
-            regions.append(_drawn(seen[row], batch["boxes"][row][there[row]]))
-            best = suppress(boxes, scores, score=_SCORE, iou=0.5, most=_SHOWN)
-            limits = boxes.new_tensor([width, height, width, height])
-            found.append(_drawn(seen[row], best.boxes.clamp(min=0).minimum(limits)))
-        return {"regions": torch.stack(regions), "found": torch.stack(found)}
+        wanted = [b[there] for b, there in zip(batch["boxes"], _there(batch), strict=True)]
+        regions, found = self.with_boxes(self._coloured(batch), wanted)
+        return {"regions": regions, "found": found}
 
     def _coloured(self, batch: dict[str, Tensor]) -> Tensor:
         backbone = self.backbone
@@ -237,12 +210,3 @@ def _there(batch: dict[str, Tensor]) -> Tensor:
     """Return which rows of the boxes are regions: N K bool."""
     places = torch.arange(batch["boxes"].shape[1], device=batch["boxes"].device)
     return places < batch["count"][:, None]
-
-
-def _drawn(picture: Tensor, boxes: Tensor) -> Tensor:
-    """Draw boxes into a copy of a picture, uint8 3 H W on the CPU."""
-    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    pen = ImageDraw.Draw(image)
-    for left, top, right, bottom in boxes.tolist():
-        pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=(0, 255, 0))
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)

@@ -118,6 +118,10 @@ class Together(PretextTask):
             kept |= task.product()
         return kept
 
+    def facts(self) -> dict[str, Any]:
+        """Return what every task has to say."""
+        return {key: fact for _, task in self._tasks() for key, fact in task.facts().items()}
+
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return every task's pictures."""
         return {

@@ -220,6 +220,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 "step": position.step,
                 "commit": commit(),
                 "data": samples.fingerprint,
+                **task.facts(),
                 **about,
             },
         )

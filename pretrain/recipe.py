@@ -200,7 +200,7 @@ FIXED = (
     "data.value_range", "ema",
 )  # fmt: skip
 # A teacher's file may have moved: its weights are in the checkpoint.
-FREE = ("task.weights", "task.distill.weights")
+FREE = ("task.weights", "task.distill.weights", "task.self_training.weights")
 
 
 def refuse_changes(old: Recipe, new: Recipe) -> list[str]:

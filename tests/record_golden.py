@@ -53,12 +53,36 @@ def write_teacher(file: Path) -> None:
     save_file(dict(model.state_dict()), file)
 
 
+def write_detector(file: Path) -> None:
+    """Write a detector of two classes as fine-tuning would: random, and sure of some boxes."""
+    import torch
+
+    from finetune.detector import build_detector
+    from finetune.weights import parts_of, save_detector
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        detector = build_detector("yolo12n", 2)
+    for name, parameter in detector.head.named_parameters():
+        if name.startswith("classes.") and name.endswith(".2.bias"):
+            torch.nn.init.constant_(parameter, -0.5)
+    save_detector(file, parts_of(detector), names=("a", "b"), image_size=64, metadata={})
+
+
+def needed(task: str, folder: Path) -> dict[str, str]:
+    """Write the file that a task wants, and return the keys below `task.` that name it."""
+    if task == "distill":
+        write_teacher(folder / "teacher.safetensors")
+        return {"teacher": TEACHER, "weights": str(folder / "teacher.safetensors")}
+    if task == "self_training":
+        write_detector(folder / "detector.safetensors")
+        return {"weights": str(folder / "detector.safetensors")}
+    return {}
+
+
 def keys_of(task: str, folder: Path) -> list[str]:
-    """Return what a task must be told: distillation, of its teacher."""
-    if task != "distill":
-        return []
-    write_teacher(folder / "teacher.safetensors")
-    return [f"task.teacher={TEACHER}", f"task.weights={folder / 'teacher.safetensors'}"]
+    """Return these keys for the command line."""
+    return [f"task.{key}={value}" for key, value in needed(task, folder).items()]
 
 
 def first_losses(task: str) -> list[float]:

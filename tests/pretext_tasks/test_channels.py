@@ -31,7 +31,7 @@ def _tiff(seed: int, channels: int) -> bytes:
 
 
 @pytest.mark.parametrize("channels", [1, 5])
-@pytest.mark.parametrize("name", sorted(set(TASKS) - {"distill"}))
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {"distill", "self_training"}))
 def test_a_task_learns_from_any_number_of_channels(
     name: str, channels: int, tiny_backbone: Callable[..., Backbone]
 ) -> None:
@@ -81,10 +81,12 @@ def test_the_other_ways_of_inpainting_know_channels(tiny_backbone: Callable[...,
     assert task.token.grad is not None
 
 
+@pytest.mark.parametrize("name", ["distill", "self_training"])
 def test_a_teacher_of_three_channels_is_not_asked_about_four(
+    name: str,
     tiny_backbone: Callable[..., Backbone],
     default_config: Callable[[type[PretextTask]], Section],
 ) -> None:
-    kind = load_task("distill")
+    kind = load_task(name)
     with pytest.raises(UsageError, match="4 channels"):
         kind(tiny_backbone(4), default_config(kind))

@@ -16,12 +16,13 @@ from pretext_tasks import TASKS, load_task
 from pretrain import recipe as recipes
 
 ROOT = Path(__file__).parents[2]
+WITH_TEACHER = ("distill", "self_training")
 SHIPPED = sorted((ROOT / "recipes" / "pretrain").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_recipe_resolves_and_says_what_it_is(path: Path) -> None:
-    needed = ["task.weights=FILE"] if path.stem == "distill" else []
+    needed = ["task.weights=FILE"] if path.stem in WITH_TEACHER else []
     recipe = recipes.resolve(None, str(path), needed)
     task = load_task(recipe.task_name)
     resolved, config = recipes.with_task_defaults(recipe, task.Config)
@@ -79,11 +80,13 @@ def test_a_mistake_in_the_tasks_own_keys_is_told() -> None:
         recipes.with_task_defaults(recipe, load_task("byol").Config)
 
 
-@pytest.mark.parametrize("task", ["byol", "simclr", "dense", "regions", "lejepa", "distill"])
+@pytest.mark.parametrize(
+    "task", ["byol", "simclr", "dense", "regions", "lejepa", "distill", "self_training"]
+)
 def test_crops_that_cannot_be_drawn_are_refused(task: str) -> None:
     config = load_task(task).Config
     area = "large_scale" if task == "lejepa" else "crop_scale"
-    more = ["task.weights=FILE"] if task == "distill" else []
+    more = ["task.weights=FILE"] if task in WITH_TEACHER else []
     for wrong in (f"{area}=[1.0,0.1]", f"{area}=[0,1]", f"{area}=[0.5,2]", "crop_ratio=[0,1]",
                   "crop_ratio=[2,1]"):  # fmt: skip
         recipe = recipes.resolve(task, None, [f"task.{wrong}", *more])

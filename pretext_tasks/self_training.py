@@ -1,0 +1,166 @@
+"""Self-training: the whole detector learns what one that was trained on the few labels finds.
+
+A detector that a few labels have trained is right about most of what it is sure of. What it finds
+in unlabeled pictures, above a score, are labels for a student that sees the pictures in other
+colours, and whose fine-tuning on the true labels starts from there. Sources: Noisy Student (Xie et
+al. 2020, arXiv 1911.04252); for detectors STAC (Sohn et al. 2020, arXiv 2005.04757).
+
+`task.weights` is the detector's file, which fine-tuning wrote (detector.safetensors); its weights
+are in every checkpoint. Teacher and student see the very same view, so boxes need no mapping; the
+teacher sees it in its own colours. The student learns backbone, neck and all of the head, the class
+branch too: its classes are the detector's, and the product's file says them.
+
+Differs from the papers: labels are made as the views are (not once, before training), and true
+labels have no part: they are fine-tuning's. Scores are a dense detector's, which are lower than
+those of STAC's two stages: the threshold is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from finetune.assign import Targets
+from finetune.detector import Detections
+from finetune.weights import detector_from_file
+from groundwork import colour
+from groundwork.backbones.contract import Backbone
+from groundwork.colour import Colour, Probability
+from groundwork.config import Section, starting_from
+from groundwork.data.decode import Picture
+from groundwork.errors import UsageError
+from pretext_tasks.contract import StepOutput, Views
+from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
+from pretext_tasks.regions import COLOUR
+from pretext_tasks.through_neck import Letter
+from pretext_tasks.whole_detector import WholeDetector
+
+
+class SelfTrainingConfig(Section):
+    """Ours, but for the loss's weights, which are the second stage's defaults."""
+
+    weights: str | None = None  # detector.safetensors of the teacher; must be named
+    score: Annotated[float, Field(gt=0, lt=1)] = 0.4  # what is found with less is not taught
+    iou: Annotated[float, Field(gt=0, lt=1)] = 0.7  # as finetune.predict's
+    neck: Letter | Literal["auto"] = "auto"  # width of the student's neck and head
+    crop_scale: AreaRange = (0.5, 1.0)  # part of the picture's area
+    crop_ratio: RatioRange = (3 / 4, 4 / 3)  # width to height
+    flip: Probability = 0.5
+    rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
+    colour: Annotated[Colour, starting_from(COLOUR)] = COLOUR
+    boxes: Literal["score", "equal", "class"] = "class"  # as the second stage's loss.boxes
+
+
+@dataclass(frozen=True)
+class SelfTrainingViews:
+    """Cuts the one view that teacher and student see."""
+
+    config: SelfTrainingConfig
+    image_size: int
+
+    def __call__(
+        self, picture: Picture, generator: np.random.Generator
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return image (uint8 H W C) and colour (float32)."""
+        config = self.config
+        box = draw_crop(
+            picture.width, picture.height, config.crop_scale, config.crop_ratio, generator
+        )
+        [image] = picture.cut([box], self.image_size)
+        turn = draw_turn(config.flip, config.rotate, generator)
+        return {
+            "image": np.ascontiguousarray(turn.of_view(image)),
+            "colour": colour.draw(config.colour, generator),
+        }
+
+
+class SelfTraining(WholeDetector):
+    """The student, and the teacher, which does not change."""
+
+    Config = SelfTrainingConfig
+
+    def __init__(self, backbone: Backbone, config: SelfTrainingConfig) -> None:
+        if config.weights is None:
+            raise UsageError(_NO_WEIGHTS)
+        teacher, about = detector_from_file(Path(config.weights))
+        if teacher.backbone.in_channels != backbone.in_channels:
+            raise UsageError(
+                f"task.weights={config.weights} sees {teacher.backbone.in_channels} channels and "
+                f"the pictures have {backbone.in_channels}: name as many data.bands."
+            )
+        super().__init__(backbone, config.neck, teacher.head.num_classes, config.boxes)
+        self.config = config
+        self.names = about.names
+        self.teacher = teacher.requires_grad_(False)
+
+    @classmethod
+    def views(cls, config: Any, image_size: int) -> Views:
+        """Return the maker of the view. Raises UsageError where no detector's file is named."""
+        check_side(image_size, "self-training needs")
+        if config.weights is None:
+            raise UsageError(_NO_WEIGHTS)
+        return SelfTrainingViews(config, image_size)
+
+    def train(self, mode: bool = True) -> Self:
+        """Leave the teacher in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, batch: dict[str, Tensor]) -> StepOutput:
+        """Return the detection loss.
+
+        Metrics: its parts; boxes of a view in the mean, and their mean score.
+        """
+        taught = self._taught(batch)
+        counts = torch.tensor([len(one.boxes) for one in taught], device=batch["image"].device)
+        targets = Targets(
+            torch.arange(len(taught), device=counts.device).repeat_interleave(counts),
+            torch.cat([one.boxes for one in taught]),
+            torch.cat([one.classes for one in taught]),
+        )
+        output = self.detection_loss(self._coloured(batch), targets)
+        scores = torch.cat([one.scores for one in taught])
+        sure = scores.mean() if len(scores) else scores.sum()
+        metrics = {**output.metrics, "taught": counts.float().mean(), "taught_score": sure}
+        return StepOutput(output.loss, metrics)
+
+    def product(self) -> dict[str, nn.Module]:
+        """Return the student: backbone, neck and head."""
+        return {**super().product(), "head": self.head}
+
+    def facts(self) -> dict[str, Any]:
+        """Say which classes the head is for."""
+        return {"names": list(self.names)}
+
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the student sees, with the teacher's boxes, and with what it finds, drawn."""
+        wanted = [one.boxes for one in self._taught(batch)]
+        taught, found = self.with_boxes(self._coloured(batch), wanted)
+        return {"taught": taught, "found": found}
+
+    @torch.no_grad()
+    def _taught(self, batch: dict[str, Tensor]) -> list[Detections]:
+        """Return what the teacher is sure of, its boxes within the view."""
+        backbone = self.teacher.backbone
+        image = colour.normalise(batch["image"], backbone.mean, backbone.std)
+        config, side = self.config, image.shape[2]
+        found = self.teacher.detect(image, score=config.score, iou=config.iou)
+        return [one._replace(boxes=one.boxes.clamp(0, side)) for one in found]
+
+    def _coloured(self, batch: dict[str, Tensor]) -> Tensor:
+        backbone = self.backbone
+        return colour.apply(batch["image"], batch["colour"], backbone.mean, backbone.std)
+
+
+_NO_WEIGHTS = (
+    "task.weights is not set (of several tasks: task.self_training.weights): name the "
+    "detector.safetensors that fine-tuning on your labels wrote; what it finds is what is taught."
+)

@@ -1,0 +1,164 @@
+"""Self-training: what the teacher is sure of is taught, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.detector import Detections, build_detector
+from finetune.weights import load_init
+from groundwork.backbones import build_backbone
+from groundwork.backbones.contract import Backbone
+from groundwork.backbones.product import save_product
+from groundwork.errors import CheckpointError, UsageError
+from pretext_tasks.self_training import SelfTraining, SelfTrainingConfig
+from tests.record_golden import write_detector
+
+MakeBatch = Callable[..., dict[str, Tensor]]
+MakeTask = Callable[..., SelfTraining]
+
+BOX = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    file = tmp_path / "detector.safetensors"
+    write_detector(file)
+    return file
+
+
+@pytest.fixture
+def make_task(weights: Path, tiny_backbone: Callable[[], Backbone]) -> MakeTask:
+    def make(**changes: Any) -> SelfTraining:
+        torch.manual_seed(0)
+        keys = {"weights": str(weights)}
+        return SelfTraining(tiny_backbone(), SelfTrainingConfig.model_validate(keys | changes))
+
+    return make
+
+
+@pytest.fixture
+def batch(make_batch: MakeBatch) -> dict[str, Tensor]:
+    return make_batch(SelfTraining, SelfTrainingConfig(weights="named"))
+
+
+def _finding(task: SelfTraining, monkeypatch: pytest.MonkeyPatch, *found: Detections) -> None:
+    monkeypatch.setattr(task.teacher, "detect", lambda *_, **__: list(found))
+
+
+def _one(box: Tensor, score: float = 0.9, label: int = 1) -> Detections:
+    return Detections(box, torch.full((len(box),), score), torch.full((len(box),), label))
+
+
+NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+
+
+def test_the_teacher_does_not_change(make_task: MakeTask, batch: dict[str, Tensor]) -> None:
+    task = make_task().train()
+    before = {name: value.clone() for name, value in task.teacher.state_dict().items()}
+    task(batch).loss.backward()
+    assert not any(module.training for module in task.teacher.modules())
+    assert all(parameter.grad is None for parameter in task.teacher.parameters())
+    assert all(torch.equal(value, before[k]) for k, value in task.teacher.state_dict().items())
+    own = [p for p in task.parameters() if p.requires_grad]
+    assert own and all(parameter.grad is not None for parameter in own)
+
+
+def test_the_student_learns_the_teachers_boxes(
+    make_task: MakeTask, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task().train()
+    _finding(task, monkeypatch, _one(BOX), _one(BOX, label=0), _one(BOX), NOTHING)
+    optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        output = task(batch)
+        output.loss.backward()
+        optimizer.step()
+    assert output.metrics["taught"].item() == pytest.approx(0.75)
+    assert output.metrics["taught_score"].item() == pytest.approx(0.9)
+    image = task._coloured(batch)
+    raw = task.head(task.through(task.backbone(image)))
+    best = raw.classes.sigmoid().amax(1)  # N C
+    assert best[0, 1] > best[0, 0] and best[1, 0] > best[1, 1]
+    assert best[3].max() < min(best[0, 1], best[1, 0])
+
+
+def test_a_batch_in_which_nothing_is_found_teaches_that_there_is_nothing(
+    make_task: MakeTask, batch: dict[str, Tensor]
+) -> None:
+    output = make_task(score=0.99)(batch)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert output.metrics["taught"].item() == output.metrics["taught_score"].item() == 0
+    assert output.metrics["localisation"].item() == 0
+    assert output.metrics["classification"].item() > 0
+
+
+def test_what_is_found_with_less_than_score_is_not_taught(
+    make_task: MakeTask, batch: dict[str, Tensor]
+) -> None:
+    low, high = (make_task(score=score)._taught(batch) for score in (0.3, 0.45))
+    assert min(one.scores.min().item() for one in low if len(one.scores)) > 0.3
+    assert sum(len(one.boxes) for one in high) < sum(len(one.boxes) for one in low)
+    assert all((one.scores > 0.45).all() for one in high)
+
+
+def test_the_teacher_sees_no_drawn_colours_and_boxes_end_with_the_view(
+    make_task: MakeTask, batch: dict[str, Tensor]
+) -> None:
+    task = make_task(score=0.3)
+    first = task._taught(batch)
+    other = batch | {"colour": batch["colour"].flip(0)}
+    assert not torch.equal(task._coloured(batch), task._coloured(other))
+    for one, two in zip(first, task._taught(other), strict=True):
+        assert torch.equal(one.boxes, two.boxes)
+        assert len(one.boxes) == 0 or (one.boxes.min() >= 0 and one.boxes.max() <= 64)
+
+
+def test_fine_tuning_starts_from_the_whole_student(
+    weights: Path, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The class branch is for the teacher's classes, and the file says which."""
+    task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(weights)))
+    assert set(task.product()) == {"backbone", "neck", "head"}
+    file = tmp_path / "pretrained.safetensors"
+    save_product(file, task.product(), task.facts())
+    detector = build_detector("yolo12n", 2)
+    begun = load_init(detector, file, classes=("a", "b"))
+    assert "head's class branch" in begun.loaded
+    mine, taught = task.head.state_dict(), task.teacher.head.state_dict()
+    last = "classes.0.2.weight"
+    assert torch.equal(detector.head.state_dict()[last], mine[last])
+    assert not torch.equal(mine[last], taught[last])
+    other = load_init(build_detector("yolo12n", 2), file, classes=("b", "a"))
+    assert "head's class branch" not in other.loaded
+    assert "other classes" in other.sentence() or "classes are a, b" in other.sentence()
+
+
+def test_pictures_show_what_is_taught(
+    make_task: MakeTask, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task()
+    _finding(task, monkeypatch, _one(BOX), NOTHING, NOTHING, NOTHING)
+    shown = task.pictures(batch)
+    assert set(shown) == {"taught", "found"}
+    assert shown["taught"][0, :, 8, 20].tolist() == [0, 255, 0]
+
+
+def test_a_file_that_is_no_detector_of_these_pictures_is_refused(
+    tiny_backbone: Callable[[], Backbone], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"task\.weights is not set"):
+        SelfTraining.views(SelfTrainingConfig(), 64)
+    with pytest.raises(UsageError, match=r"task\.weights is not set"):
+        SelfTraining(tiny_backbone(), SelfTrainingConfig())
+    file = tmp_path / "pretrained.safetensors"
+    save_product(file, {"backbone": build_backbone("yolo12n")}, {})
+    with pytest.raises(CheckpointError, match="holds a backbone and no detector"):
+        SelfTraining(tiny_backbone(), SelfTrainingConfig(weights=str(file)))
