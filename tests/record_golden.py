@@ -54,7 +54,7 @@ def write_teacher(file: Path) -> None:
 
 
 def write_detector(file: Path) -> None:
-    """Write a detector of two classes as fine-tuning would: random, and sure of some boxes."""
+    """Write a detector of two classes as fine-tuning would: random, all scores about a half."""
     import torch
 
     from finetune.detector import build_detector
@@ -65,7 +65,7 @@ def write_detector(file: Path) -> None:
         detector = build_detector("yolo12n", 2)
     for name, parameter in detector.head.named_parameters():
         if name.startswith("classes.") and name.endswith(".2.bias"):
-            torch.nn.init.constant_(parameter, -0.5)
+            torch.nn.init.zeros_(parameter)
     save_detector(file, parts_of(detector), names=("a", "b"), image_size=64, metadata={})
 
 
