@@ -108,6 +108,14 @@ def _inside(boxes: Tensor, anchors: Anchors) -> tuple[Tensor, Tensor]:
     return row, point
 
 
+def inside(boxes: Targets, anchors: Anchors, shape: torch.Size) -> Tensor:
+    """Return bool N A C (`shape`): the points inside boxes, at the boxes' classes."""
+    row, point = _inside(boxes.boxes, anchors)
+    found = torch.zeros(shape, dtype=torch.bool, device=boxes.boxes.device)
+    found[boxes.image[row], point, boxes.classes[row]] = True
+    return found
+
+
 def _best_of_each(row: Tensor, alignment: Tensor, rows: int, topk: int) -> Tensor:
     """Return the pairs that are among the `topk` of their row, of equals those of the first."""
     # Sorted by row, and within a row from the best down: a pair's rank is its place behind the

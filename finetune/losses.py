@@ -15,6 +15,8 @@ boxes do not outweigh the others; of several processes, and of several micro-bat
   2006.04388, equation 7) of the two bins beside a side's distance.
 - objectness, where the detector has that branch: binary cross-entropy with the overlap of the
   positive points' boxes, 0 elsewhere.
+- ignored boxes (of a crowd, or found without being sure) are neither there nor not: a point inside
+  one that is not positive has no classification loss for its class.
 - penalty: L2 over all decaying weights, L1 over the scales of BatchNorm (network slimming, arXiv
   1708.06519).
 
@@ -42,7 +44,7 @@ from torchvision.ops import (
     sigmoid_focal_loss,
 )
 
-from finetune.assign import Assignment, Targets, assign
+from finetune.assign import Assignment, Targets, assign, inside
 from finetune.head import BINS, Anchors, DetectionHead, Raw, anchors_of
 from finetune.recipe import ClassificationKeys, LossKeys
 from groundwork.optim import undecayed
@@ -75,11 +77,12 @@ class DetectionLoss:
         size: tuple[int, int],
         targets: Targets,
         frozen: Sequence[nn.Module] = (),
+        ignored: Targets | None = None,
     ) -> Loss:
         """Compare logits of pictures of `size` (height, width) with the targets.
 
         `network` is what made them: a detector, or what else has a DetectionHead as its `head`. The
-        penalty leaves out what is `frozen`.
+        penalty leaves out what is `frozen`. `ignored` are boxes that are not asked about.
         """
         head = network.head
         assert isinstance(head, DetectionHead)
@@ -103,11 +106,11 @@ class DetectionLoss:
         scale = 1 / found.score.sum().clamp(min=1)
         parts: dict[str, Tensor] = {}
         wanted = class_targets(raw.classes, found, targets, config.classification.smoothing)
-        parts["classification"] = (
-            scale
-            * config.classification.weight
-            * classification_loss(raw.classes, wanted, config.classification).sum()
-        )
+        by_point = classification_loss(raw.classes, wanted, config.classification)
+        if ignored is not None:
+            asked = ~inside(ignored, anchors, raw.classes.shape) | (wanted > 0)
+            by_point = by_point * asked
+        parts["classification"] = scale * config.classification.weight * by_point.sum()
         predicted, true = boxes[found.image, found.point], targets.boxes[found.target]
         share = found.score * scale
         if config.boxes == "equal":

@@ -7,8 +7,10 @@ al. 2020, arXiv 1911.04252); for detectors STAC (Sohn et al. 2020, arXiv 2005.04
 
 `task.weights` is the detector's file, which fine-tuning wrote (detector.safetensors); its weights
 are in every checkpoint. Teacher and student see the very same view, so boxes need no mapping; the
-teacher sees it in its own colours. The student learns backbone, neck and all of the head, the class
-branch too: its classes are the detector's, and the product's file says them.
+teacher sees it in its own colours. What it finds without being sure is neither taught as an object
+nor as background (Efficient Teacher, Xu et al. 2023, arXiv 2302.07577, section 3.2). The student
+learns backbone, neck and all of the head, the class branch too: its classes are the detector's, and
+the product's file says them.
 
 Differs from the papers: labels are made as the views are (not once, before training), and true
 labels have no part: they are fine-tuning's. Scores are a dense detector's, which are lower than
@@ -17,6 +19,7 @@ those of STAC's two stages: the threshold is ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,7 +27,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from finetune.assign import Targets
@@ -42,13 +45,16 @@ from pretext_tasks.regions import COLOUR
 from pretext_tasks.through_neck import Letter
 from pretext_tasks.whole_detector import WholeDetector
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
 
 class SelfTrainingConfig(Section):
     """Ours, but for the loss's weights, which are the second stage's defaults."""
 
     weights: str | None = None  # detector.safetensors of the teacher; must be named
-    score: Annotated[float, Field(gt=0, lt=1)] = 0.4  # what is found with less is not taught
-    iou: Annotated[float, Field(gt=0, lt=1)] = 0.7  # as finetune.predict's
+    score: Share = 0.4  # what is found with less is not taught
+    unsure: Share = 0.1  # and down to this not denied either; score: all of it is background
+    iou: Share = 0.7  # as finetune.predict's
     neck: Letter | Literal["auto"] = "auto"  # width of the student's neck and head
     crop_scale: AreaRange = (0.5, 1.0)  # part of the picture's area
     crop_ratio: RatioRange = (3 / 4, 4 / 3)  # width to height
@@ -56,6 +62,12 @@ class SelfTrainingConfig(Section):
     rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
     colour: Annotated[Colour, starting_from(COLOUR)] = COLOUR
     boxes: Literal["score", "equal", "class"] = "class"  # as the second stage's loss.boxes
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.unsure > self.score:
+            raise ValueError(f"unsure={self.unsure:g} is above score={self.score:g}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -119,18 +131,16 @@ class SelfTraining(WholeDetector):
 
         Metrics: its parts; boxes of a view in the mean, and their mean score.
         """
-        taught = self._taught(batch)
-        counts = torch.tensor([len(one.boxes) for one in taught], device=batch["image"].device)
-        targets = Targets(
-            torch.arange(len(taught), device=counts.device).repeat_interleave(counts),
-            torch.cat([one.boxes for one in taught]),
-            torch.cat([one.classes for one in taught]),
-        )
-        output = self.detection_loss(self._coloured(batch), targets)
-        scores = torch.cat([one.scores for one in taught])
-        sure = scores.mean() if len(scores) else scores.sum()
-        metrics = {**output.metrics, "taught": counts.float().mean(), "taught_score": sure}
-        return StepOutput(output.loss, metrics)
+        found = self._found(batch)
+        sure = [_those(one, one.scores >= self.config.score) for one in found]
+        unsure = [_those(one, one.scores < self.config.score) for one in found]
+        output = self.detection_loss(self._coloured(batch), _targets(sure), _targets(unsure))
+        scores = torch.cat([one.scores for one in sure])
+        metrics = {
+            "taught": scores.new_tensor(len(scores) / len(sure)),
+            "taught_score": scores.mean() if len(scores) else scores.sum(),
+        }
+        return StepOutput(output.loss, {**output.metrics, **metrics})
 
     def product(self) -> dict[str, nn.Module]:
         """Return the student: backbone, neck and head."""
@@ -142,22 +152,36 @@ class SelfTraining(WholeDetector):
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what the student sees, with the teacher's boxes, and with what it finds, drawn."""
-        wanted = [one.boxes for one in self._taught(batch)]
+        wanted = [one.boxes[one.scores >= self.config.score] for one in self._found(batch)]
         taught, found = self.with_boxes(self._coloured(batch), wanted)
         return {"taught": taught, "found": found}
 
     @torch.no_grad()
-    def _taught(self, batch: dict[str, Tensor]) -> list[Detections]:
-        """Return what the teacher is sure of, its boxes within the view."""
+    def _found(self, batch: dict[str, Tensor]) -> list[Detections]:
+        """Return what the teacher finds, its boxes within the view, down to `unsure`."""
         backbone = self.teacher.backbone
         image = colour.normalise(batch["image"], backbone.mean, backbone.std)
         config, side = self.config, image.shape[2]
-        found = self.teacher.detect(image, score=config.score, iou=config.iou)
+        found = self.teacher.detect(image, score=config.unsure, iou=config.iou)
         return [one._replace(boxes=one.boxes.clamp(0, side)) for one in found]
 
     def _coloured(self, batch: dict[str, Tensor]) -> Tensor:
         backbone = self.backbone
         return colour.apply(batch["image"], batch["colour"], backbone.mean, backbone.std)
+
+
+def _those(found: Detections, which: Tensor) -> Detections:
+    return Detections(found.boxes[which], found.scores[which], found.classes[which])
+
+
+def _targets(found: Sequence[Detections]) -> Targets:
+    """Put the boxes of a batch's pictures one after the other."""
+    counts = torch.tensor([len(one.boxes) for one in found], device=found[0].boxes.device)
+    return Targets(
+        torch.arange(len(found), device=counts.device).repeat_interleave(counts),
+        torch.cat([one.boxes for one in found]),
+        torch.cat([one.classes for one in found]),
+    )
 
 
 _NO_WEIGHTS = (

@@ -40,11 +40,14 @@ class WholeDetector(ThroughNeck):
         self.head = DetectionHead([level.channels for level in self.levels], classes)
         self._loss = DetectionLoss(LossKeys(boxes=boxes))
 
-    def detection_loss(self, image: Tensor, targets: Targets) -> StepOutput:
+    def detection_loss(
+        self, image: Tensor, targets: Targets, ignored: Targets | None = None
+    ) -> StepOutput:
         """Return the loss of normalised pictures N C H W. Metrics: its parts."""
         raw = self.head(self.through(self.backbone(image)))
         with torch.autocast(image.device.type, enabled=False):
-            loss = self._loss(self, raw, (image.shape[2], image.shape[3]), targets)
+            size = (image.shape[2], image.shape[3])
+            loss = self._loss(self, raw, size, targets, ignored=ignored)
         return StepOutput(loss.total, loss.parts)
 
     @torch.no_grad()

@@ -88,5 +88,5 @@ def test_a_teacher_of_three_channels_is_not_asked_about_four(
     default_config: Callable[[type[PretextTask]], Section],
 ) -> None:
     kind = load_task(name)
-    with pytest.raises(UsageError, match="4[ c:]"):
+    with pytest.raises(UsageError, match=r"4 channels|have 4"):
         kind(tiny_backbone(4), default_config(kind))

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from finetune.detector import Detections, build_detector
+from finetune.head import anchors_of
 from finetune.weights import load_init
 from groundwork.backbones import build_backbone
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import save_product
+from groundwork.config import validate
 from groundwork.errors import CheckpointError, UsageError
 from pretext_tasks.self_training import SelfTraining, SelfTrainingConfig
 from tests.record_golden import write_detector
@@ -92,7 +94,7 @@ def test_the_student_learns_the_teachers_boxes(
 def test_a_batch_in_which_nothing_is_found_teaches_that_there_is_nothing(
     make_task: MakeTask, batch: dict[str, Tensor]
 ) -> None:
-    output = make_task(score=0.99)(batch)
+    output = make_task(score=0.99, unsure=0.98)(batch)
     output.loss.backward()
     assert output.loss.isfinite()
     assert output.metrics["taught"].item() == output.metrics["taught_score"].item() == 0
@@ -100,23 +102,38 @@ def test_a_batch_in_which_nothing_is_found_teaches_that_there_is_nothing(
     assert output.metrics["classification"].item() > 0
 
 
-def test_what_is_found_with_less_than_score_is_not_taught(
-    make_task: MakeTask, batch: dict[str, Tensor]
+def test_what_is_found_without_being_sure_is_neither_taught_nor_denied(
+    make_task: MakeTask, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The random teacher scores everything with about a half."""
-    low, high = (make_task(score=score)._taught(batch) for score in (0.45, 0.55))
-    assert all(len(one.boxes) > 0 and (one.scores > 0.45).all() for one in low)
-    assert all(len(one.boxes) == 0 for one in high)
+    """Points inside the box have a loss for its class where nothing is found, and not here."""
+    task = make_task().eval()
+    losses = {}
+    for name, score in (("sure", 0.5), ("unsure", 0.3)):
+        _finding(task, monkeypatch, *[_one(BOX, score)] * 4)
+        output = task(batch)
+        losses[name] = output.metrics["classification"].item()
+        assert output.metrics["taught"].item() == (name == "sure")
+    _finding(task, monkeypatch, *[NOTHING] * 4)
+    losses["nothing"] = task(batch).metrics["classification"].item()
+    # 84 points a view and two classes: 16 + 1 + 1 points lie inside the box, of one class.
+    raw = task.head(task.through(task.backbone(task._coloured(batch))))
+    costs = torch.nn.functional.softplus(raw.classes)
+    anchors = anchors_of(64, 64, raw.boxes)
+    within = ((anchors.points > 8) & (anchors.points < 40)).all(1)
+    assert within.sum() == 18
+    expected = 0.5 * (costs.sum() - costs[:, within, 1].sum())
+    assert losses["unsure"] == pytest.approx(expected.item(), rel=1e-4)
+    assert losses["nothing"] == pytest.approx(0.5 * costs.sum().item(), rel=1e-4)
 
 
 def test_the_teacher_sees_no_drawn_colours_and_boxes_end_with_the_view(
     make_task: MakeTask, batch: dict[str, Tensor]
 ) -> None:
-    task = make_task(score=0.3)
-    first = task._taught(batch)
+    task = make_task()
+    first = task._found(batch)
     other = batch | {"colour": batch["colour"].flip(0)}
     assert not torch.equal(task._coloured(batch), task._coloured(other))
-    for one, two in zip(first, task._taught(other), strict=True):
+    for one, two in zip(first, task._found(other), strict=True):
         assert torch.equal(one.boxes, two.boxes)
         assert len(one.boxes) == 0 or (one.boxes.min() >= 0 and one.boxes.max() <= 64)
 
@@ -154,6 +171,8 @@ def test_pictures_show_what_is_taught(
 def test_a_file_that_is_no_detector_of_these_pictures_is_refused(
     tiny_backbone: Callable[[], Backbone], tmp_path: Path
 ) -> None:
+    with pytest.raises(UsageError, match=r"unsure=0\.5 is above score=0\.4"):
+        validate(SelfTrainingConfig, {"unsure": 0.5}, prefix="task.")
     with pytest.raises(UsageError, match=r"task\.weights is not set"):
         SelfTraining.views(SelfTrainingConfig(), 64)
     with pytest.raises(UsageError, match=r"task\.weights is not set"):
