@@ -40,14 +40,17 @@ def draw_boxes(
 ) -> Image.Image:
     """Return a copy of an RGB picture with its boxes drawn, the best of them last.
 
-    `boxes` is N 4 (left, top, right, bottom in pixels), `classes` N, `scores` N in 0..1.
+    `boxes` is N 4 (left, top, right, bottom in pixels), `classes` N (of a crowd of class c ~c),
+    `scores` N in 0..1.
     """
     drawn = image.copy()
     pen = ImageDraw.Draw(drawn)
     order = np.arange(len(boxes)) if scores is None else np.argsort(scores, kind="stable")
     for place in order.tolist():
         number = int(classes[place])
-        text = names[number] if scores is None else f"{names[number]} {scores[place]:.2f}"
+        text = f"{names[~number]} (crowd)" if number < 0 else names[number]
+        number = max(number, ~number)
+        text = text if scores is None else f"{text} {scores[place]:.2f}"
         draw_box(pen, boxes[place].tolist(), text, colour_of(number))
     return drawn
 

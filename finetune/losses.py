@@ -16,7 +16,7 @@ boxes do not outweigh the others; of several processes, and of several micro-bat
 - objectness, where the detector has that branch: binary cross-entropy with the overlap of the
   positive points' boxes, 0 elsewhere.
 - ignored boxes (of a crowd, or found without being sure) are neither there nor not: a point inside
-  one that is not positive has no classification loss for its class.
+  one that is not positive has no classification loss for its class, and none of objectness.
 - penalty: L2 over all decaying weights, L1 over the scales of BatchNorm (network slimming, arXiv
   1708.06519).
 
@@ -107,9 +107,10 @@ class DetectionLoss:
         parts: dict[str, Tensor] = {}
         wanted = class_targets(raw.classes, found, targets, config.classification.smoothing)
         by_point = classification_loss(raw.classes, wanted, config.classification)
-        if ignored is not None:
-            asked = ~inside(ignored, anchors, raw.classes.shape) | (wanted > 0)
-            by_point = by_point * asked
+        unasked = None
+        if ignored is not None and len(ignored.boxes):
+            unasked = inside(ignored, anchors, raw.classes.shape)
+            by_point = by_point.masked_fill(unasked & (wanted == 0), 0)
         parts["classification"] = scale * config.classification.weight * by_point.sum()
         predicted, true = boxes[found.image, found.point], targets.boxes[found.target]
         share = found.score * scale
@@ -127,13 +128,12 @@ class DetectionLoss:
         if raw.objectness is not None:
             there = torch.zeros_like(raw.objectness)
             there[found.image, found.point] = overlaps(predicted.detach(), true)
-            parts["objectness"] = (
-                scale
-                * config.objectness.weight
-                * functional.binary_cross_entropy_with_logits(
-                    raw.objectness, there, reduction="sum"
-                )
+            entropy = functional.binary_cross_entropy_with_logits(
+                raw.objectness, there, reduction="none"
             )
+            if unasked is not None:
+                entropy = entropy.masked_fill(unasked.any(2) & (wanted == 0).all(2), 0)
+            parts["objectness"] = scale * config.objectness.weight * entropy.sum()
         if config.penalty.l2 or config.penalty.l1_scales:
             parts["penalty"] = penalty(network, config.penalty.l2, config.penalty.l1_scales, frozen)
         total = torch.stack(list(parts.values())).sum()

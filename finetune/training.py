@@ -38,7 +38,7 @@ class Training(nn.Module):
         self._frozen = (False, False, False)
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
-        """Colour and normalise image, colour, boxes, classes; run the network; compare."""
+        """Colour and normalise image and colour; run the network; compare with the boxes."""
         image = self.coloured(batch)
         detector = self.detector
         backbone, neck, _ = self._frozen
@@ -48,9 +48,12 @@ class Training(nn.Module):
             features = detector.neck(pyramid)
         raw = detector.head(features)
         targets = Targets(batch["boxes_sample"], batch["boxes"], batch["classes"])
+        crowds = Targets(batch["crowds_sample"], batch["crowds"], batch["crowd_classes"])
         frozen = [detector.backbone] * backbone + [detector.neck] * neck
         with torch.autocast(image.device.type, enabled=False):
-            return self.loss(detector, raw, (image.shape[2], image.shape[3]), targets, frozen)
+            return self.loss(
+                detector, raw, (image.shape[2], image.shape[3]), targets, frozen, crowds
+            )
 
     def coloured(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the pictures as the backbone wants them: N C H W."""
@@ -58,11 +61,19 @@ class Training(nn.Module):
         return colour.apply(batch["image"], batch["colour"], backbone.mean, backbone.std)
 
     def seen(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what training sees, for a person: picture (uint8 N 3 H W on the CPU) and boxes."""
+        """Return what training sees, for a person: picture (uint8 N 3 H W on the CPU) and boxes.
+
+        Crowds are among them, with classes below 0.
+        """
         backbone = self.detector.backbone
         picture = colour.denormalise(self.coloured(batch), backbone.mean, backbone.std)
-        rest = {key: batch[key].cpu() for key in ("boxes", "boxes_sample", "classes")}
-        return {"picture": picture, **rest}
+        both = {
+            "boxes": ("boxes", "crowds"),
+            "boxes_sample": ("boxes_sample", "crowds_sample"),
+        }
+        rest = {name: torch.cat([batch[key] for key in keys]).cpu() for name, keys in both.items()}
+        classes = torch.cat((batch["classes"], ~batch["crowd_classes"])).cpu()
+        return {"picture": picture, "classes": classes, **rest}
 
     def freeze(self, *, backbone: bool, neck: bool, batchnorm: bool) -> None:
         """Freeze parts: no gradient, so no update, and BatchNorm's statistics as they are.

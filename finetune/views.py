@@ -45,17 +45,23 @@ class DetectionViews(PlaceViews):
     origin: int
     kept: Kept = field(default_factory=lambda: Kept(KEPT_BYTES))
 
-    ragged = frozenset(("boxes", "classes"))
+    ragged = frozenset(("boxes", "classes", "crowds", "crowd_classes"))
 
     def at(self, place: Place) -> Arrays:
-        """Return image (uint8 H W 3), colour, boxes (N 4, pixels of the image), classes (N)."""
+        """Return image (uint8 H W 3), colour, boxes (N 4, pixels of the image), classes (N).
+
+        And crowds (M 4) with crowd_classes (M), which are neither objects nor background.
+        """
         source = _Source(self, place, self.size_of(place.position))
         item = self.augment(source.load(place.sample, place.picture), source)
+        crowd = item.classes < 0
         return {
             "image": item.pixels,
             "colour": item.colour,
-            "boxes": item.boxes,
-            "classes": item.classes,
+            "boxes": item.boxes[~crowd],
+            "classes": item.classes[~crowd],
+            "crowds": item.boxes[crowd],
+            "crowd_classes": ~item.classes[crowd],
         }
 
     def size_of(self, position: int) -> tuple[int, int]:
@@ -119,7 +125,8 @@ class _Source:
         whole = (0.0, 0.0, float(picture.width), float(picture.height))
         [pixels] = picture.cut([whole], (height, width))
         found = self.views.labeled.annotations(sample, picture)
-        wanted = ~found.crowd
         by = np.array([width / picture.width, height / picture.height] * 2, np.float32)
-        item = Item(pixels, found.boxes[wanted] * by, found.classes[wanted])
+        # A crowd goes through the chain as a box of the class ~c, which is below 0.
+        classes = np.where(found.crowd, ~found.classes, found.classes)
+        item = Item(pixels, found.boxes * by, classes)
         return self.views.kept.put(key, item)

@@ -44,7 +44,8 @@ class Item:
     """A picture and what is labeled in it; rows of boxes and classes belong together.
 
     `pixels` is uint8 H W C; `boxes` float32 N 4, left, top, right, bottom in pixels of `pixels`;
-    `classes` int64 N; `colour` float32 PARAMETERS, for the device to apply.
+    `classes` int64 N, of a crowd of class c it is ~c; `colour` float32 PARAMETERS, for the device
+    to apply.
     """
 
     pixels: npt.NDArray[np.uint8]

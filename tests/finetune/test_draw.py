@@ -75,3 +75,11 @@ def test_classes_have_colours_of_their_own_that_can_be_written_on(number: int) -
     colour = colour_of(number)
     assert all(colour != colour_of(other) for other in range(20) if other != number)
     assert ink_on(colour) in ("black", "white")
+
+
+def test_a_crowd_has_its_classs_colour_and_says_that_it_is_one() -> None:
+    box = [[20.0, 40.0, 180.0, 140.0]]
+    plain, crowd = drawn(box, [1]), drawn(box, [-2])
+    assert (crowd[139, 20:180] == colour_of(1)).all()
+    tag = [(pixels[27:40] != 90).any(2).any(0).sum() for pixels in (plain, crowd)]
+    assert tag[1] > tag[0]  # "boat (crowd)" is longer

@@ -188,6 +188,33 @@ def test_a_batch_without_boxes_teaches_background_alone() -> None:
     torch.autograd.backward(result.total)
 
 
+@pytest.mark.parametrize("objectness", [False, True])
+def test_points_in_an_ignored_box_are_asked_about_other_classes_and_where_they_are_positive(
+    objectness: bool,
+) -> None:
+    torch.manual_seed(0)
+    detector = build_detector("yolo12n", 2, objectness=objectness)
+    raw = detector(torch.rand(2, 3, 64, 64))
+    one = Targets(torch.tensor([0]), torch.tensor([[17.0, 17.0, 23.0, 23.0]]), torch.tensor([1]))
+    crowd = Targets(torch.tensor([0]), torch.tensor([[16.0, 16.0, 32.0, 32.0]]), torch.tensor([1]))
+    loss = DetectionLoss(LossKeys())
+    whole = loss(detector, raw, (64, 64), one)
+    without = loss(detector, raw, (64, 64), one, ignored=crowd)
+    # Points (20, 20), (28, 20), (20, 28), (28, 28) of stride 8, of which the first is the box's,
+    # and (24, 24) of stride 16.
+    places = [2 * 8 + 3, 3 * 8 + 2, 3 * 8 + 3, 64 + 1 * 4 + 1]
+    denied = functional.softplus(raw.classes[0, places, 1]).sum()
+    found = whole.parts["classification"] - without.parts["classification"]
+    assert float(found) == pytest.approx(0.5 * float(denied.detach()), rel=1e-3)
+    for part in ("localisation", "distribution"):
+        assert torch.equal(whole.parts[part], without.parts[part])
+    if objectness:
+        assert raw.objectness is not None
+        denied = functional.softplus(raw.objectness[0, places]).sum()
+        found = whole.parts["objectness"] - without.parts["objectness"]
+        assert float(found) == pytest.approx(float(denied.detach()), rel=1e-3)
+
+
 def test_one_positive_point_against_an_independent_computation() -> None:
     """A single box with one candidate: every number can be computed in another way."""
     torch.manual_seed(1)
