@@ -16,7 +16,8 @@ boxes do not outweigh the others; of several processes, and of several micro-bat
 - objectness, where the detector has that branch: binary cross-entropy with the overlap of the
   positive points' boxes, 0 elsewhere.
 - ignored boxes (of a crowd, or found without being sure) are neither there nor not: a point inside
-  one that is not positive has no classification loss for its class, and none of objectness.
+  one has no classification loss for that box's class, and no objectness loss, unless it is positive
+  (for that class).
 - penalty: L2 over all decaying weights, L1 over the scales of BatchNorm (network slimming, arXiv
   1708.06519).
 
@@ -110,7 +111,8 @@ class DetectionLoss:
         unasked = None
         if ignored is not None and len(ignored.boxes):
             unasked = inside(ignored, anchors, raw.classes.shape)
-            by_point = by_point.masked_fill(unasked & (wanted == 0), 0)
+            unasked[found.image, found.point, targets.classes[found.target]] = False
+            by_point = by_point.masked_fill(unasked, 0)
         parts["classification"] = scale * config.classification.weight * by_point.sum()
         predicted, true = boxes[found.image, found.point], targets.boxes[found.target]
         share = found.score * scale
@@ -132,7 +134,9 @@ class DetectionLoss:
                 raw.objectness, there, reduction="none"
             )
             if unasked is not None:
-                entropy = entropy.masked_fill(unasked.any(2) & (wanted == 0).all(2), 0)
+                denied = unasked.any(2)
+                denied[found.image, found.point] = False
+                entropy = entropy.masked_fill(denied, 0)
             parts["objectness"] = scale * config.objectness.weight * entropy.sum()
         if config.penalty.l2 or config.penalty.l1_scales:
             parts["penalty"] = penalty(network, config.penalty.l2, config.penalty.l1_scales, frozen)

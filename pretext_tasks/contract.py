@@ -18,6 +18,7 @@ from groundwork.backbones.contract import Backbone
 from groundwork.config import Section
 from groundwork.data.decode import Picture
 from groundwork.data.memory import Memory
+from groundwork.data.reading import Reading
 
 
 class StepOutput(NamedTuple):
@@ -82,6 +83,10 @@ class PretextTask(nn.Module, ABC):
     def facts(self) -> dict[str, Any]:
         """Return what the product's file is to say beside its tensors; JSON-able."""
         return {}
+
+    def doubts(self, image_size: int, reading: Reading) -> list[str]:
+        """Return what a person should know of views of this size, of pictures read so."""
+        return []
 
     @abstractmethod
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -97,8 +97,7 @@ class InpaintingConfig(Section):
     ratio: float = Field(default=0.6, gt=0, lt=1)  # SimMIM, table 1: share of hidden blocks
     target: Literal["pixels", "hog"] = "pixels"  # what is predicted; hog: MaskFeat
     patch: int | None = Field(default=16, ge=2)  # MAE, of pixels: side; None: not normalised
-    # (1 / 255) squared, added to a patch's variance, and to the square of a histogram's length
-    eps: Positive = 1.5e-5
+    eps: Positive = 1.5e-5  # added to a patch's variance: (1 / 255) squared
     loss: Literal["l2", "l1"] = "l2"  # MAE; SimMIM: l1
     scales: tuple[Literal[8, 16, 32], ...] = (8,)  # strides that predict; 8 must be one
     filling: Literal["token", "mean"] = "token"  # of holes, for a dense encoder
@@ -213,7 +212,7 @@ class Inpainting(ThroughNeck):
         super().__init__(backbone, config.neck)
         self.config = config
         self.target: Target = (
-            Histograms(config.eps) if config.target == "hog" else Pixels(config.patch, config.eps)
+            Histograms() if config.target == "hog" else Pixels(config.patch, config.eps)
         )
         cell = self.target.cell(backbone.in_channels)
         self.decoder = Decoder(self.levels, config.width, set(config.scales), cell)
@@ -268,7 +267,9 @@ class Inpainting(ThroughNeck):
             for scale, prediction in predictions.items()
         ]
         with torch.no_grad():
-            metrics = self.target.metrics(predictions[STRIDE].float(), image, self._hidden(batch))
+            metrics = self.target.metrics(
+                predictions[STRIDE].float(), targets[STRIDE], image, self._hidden(batch)
+            )
         return StepOutput(torch.stack(losses).mean(), metrics)
 
     @torch.no_grad()

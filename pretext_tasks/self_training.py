@@ -8,17 +8,19 @@ al. 2020, arXiv 1911.04252); for detectors STAC (Sohn et al. 2020, arXiv 2005.04
 `task.weights` is the detector's file, which fine-tuning wrote (detector.safetensors); its weights
 are in every checkpoint. Teacher and student see the very same view, so boxes need no mapping; the
 teacher sees it in its own colours. What it finds without being sure is neither taught as an object
-nor as background (Efficient Teacher, Xu et al. 2023, arXiv 2302.07577, section 3.2). The student
-learns backbone, neck and all of the head, the class branch too: its classes are the detector's, and
-the product's file says them.
+nor as background. The student learns backbone, neck and all of the head, the class branch too: its
+classes are the detector's, and the product's file says them.
 
 Differs from the papers: labels are made as the views are (not once, before training), and true
 labels have no part: they are fine-tuning's. Scores are a dense detector's, which are lower than
-those of STAC's two stages: the threshold is ours.
+those of STAC's two stages: the threshold is ours. Efficient Teacher (Xu et al. 2023, arXiv
+2302.07577) has a place for uncertain labels too; it teaches their scores softly, here the points
+inside them are passed over.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +33,22 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from finetune.assign import Targets
-from finetune.detector import Detections
+from finetune.detector import Detections, suppress
 from finetune.weights import detector_from_file
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
 from groundwork.config import Section, starting_from
 from groundwork.data.decode import Picture
-from groundwork.errors import UsageError
+from groundwork.data.reading import Reading
+from groundwork.errors import CheckpointError, UsageError
 from pretext_tasks.contract import StepOutput, Views
 from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
 from pretext_tasks.regions import COLOUR
 from pretext_tasks.through_neck import Letter
 from pretext_tasks.whole_detector import WholeDetector
+
+_MOST = 1000  # boxes of a view: what is found and left out would be taught as background
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -54,7 +59,7 @@ class SelfTrainingConfig(Section):
     weights: str | None = None  # detector.safetensors of the teacher; must be named
     score: Share = 0.4  # what is found with less is not taught
     unsure: Share = 0.1  # and down to this not denied either; score: all of it is background
-    iou: Share = 0.7  # as finetune.predict's
+    iou: Share = 0.5  # of two boxes of a class with more in common the better one is taught
     neck: Letter | Literal["auto"] = "auto"  # width of the student's neck and head
     crop_scale: AreaRange = (0.5, 1.0)  # part of the picture's area
     crop_ratio: RatioRange = (3 / 4, 4 / 3)  # width to height
@@ -97,11 +102,15 @@ class SelfTraining(WholeDetector):
     """The student, and the teacher, which does not change."""
 
     Config = SelfTrainingConfig
+    names: Tensor
 
     def __init__(self, backbone: Backbone, config: SelfTrainingConfig) -> None:
         if config.weights is None:
             raise UsageError(_NO_WEIGHTS)
-        teacher, about = detector_from_file(Path(config.weights))
+        try:
+            teacher, about = detector_from_file(Path(config.weights))
+        except CheckpointError as error:
+            raise CheckpointError(f"task.weights={config.weights}: {error}") from error
         if teacher.backbone.in_channels != backbone.in_channels:
             raise UsageError(
                 f"task.weights={config.weights} sees {teacher.backbone.in_channels} channels and "
@@ -109,8 +118,11 @@ class SelfTraining(WholeDetector):
             )
         super().__init__(backbone, config.neck, teacher.head.num_classes, config.boxes)
         self.config = config
-        self.names = about.names
         self.teacher = teacher.requires_grad_(False)
+        self._about = about
+        # With the teacher's weights, in every checkpoint: the file may be another on a resume.
+        written = json.dumps(about.names).encode()
+        self.register_buffer("names", torch.tensor(list(written), dtype=torch.uint8))
 
     @classmethod
     def views(cls, config: Any, image_size: int) -> Views:
@@ -148,7 +160,25 @@ class SelfTraining(WholeDetector):
 
     def facts(self) -> dict[str, Any]:
         """Say which classes the head is for."""
-        return {"names": list(self.names)}
+        return {"names": json.loads(bytes(self.names.tolist()))}
+
+    def doubts(self, image_size: int, reading: Reading) -> list[str]:
+        """Say where the teacher was trained to see something else."""
+        about, file = self._about, self.config.weights
+        found = []
+        if not 0.5 <= image_size / about.image_size <= 2:
+            found.append(
+                f"task.weights={file} was trained at {about.image_size} px and views have "
+                f"image_size={image_size}: things look larger or smaller than it knows them."
+            )
+        if about.reading().mapping != reading.mapping:
+            found.append(
+                "task.weights={} was trained with data.bands={} and data.value_range={}, here they "
+                "are {} and {}: it sees other colours than it knows.".format(
+                    file, *about.reading().mapping, *reading.mapping
+                )
+            )
+        return found
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what the student sees, with the teacher's boxes, and with what it finds, drawn."""
@@ -162,8 +192,14 @@ class SelfTraining(WholeDetector):
         backbone = self.teacher.backbone
         image = colour.normalise(batch["image"], backbone.mean, backbone.std)
         config, side = self.config, image.shape[2]
-        found = self.teacher.detect(image, score=config.unsure, iou=config.iou)
-        return [one._replace(boxes=one.boxes.clamp(0, side)) for one in found]
+        raw = self.teacher(image)
+        # Autocast would have boxes in half precision: half a pixel at stride 8.
+        with torch.autocast(image.device.type, enabled=False):
+            boxes, scores = self.teacher.read(raw, side, side)
+        return [
+            suppress(*one, score=config.unsure, iou=config.iou, most=_MOST)
+            for one in zip(boxes.clamp(0, side), scores, strict=True)
+        ]
 
     def _coloured(self, batch: dict[str, Tensor]) -> Tensor:
         backbone = self.backbone

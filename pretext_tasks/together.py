@@ -24,6 +24,7 @@ from groundwork.backbones.contract import Backbone
 from groundwork.config import Section
 from groundwork.data.decode import Picture
 from groundwork.data.memory import Memory
+from groundwork.data.reading import Reading
 from groundwork.errors import UsageError
 from groundwork.necks.yolo12 import YOLO12Neck
 from pretext_tasks.contract import PretextTask, StepOutput, Views, remembering
@@ -63,10 +64,17 @@ class Together(PretextTask):
         self.weights: dict[str, float] = {
             name: config.weights.get(name, 1.0) for name in self.kinds
         }
+        self.image_sizes: dict[str, int] = dict(config.image_sizes)
         self.tasks = nn.ModuleDict(
             {name: kind(backbone, getattr(config, name)) for name, kind in self.kinds.items()}
         )
         self._share_the_neck()
+        heads = [name for name, task in self._tasks() if "head" in task.product()]
+        if len(heads) > 1:
+            raise UsageError(
+                f"{' and '.join(heads)} each train a head, and a file has one: take them one after "
+                "the other, the second with --init of the first."
+            )
 
     def _share_the_neck(self) -> None:
         """Let every task that trains a neck train the first one's. Raises UsageError."""
@@ -121,6 +129,14 @@ class Together(PretextTask):
     def facts(self) -> dict[str, Any]:
         """Return what every task has to say."""
         return {key: fact for _, task in self._tasks() for key, fact in task.facts().items()}
+
+    def doubts(self, image_size: int, reading: Reading) -> list[str]:
+        """Return what every task has to say, of the size that it sees."""
+        return [
+            doubt
+            for name, task in self._tasks()
+            for doubt in task.doubts(self.image_sizes.get(name, image_size), reading)
+        ]
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return every task's pictures."""

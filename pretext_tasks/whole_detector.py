@@ -57,7 +57,8 @@ class WholeDetector(ThroughNeck):
         height, width = image.shape[2], image.shape[3]
         with evaluating(self):
             raw = self.head(self.through(self.backbone(image)))
-        decoded = self.head.decode(raw.boxes.float(), anchors_of(height, width, raw.boxes))
+        with torch.autocast(image.device.type, enabled=False):
+            decoded = self.head.decode(raw.boxes.float(), anchors_of(height, width, raw.boxes))
         told, found = [], []
         for row, (boxes, scores) in enumerate(zip(decoded, raw.classes.sigmoid(), strict=True)):
             told.append(_drawn(seen[row], wanted[row]))

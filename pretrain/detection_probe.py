@@ -51,10 +51,10 @@ class LabeledPictures:
     pixels: Tensor
     truth: tuple[Truth, ...]
 
-    def targets(self, rows: list[int]) -> Targets:
-        """Return the boxes of some pictures, as the loss wants them; crowds are left out."""
+    def targets(self, rows: list[int], crowd: bool = False) -> Targets:
+        """Return the boxes of some pictures, as the loss wants them, without crowds; or crowds."""
         chosen = [self.truth[row].annotations for row in rows]
-        wanted = [~one.crowd for one in chosen]
+        wanted = [one.crowd == crowd for one in chosen]
         counts = torch.tensor([int(keep.sum()) for keep in wanted])
         boxes = [one.boxes[keep] for one, keep in zip(chosen, wanted, strict=True)]
         classes = [one.classes[keep] for one, keep in zip(chosen, wanted, strict=True)]
@@ -146,9 +146,12 @@ class DetectionProbe:
         with torch.enable_grad():
             for _ in range(settings.steps):
                 rows = order.permutation(count)[: settings.batch_size].tolist()
-                targets = Targets(*(part.to(device) for part in self._train.targets(rows)))
+                targets, crowds = (
+                    Targets(*(part.to(device) for part in self._train.targets(rows, crowd)))
+                    for crowd in (False, True)
+                )
                 raw = head(Features(*(level[rows] for level in maps)))
-                loss(detector, raw, size, targets).total.backward()  # type: ignore[no-untyped-call]
+                loss(detector, raw, size, targets, ignored=crowds).total.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(head.parameters(), _CLIP)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -92,5 +92,7 @@ def transformed(
         matrix = np.array([[across, 0, -left * across], [0, down, -top * down]])
     else:
         pixels = warped(item.pixels, matrix, size)
-    boxes, kept = rule.clip(mapped(item.boxes, matrix, enclose), (0, 0, width, height))
+    boxes, kept = rule.clip(
+        mapped(item.boxes, matrix, enclose), (0, 0, width, height), item.classes
+    )
     return replace(item, pixels=pixels, boxes=boxes[kept], classes=item.classes[kept])

@@ -10,6 +10,7 @@ The rule. A box that was cut survives when both hold:
   be recognised, and SSD (arXiv 1512.02325, section 2.2) boxes whose centre lies inside, about half.
 The share is taken anew at every transform: two cuts may leave less than `min_visible`, and where a
 grid hides one part of an object and a later window cuts off the other, nothing.
+A crowd survives as long as any of it can be seen: what is left of it is not to be background.
 
 A box that is partly hidden (by a grid, a cutout, a pasted rectangle) keeps its edges: it tells how
 far the object reaches, not which of its pixels can be seen. Only where a pasted rectangle covers a
@@ -43,22 +44,34 @@ class Rule:
     min_visible: float = 0.25
     min_side: float = 2.0
 
-    def clip(self, boxes: Boxes, window: tuple[float, float, float, float]) -> tuple[Boxes, Mask]:
+    def clip(
+        self,
+        boxes: Boxes,
+        window: tuple[float, float, float, float],
+        classes: npt.NDArray[np.int64],
+    ) -> tuple[Boxes, Mask]:
         """Clip the boxes to a window, and say which of them survive; both have N rows.
 
         A box that is NaN, or inverted, or without area, does not survive.
         """
         clipped = np.clip(boxes, np.array(window[:2] * 2), np.array(window[2:] * 2))
         clipped = clipped.astype(np.float32)
-        return clipped, self.keeps(clipped, area(boxes), area(clipped))
+        return clipped, self.keeps(clipped, area(boxes), area(clipped), classes)
 
     def keeps(
-        self, boxes: Boxes, whole: npt.NDArray[np.float32], visible: npt.NDArray[np.float32]
+        self,
+        boxes: Boxes,
+        whole: npt.NDArray[np.float32],
+        visible: npt.NDArray[np.float32],
+        classes: npt.NDArray[np.int64],
     ) -> Mask:
-        """Say which boxes survive, N, of whose area `whole` the area `visible` can be seen."""
+        """Say which boxes survive, N, of whose area `whole` the area `visible` can be seen.
+
+        `classes` are as an Item's: below 0 for crowds.
+        """
         kept: Mask = np.all(boxes[:, 2:] - boxes[:, :2] >= self.min_side, axis=1)
         kept &= (visible >= self.min_visible * whole) & (whole > 0)
-        return kept
+        return np.where(classes < 0, (visible > 0) & (whole > 0), kept)
 
 
 def area(boxes: Boxes) -> npt.NDArray[np.float32]:

@@ -30,8 +30,8 @@ class RandomCrop:
 
     `overlaps` are the parts, one of which is drawn; `scale` bounds the patch's share of the area,
     `aspect` its width over height, as factors of the picture's. The patch is resized so that its
-    longer side is max(source.size), as the chain's input is. Of a picture without boxes any patch
-    will do.
+    longer side is max(source.size), as the chain's input is. Of a picture without boxes, or of
+    crowds alone, any patch will do.
     """
 
     def __init__(
@@ -64,9 +64,10 @@ class RandomCrop:
             factor = max(source.size) / max(wide, tall)
             size = max(1, round(tall * factor)), max(1, round(wide * factor))
             boxes = scaled(moved(item.boxes, -left, -top), size[1] / wide, size[0] / tall)
-            boxes, kept = self.rule.clip(boxes, (0, 0, size[1], size[0]))
+            boxes, kept = self.rule.clip(boxes, (0, 0, size[1], size[0]), item.classes)
             inside = overlap(item.boxes, window) >= part * area(item.boxes)
-            if not len(boxes) or (inside & kept).any():
+            objects = item.classes >= 0
+            if not objects.any() or (inside & kept & objects).any():
                 pixels = resized(item.pixels[top:bottom, left:right], size)
                 return replace(item, pixels=pixels, boxes=boxes[kept], classes=item.classes[kept])
         return item

@@ -63,7 +63,7 @@ class GridMask:
         # A grid covers of a box the product of what it covers of its two sides.
         covered = _covered(item.boxes[:, [0, 2]], columns) * _covered(item.boxes[:, [1, 3]], rows)
         whole = area(item.boxes)
-        kept = self.rule.keeps(item.boxes, whole, whole - covered)
+        kept = self.rule.keeps(item.boxes, whole, whole - covered, item.classes)
         return replace(item, pixels=pixels, boxes=item.boxes[kept], classes=item.classes[kept])
 
 

@@ -102,7 +102,7 @@ class Letterbox:
         geometry = letterbox_geometry(width, height, source.size, enlarge=self.enlarge)
         area = geometry.apply(np.array([[0, 0, width, height]], np.float32))[0]
         boxes, kept = self.rule.clip(
-            geometry.apply(item.boxes), (area[0], area[1], area[2], area[3])
+            geometry.apply(item.boxes), (area[0], area[1], area[2], area[3]), item.classes
         )
         return replace(
             item,

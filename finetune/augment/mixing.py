@@ -100,8 +100,10 @@ class CutMix:
         cover = (left, top, left + width, top + height)
         whole = area(item.boxes)
         behind = uncovered(item.boxes, cover)
-        seen = self.rule.keeps(behind, whole, whole - overlap(item.boxes, cover))
-        pasted, kept = self.rule.clip(moved(other.boxes, left - near, top - upper), cover)
+        seen = self.rule.keeps(behind, whole, whole - overlap(item.boxes, cover), item.classes)
+        pasted, kept = self.rule.clip(
+            moved(other.boxes, left - near, top - upper), cover, other.classes
+        )
         return replace(
             item,
             pixels=pixels,

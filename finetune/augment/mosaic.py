@@ -80,7 +80,7 @@ class Mosaic:
         canvas[upper:lower, near:far] = tile.pixels[
             upper - top : lower - top, near - left : far - left
         ]
-        return self.rule.clip(moved(tile.boxes, left, top), (near, upper, far, lower))
+        return self.rule.clip(moved(tile.boxes, left, top), (near, upper, far, lower), tile.classes)
 
 
 def _lines(length: int, mean: float, tiles: int, generator: np.random.Generator) -> list[int]:

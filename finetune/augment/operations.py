@@ -144,9 +144,10 @@ def _about_centre(name: str, level: float, move: float, size: tuple[int, int]) -
 
 def _cut_out_of_box(level: float, item: Item, generator: np.random.Generator, rule: Rule) -> Item:
     """Hide a rectangle whose sides are a share of a drawn box's, and whose centre lies in it."""
-    if not len(item.boxes):
+    boxes = item.boxes[item.classes >= 0]
+    if not len(boxes):
         return item
-    left, top, right, bottom = item.boxes[int(generator.integers(len(item.boxes)))].tolist()
+    left, top, right, bottom = boxes[int(generator.integers(len(boxes)))].tolist()
     share = level / 10 * _CUT_OF_BOX / 2
     reach = share * (right - left), share * (bottom - top)
     return _cut_out(item, (left, top, right, bottom), reach, generator, rule)
@@ -162,7 +163,7 @@ def _cut_out(
     pixels = item.pixels.copy()
     hidden = _hide(pixels, around, reach, generator)
     whole = area(item.boxes)
-    kept = rule.keeps(item.boxes, whole, whole - overlap(item.boxes, hidden))
+    kept = rule.keeps(item.boxes, whole, whole - overlap(item.boxes, hidden), item.classes)
     return replace(item, pixels=pixels, boxes=item.boxes[kept], classes=item.classes[kept])
 
 
@@ -183,7 +184,7 @@ def _in_boxes(step: Step, item: Item, generator: np.random.Generator) -> Item:
     pixels = item.pixels
     height, width = pixels.shape[:2]
     name, side = step.name.removesuffix(_IN_BOXES), max(height, width)
-    for box in item.boxes:
+    for box in item.boxes[item.classes >= 0]:
         if generator.random() >= step.probability / 3:
             continue
         left, top = (max(int(edge), 0) for edge in np.floor(box[:2]))

@@ -8,7 +8,7 @@ of a file that was made on RGB is widened for a backbone of another number of ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,37 +113,71 @@ def load_init(backbone: Backbone, path: str | Path) -> InitReport:
     return report
 
 
-def load_parts(parts: Mapping[str, nn.Module], path: str | Path) -> list[str]:
+# A head's branches, one of which a file may hold without the others.
+_BRANCHES = {
+    "head's box branch": ("boxes.", "bins"),
+    "head's class branch": ("classes.",),
+    "head's objectness branch": ("objectness.",),
+}
+
+
+def load_parts(
+    parts: Mapping[str, nn.Module], path: str | Path, classes: Sequence[str] | None = None
+) -> list[str]:
     """Give a task's neck and head what a file of ours holds of them; say it, a sentence for each.
 
-    A part of another width stays as initialised. Raises CheckpointError where the file cannot be
-    read, or what is taken is not finite.
+    A neck or a branch of a head that has another width stays as initialised, and so does a class
+    branch for other classes, where `classes` says the task's. Raises CheckpointError where the
+    file cannot be read, or what is taken is not finite.
     """
     from groundwork.backbones.product import read_tensors
 
     path = Path(path)
     tensors, metadata = read_tensors(path)
+    if metadata is None:
+        return []
     said = []
     for part, module in parts.items():
-        start = f"{part}."
-        theirs = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-        if part == "backbone" or metadata is None:
+        if part == "backbone":
             continue
-        if not theirs:
-            said.append(f"The {part} is not in the file and left as initialised.")
-            continue
-        own = dict(module.state_dict())
-        chosen = {name: name for name in own if name in theirs and _alike(own, theirs, name)}
-        report = report_of(path, own, theirs, chosen, part)
-        if report.share < 1:
-            said.append(
-                f"The {part} is left as initialised: the file's is of another width "
-                f"({report.account()})."
-            )
-            continue
-        take(own, theirs, chosen, path)
-        said.append(f"{report.account()}.")
+        whole = dict(module.state_dict())
+        for name, starts in (_BRANCHES if part == "head" else {part: ("",)}).items():
+            own = {key: value for key, value in whole.items() if key.startswith(starts)}
+            if not own:
+                continue
+            inside = tuple(f"{part}.{start}" for start in starts)
+            theirs = {
+                k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(inside)
+            }
+            said.append(_take_branch(name, own, theirs, path, metadata.get("names"), classes))
     return said
+
+
+def _take_branch(
+    name: str,
+    own: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    path: Path,
+    there: Sequence[str] | None,
+    here: Sequence[str] | None,
+) -> str:
+    """Take one part of a network, or leave it, and say which."""
+    if not theirs:
+        return f"The {name} is not in the file and left as initialised."
+    if "class" in name and there is not None and here is not None and list(there) != list(here):
+        return (
+            f"The {name} is left as initialised: the file's classes are {', '.join(there)}, and "
+            f"these are {', '.join(here)}."
+        )
+    chosen = {key: key for key in own if key in theirs and _alike(own, theirs, key)}
+    report = report_of(path, own, theirs, chosen, name)
+    if report.share < 1:
+        return (
+            f"The {name} is left as initialised: the file's is of another width "
+            f"({report.account()})."
+        )
+    take(own, theirs, chosen, path)
+    return f"{report.account()}."
 
 
 def _alike(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str) -> bool:

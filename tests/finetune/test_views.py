@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from finetune.augment import build
+from finetune.augment import Rule, build
 from finetune.augment.settings import Augment
 from finetune.detector import build_detector
+from finetune.head import Raw, anchors_of
 from finetune.recipe import LossKeys
 from finetune.training import Training
 from finetune.views import DetectionViews
@@ -69,10 +70,35 @@ def test_a_crowd_is_neither_found_nor_background(crowded: LabeledSamples) -> Non
         "crowds_sample": torch.zeros(0, dtype=torch.long),
         "crowd_classes": torch.zeros(0, dtype=torch.long),
     }
-    with torch.no_grad():
-        asked, left = training(batch | nobody), training(batch)
-    assert left.parts["classification"] < asked.parts["classification"]
-    assert torch.equal(left.parts["localisation"], asked.parts["localisation"])
+    anchors = anchors_of(SIZE, SIZE, torch.zeros(1))
+    losses = []
+    for thought in (0.0, 3.0):  # added to the logits of class 1 within crowds
+
+        def think(_: nn.Module, __: object, raw: Raw, thought: float = thought) -> Raw:
+            classes = raw.classes.clone()
+            for box, row in zip(batch["crowds"], batch["crowds_sample"], strict=True):
+                within = ((anchors.points > box[:2]) & (anchors.points < box[2:])).all(1)
+                classes[row, within, 1] += thought
+            return raw._replace(classes=classes)
+
+        hook = training.detector.head.register_forward_hook(think)
+        with torch.no_grad():
+            losses.append(
+                [training(one).parts["classification"] for one in (batch, batch | nobody)]
+            )
+        hook.remove()
+    assert torch.equal(losses[0][0], losses[1][0])
+    assert losses[0][1] < losses[1][1]
+
+
+def test_what_a_cut_leaves_of_a_crowd_stays_a_crowd() -> None:
+    """Under a quarter of a box is no box any more; of a crowd it is a crowd still."""
+    rule = Rule()
+    box, window = np.array([[0, 0, 40, 40]], np.float32), (36.0, 0.0, 80.0, 80.0)
+    assert not rule.clip(box, window, np.array([1]))[1][0]
+    clipped, kept = rule.clip(box, window, np.array([-2]))
+    assert kept[0] and clipped[0].tolist() == [36, 0, 40, 40]
+    assert not rule.clip(box, (50.0, 0.0, 80.0, 80.0), np.array([-2]))[1][0]
 
 
 def test_crowds_are_drawn_among_what_training_sees(crowded: LabeledSamples) -> None:

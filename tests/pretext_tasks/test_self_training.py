@@ -13,12 +13,15 @@ from torch import Tensor
 from finetune.detector import Detections, build_detector
 from finetune.head import anchors_of
 from finetune.weights import load_init
-from groundwork.backbones import build_backbone
+from groundwork.backbones import build_backbone, load_parts
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import save_product
 from groundwork.config import validate
+from groundwork.data.reading import PLAIN, Reading
 from groundwork.errors import CheckpointError, UsageError
+from pretext_tasks.regions import Regions, RegionsConfig
 from pretext_tasks.self_training import SelfTraining, SelfTrainingConfig
+from pretext_tasks.together import together
 from tests.record_golden import write_detector
 
 MakeBatch = Callable[..., dict[str, Tensor]]
@@ -50,7 +53,7 @@ def batch(make_batch: MakeBatch) -> dict[str, Tensor]:
 
 
 def _finding(task: SelfTraining, monkeypatch: pytest.MonkeyPatch, *found: Detections) -> None:
-    monkeypatch.setattr(task.teacher, "detect", lambda *_, **__: list(found))
+    monkeypatch.setattr(task, "_found", lambda batch: list(found))
 
 
 def _one(box: Tensor, score: float = 0.9, label: int = 1) -> Detections:
@@ -158,6 +161,59 @@ def test_fine_tuning_starts_from_the_whole_student(
     assert "other classes" in other.sentence() or "classes are a, b" in other.sentence()
 
 
+def test_half_precision_does_not_move_the_boxes(
+    make_task: MakeTask, batch: dict[str, Tensor]
+) -> None:
+    """Only the network is run in it: of the same logits come the same boxes, to the last bit."""
+    task = make_task().eval()
+    raw = task.teacher(torch.rand(4, 3, 64, 64))
+    task.teacher.register_forward_hook(lambda *_: raw)
+    whole = task._found(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = task._found(batch)
+    for one, other in zip(whole, half, strict=True):
+        assert torch.equal(one.boxes, other.boxes)
+
+
+def test_a_teacher_that_was_trained_on_other_pictures_is_told(make_task: MakeTask) -> None:
+    """It was trained at 64 px, on pictures read as they are."""
+    task = make_task()
+    assert task.doubts(64, PLAIN) == task.doubts(96, PLAIN) == []
+    assert "trained at 64 px and views have image_size=256" in task.doubts(256, PLAIN)[0]
+    assert "data.bands=None" in task.doubts(64, Reading(bands=(3, 2, 1)))[0]
+
+
+def test_classes_are_those_of_the_checkpoint_whatever_the_file_says_later(
+    make_task: MakeTask,
+) -> None:
+    first, second = make_task(), make_task()
+    second.names.copy_(torch.tensor(list(b'["b", "a"]'), dtype=torch.uint8))
+    assert second.facts() == {"names": ["b", "a"]}
+    second.load_state_dict(first.state_dict())
+    assert second.facts() == {"names": ["a", "b"]}
+
+
+def test_a_student_starts_from_the_boxes_of_regions(weights: Path, tmp_path: Path) -> None:
+    regions = Regions(build_backbone("yolo12n"), RegionsConfig())
+    file = tmp_path / "pretrained.safetensors"
+    save_product(file, regions.product(), {})
+    task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(weights)))
+    said = load_parts(task.product(), file, task.facts()["names"])
+    assert "left as initialised" not in said[0] + said[1]
+    assert said[2] == "The head's class branch is not in the file and left as initialised."
+    for name, value in regions.head.boxes.state_dict().items():
+        assert torch.equal(value, task.head.boxes.state_dict()[name])
+    save_product(file, task.product(), {"names": ["b", "a"]})
+    assert "the file's classes are b, a" in load_parts(task.product(), file, ["a", "b"])[2]
+
+
+def test_two_heads_are_refused(weights: Path, tiny_backbone: Callable[[], Backbone]) -> None:
+    kind = together("two", {"regions": Regions, "self_training": SelfTraining})
+    config = kind.Config.model_validate({"self_training": {"weights": str(weights)}})
+    with pytest.raises(UsageError, match="regions and self_training each train a head"):
+        kind(tiny_backbone(), config)
+
+
 def test_pictures_show_what_is_taught(
     make_task: MakeTask, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,5 +235,5 @@ def test_a_file_that_is_no_detector_of_these_pictures_is_refused(
         SelfTraining(tiny_backbone(), SelfTrainingConfig())
     file = tmp_path / "pretrained.safetensors"
     save_product(file, {"backbone": build_backbone("yolo12n")}, {})
-    with pytest.raises(CheckpointError, match="holds a backbone and no detector"):
+    with pytest.raises(CheckpointError, match=r"task\.weights=.*holds a backbone and no detector"):
         SelfTraining(tiny_backbone(), SelfTrainingConfig(weights=str(file)))

@@ -35,16 +35,18 @@ def boxes(*rows: tuple[float, float, float, float]) -> npt.NDArray[np.float32]:
 def test_a_box_survives_by_its_visible_share_and_its_sides(
     box: tuple[float, float, float, float], survives: bool
 ) -> None:
-    _, kept = Rule(0.25, 2.0).clip(boxes(box), (0, 0, 100, 100))
+    _, kept = Rule(0.25, 2.0).clip(boxes(box), (0, 0, 100, 100), np.zeros(1, np.int64))
     assert kept.tolist() == [survives]
 
 
 def test_boxes_are_clipped_to_the_window() -> None:
-    clipped, kept = Rule().clip(boxes((-5, 10, 30, 130), (40, 40, 50, 50)), (2, 0, 100, 90))
+    clipped, kept = Rule().clip(
+        boxes((-5, 10, 30, 130), (40, 40, 50, 50)), (2, 0, 100, 90), np.zeros(2, np.int64)
+    )
     assert clipped.tolist() == [[2, 10, 30, 90], [40, 40, 50, 50]]
     assert kept.tolist() == [True, True]
     assert clipped.dtype == np.float32
-    none, kept = Rule().clip(boxes(), (0, 0, 10, 10))
+    none, kept = Rule().clip(boxes(), (0, 0, 10, 10), np.zeros(0, np.int64))
     assert none.shape == (0, 4)
     assert kept.shape == (0,)
 

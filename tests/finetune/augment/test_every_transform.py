@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -148,6 +149,33 @@ def test_a_box_that_is_dropped_had_less_than_the_rule_asks_to_be_seen(name: str)
             assert narrow or seen.sum() < 0.25 * whole.sum()
             dropped += 1
     assert dropped
+
+
+def with_crowd(item: Item) -> Item:
+    """Put a crowd of class 0 over the whole picture."""
+    height, width = item.pixels.shape[:2]
+    boxes = np.concatenate([item.boxes, np.array([[0, 0, width, height]], np.float32)])
+    return replace(item, boxes=boxes, classes=np.append(item.classes, ~0))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_crowd_changes_nothing_but_is_there_as_long_as_it_can_be_seen(name: str) -> None:
+    class Crowded(Dealer):
+        def other(self) -> Item:
+            return with_crowd(super().other())
+
+    for seed in range(12):
+        plain = run(ALL[name](), seed)
+        crowded = ALL[name]()(with_crowd(picture(FIRST)), Crowded(seed))
+        objects = crowded.classes >= 0
+        assert np.array_equal(plain.pixels, crowded.pixels)
+        assert np.array_equal(plain.boxes, crowded.boxes[objects])
+        assert np.array_equal(plain.classes, crowded.classes[objects])
+        # Whatever of a picture can be seen lies in its crowd.
+        centres = (plain.boxes[:, :2] + plain.boxes[:, 2:]) / 2
+        crowds = crowded.boxes[~objects]
+        for centre in centres:
+            assert ((crowds[:, :2] <= centre) & (centre <= crowds[:, 2:])).all(1).any()
 
 
 def test_the_ellipse_of_a_box_holds_a_disc_tightly() -> None:
