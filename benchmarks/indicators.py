@@ -107,7 +107,7 @@ def row_of(study: Study, init: Init, fraction: float, measures: Measures) -> dic
     """Fine-tune unless it is done, measure, and return a row of the results."""
     runs = {steps: study.train(init, fraction, 0, steps) for steps in study.options.steps}
     val = {steps: label_efficiency.val_ap(run) for steps, run in runs.items()}
-    weights = study.weights(init)
+    weights = study.weights(init, fraction, 0)
     recipe = read_yaml(next(iter(runs.values())) / "recipe.yaml")
     torch.manual_seed(recipe["seed"])
     bands = recipe["data"]["bands"]

@@ -20,6 +20,11 @@ An init is a recipe of recipes/pretrain, or an entry of --plan, a YAML file:
         finetune: [optim.backbone_lr=0.3]
       domain: {recipe: {medical-txl-pbc: medical, aerial-hrplanes: aerial}}
       other-tool: {weights: {medical-txl-pbc: FILE, aerial-hrplanes: FILE}, minutes: 10}
+      taught: {recipe: self_training, teacher: domain}
+
+A `teacher` is another init: its detector of the same labels, at the longest of --steps, is the
+pretraining's task.weights, and its start the pretraining's start. That pretraining is done for each
+fraction and seed, and its minutes count the teacher's.
 
 The labeled pictures of a fraction are those of --lists/<set>-<NN>pct-seed<S>.txt, or where there is
 no such file, drawn from the set's training pictures by the seed. Every figure is written to
@@ -82,6 +87,7 @@ class Init:
     minutes: float = 0.0
     pretrain: tuple[str, ...] = ()
     finetune: tuple[str, ...] = ()
+    teacher: Init | None = None  # whose detector the pretraining learns from
 
 
 @dataclass
@@ -99,13 +105,18 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def weights(self, init: Init) -> Path | None:
+    def pretraining(self, init: Init, fraction: float, seed: int) -> Path:
+        """Return the run folder of an init's pretraining."""
+        of = "" if init.teacher is None else f"-{fraction:g}pct-seed{seed}"
+        return self.work / f"pretrain-{init.name}{of}"
+
+    def weights(self, init: Init, fraction: float, seed: int) -> Path | None:
         """Pretrain, unless it is done, and return the file; None for random weights."""
         if init.weights is not None:
             return init.weights
         if init.recipe is None:
             return None
-        run = self.work / f"pretrain-{init.name}"
+        run = self.pretraining(init, fraction, seed)
         file = run / "pretrained.safetensors"
         flags = ["--task" if "+" in init.recipe else "--recipe", init.recipe]
         keys = [
@@ -115,6 +126,11 @@ class Study:
             "probe.labeled=null",
             *init.pretrain,
         ]
+        if init.teacher is not None:
+            taught = self.train(init.teacher, fraction, seed, max(self.options.steps))
+            keys.append(f"task.weights={taught / 'detector.safetensors'}")
+            start = self.weights(init.teacher, fraction, seed)
+            flags += [] if start is None else ["--init", str(start)]
         _same_as_before(run, ["-m", "pretrain.run", "--out", str(run), *flags, *keys])
         if not file.is_file():
             _go_on("pretrain.run", run, flags, keys)
@@ -144,7 +160,7 @@ class Study:
     def train(self, init: Init, fraction: float, seed: int, steps: int) -> Path:
         """Fine-tune, unless it is done, and return the run folder."""
         run = self.work / f"{init.name}-{fraction:g}pct-seed{seed}-{steps}"
-        weights = self.weights(init)
+        weights = self.weights(init, fraction, seed)
         flags = [] if weights is None else ["--init", str(weights)]
         names = self.names(fraction, seed)
         keys = [
@@ -161,6 +177,13 @@ class Study:
         if not (run / "results.json").is_file():
             _go_on("finetune.run", run, flags, keys)
         return run
+
+    def minutes(self, init: Init, fraction: float, seed: int) -> float:
+        """Return the minutes before an init's fine-tuning, those of its teacher included."""
+        if init.teacher is None:
+            return init.minutes
+        taught = self.train(init.teacher, fraction, seed, max(self.options.steps))
+        return init.minutes + self.minutes(init.teacher, fraction, seed) + curve(taught)[-1][1]
 
     def cell(
         self, init: Init, fraction: float, seed: int, lengths: Sequence[int]
@@ -203,7 +226,7 @@ class Study:
                 mine.items() <= one.items() and (one["steps"], _settings(one["command"])) != same
             )
         ]
-        pretrained = self.work / f"pretrain-{init.name}"
+        pretrained = self.pretraining(init, fraction, seed)
         row = {
             **where,
             "steps": best,
@@ -212,7 +235,7 @@ class Study:
             "val_ap": found[best],
             "val_ap_by_steps": by_steps,
             "val_curve": curve(run),
-            "pretrain_minutes": init.minutes,
+            "pretrain_minutes": self.minutes(init, fraction, seed),
             "pretrain_command": None if init.recipe is None else _noted(pretrained),
             "command": command,
             "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -317,8 +340,8 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
     """Read what each named init is for this data set. Raises UsageError for an unknown key."""
     plan = {} if options.plan is None else read_yaml(options.plan)
     common = tuple(plan.get("finetune", ())) + tuple(options.finetune)
-    found = []
-    for name in options.inits:
+
+    def init_of(name: str, pupils: tuple[str, ...] = ()) -> Init:
         entry = dict(plan.get("inits", {}).get(name, {}))
         for key, value in entry.items():
             if isinstance(value, dict):
@@ -328,23 +351,26 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
                         f"{data.name}: add it, or give one value for all sets."
                     )
                 entry[key] = value[data.name]
-        unknown = set(entry) - {"recipe", "weights", "minutes", "pretrain", "finetune"}
+        unknown = set(entry) - {"recipe", "weights", "minutes", "pretrain", "finetune", "teacher"}
         if unknown:
             raise UsageError(f"{options.plan}: {name} has unknown key(s) {', '.join(unknown)}.")
+        teacher = entry.get("teacher")
+        if teacher in (*pupils, name):
+            raise UsageError(f"{options.plan}: {name} is taught by itself, through {teacher}.")
         scratch = name.startswith("scratch")
         weights = Path(entry["weights"]) if "weights" in entry else None
         minutes = float(entry.get("minutes", 0.0 if scratch else options.pretrain_minutes))
-        found.append(
-            Init(
-                name,
-                None if scratch or weights is not None else str(entry.get("recipe", name)),
-                weights,
-                minutes,
-                tuple(options.pretrain) + tuple(entry.get("pretrain", ())),
-                common + tuple(entry.get("finetune", ())),
-            )
+        return Init(
+            name,
+            None if scratch or weights is not None else str(entry.get("recipe", name)),
+            weights,
+            minutes,
+            tuple(options.pretrain) + tuple(entry.get("pretrain", ())),
+            common + tuple(entry.get("finetune", ())),
+            None if teacher is None else init_of(teacher, (*pupils, name)),
         )
-    return found
+
+    return [init_of(name) for name in options.inits]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -192,6 +192,53 @@ def test_a_length_that_is_no_better_changes_no_row(
     assert row["val_ap_by_steps"] == {"4000": 0.46} and study.results == [row]
 
 
+def test_a_teacher_is_trained_on_the_same_labels_and_its_minutes_count(
+    labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "inits:\n"
+        "  base: {recipe: regions, minutes: 5}\n"
+        "  taught: {recipe: self_training, teacher: base, minutes: 3}\n"
+        "  ring: {recipe: self_training, teacher: ring}\n"
+    )
+    ran: list[list[str]] = []
+
+    def go_on(module: str, run: Path, flags: list[str], keys: list[str]) -> None:
+        ran.append([module, run.name, *flags, *keys])
+        run.mkdir(parents=True)
+        (run / "recipe.yaml").write_text("batch_size: 2")
+        lines = [{"step": 60, "speed/images_per_second": 1.0}, {"step": 60, "eval/ap": 0.5}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for name in ("pretrained.safetensors", "detector.safetensors", "results.json"):
+            (run / name).write_text('{"ap": 0.5}')
+
+    monkeypatch.setattr("benchmarks.label_efficiency._go_on", go_on)
+    arguments = ["--inits", "taught", "--plan", str(plan), "--steps", "1", "2"]
+    options = parser().parse_args(_options(labeled, tmp_path, *arguments))
+    study = Study(options, labeled)
+    [taught] = inits_of(options, labeled)
+    study.train(taught, 50, 1, 1)
+    assert [(module, name) for module, name, *_ in ran] == [
+        ("pretrain.run", "pretrain-base"),
+        ("finetune.run", "base-50pct-seed1-2"),
+        ("pretrain.run", "pretrain-taught-50pct-seed1"),
+        ("finetune.run", "taught-50pct-seed1-1"),
+    ]
+    folder = study.work
+    assert f"task.weights={folder / 'base-50pct-seed1-2' / 'detector.safetensors'}" in ran[2]
+    start = ran[2][ran[2].index("--init") + 1]
+    assert start == str(folder / "pretrain-base" / "pretrained.safetensors")
+    assert "seed=1" in ran[1] and "seed=1" in ran[3]
+    study.train(taught, 50, 1, 2)
+    assert len(ran) == 5  # nothing twice
+    # 60 steps of two pictures a second are two minutes.
+    assert study.minutes(taught, 50, 1) == pytest.approx(5 + 2 + 3)
+    options.inits = ["ring"]
+    with pytest.raises(UsageError, match="ring is taught by itself"):
+        inits_of(options, labeled)
+
+
 @pytest.mark.slow
 def test_the_study_runs_chooses_on_val_and_goes_on(labeled: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
