@@ -20,12 +20,9 @@ Differs from FitNets:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -36,10 +33,10 @@ from groundwork.backbones.contract import Backbone
 from groundwork.backbones.from_timm import TimmTeacher
 from groundwork.colour import Colour, Probability
 from groundwork.config import Section, starting_from
-from groundwork.data.decode import Picture
 from groundwork.errors import UsageError
 from pretext_tasks.contract import StepOutput, Views
-from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
+from pretext_tasks.crops import AreaRange, RatioRange, check_side
+from pretext_tasks.one_view import OneView
 from pretext_tasks.through_neck import Letter, ThroughNeck
 
 # Mild: a teacher's features of a strange picture are strange.
@@ -61,29 +58,6 @@ class DistillConfig(Section):
     flip: Probability = 0.5
     rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
     colour: Annotated[Colour, starting_from(MILD)] = MILD
-
-
-@dataclass(frozen=True)
-class DistillViews:
-    """Cuts the one view that student and teacher see."""
-
-    config: DistillConfig
-    image_size: int
-
-    def __call__(
-        self, picture: Picture, generator: np.random.Generator
-    ) -> dict[str, npt.NDArray[Any]]:
-        """Return view (uint8 H W 3) and colour (float32)."""
-        config = self.config
-        box = draw_crop(
-            picture.width, picture.height, config.crop_scale, config.crop_ratio, generator
-        )
-        [view] = picture.cut([box], self.image_size)
-        turn = draw_turn(config.flip, config.rotate, generator)
-        return {
-            "view": np.ascontiguousarray(turn.of_view(view)),
-            "colour": colour.draw(config.colour, generator),
-        }
 
 
 class Distill(ThroughNeck):
@@ -118,7 +92,14 @@ class Distill(ThroughNeck):
         check_side(image_size, "distillation needs")
         if config.weights is None:
             raise UsageError(_NO_WEIGHTS)
-        return DistillViews(config, image_size)
+        return OneView(
+            image_size,
+            config.crop_scale,
+            config.crop_ratio,
+            config.flip,
+            config.rotate,
+            config.colour,
+        )
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """Return one minus the cosine, over cells and levels. Metrics: each level's cosine."""

@@ -177,7 +177,7 @@ class Regions(WholeDetector):
         """
         row, place = _there(batch).nonzero(as_tuple=True)
         targets = Targets(row, batch["boxes"][row, place], batch["kinds"][row, place])
-        output = self.detection_loss(self._coloured(batch), targets)
+        output = self.detection_loss(self.coloured(batch["image"], batch["colour"]), targets)
         found = batch["count"].float().mean()
         sides = (targets.boxes[:, 2:] - targets.boxes[:, :2]).prod(1).sqrt()
         side = sides.median() if len(sides) else sides.sum()
@@ -190,12 +190,8 @@ class Regions(WholeDetector):
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what the network sees, with the regions, and with what it finds, drawn."""
         wanted = [b[there] for b, there in zip(batch["boxes"], _there(batch), strict=True)]
-        regions, found = self.with_boxes(self._coloured(batch), wanted)
+        regions, found = self.with_boxes(self.coloured(batch["image"], batch["colour"]), wanted)
         return {"regions": regions, "found": found}
-
-    def _coloured(self, batch: dict[str, Tensor]) -> Tensor:
-        backbone = self.backbone
-        return colour.apply(batch["image"], batch["colour"], backbone.mean, backbone.std)
 
 
 class _BoxBranch(nn.Module):

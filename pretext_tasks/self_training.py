@@ -22,12 +22,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -39,11 +36,11 @@ from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour, Probability
 from groundwork.config import Section, starting_from
-from groundwork.data.decode import Picture
 from groundwork.data.reading import Reading
 from groundwork.errors import CheckpointError, UsageError
 from pretext_tasks.contract import StepOutput, Views
-from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
+from pretext_tasks.crops import AreaRange, RatioRange, check_side
+from pretext_tasks.one_view import OneView
 from pretext_tasks.regions import COLOUR
 from pretext_tasks.through_neck import Letter
 from pretext_tasks.whole_detector import WholeDetector
@@ -73,29 +70,6 @@ class SelfTrainingConfig(Section):
         if self.unsure > self.score:
             raise ValueError(f"unsure={self.unsure:g} is above score={self.score:g}")
         return self
-
-
-@dataclass(frozen=True)
-class SelfTrainingViews:
-    """Cuts the one view that teacher and student see."""
-
-    config: SelfTrainingConfig
-    image_size: int
-
-    def __call__(
-        self, picture: Picture, generator: np.random.Generator
-    ) -> dict[str, npt.NDArray[Any]]:
-        """Return image (uint8 H W C) and colour (float32)."""
-        config = self.config
-        box = draw_crop(
-            picture.width, picture.height, config.crop_scale, config.crop_ratio, generator
-        )
-        [image] = picture.cut([box], self.image_size)
-        turn = draw_turn(config.flip, config.rotate, generator)
-        return {
-            "image": np.ascontiguousarray(turn.of_view(image)),
-            "colour": colour.draw(config.colour, generator),
-        }
 
 
 class SelfTraining(WholeDetector):
@@ -130,7 +104,14 @@ class SelfTraining(WholeDetector):
         check_side(image_size, "self-training needs")
         if config.weights is None:
             raise UsageError(_NO_WEIGHTS)
-        return SelfTrainingViews(config, image_size)
+        return OneView(
+            image_size,
+            config.crop_scale,
+            config.crop_ratio,
+            config.flip,
+            config.rotate,
+            config.colour,
+        )
 
     def train(self, mode: bool = True) -> Self:
         """Leave the teacher in eval mode."""
@@ -146,7 +127,9 @@ class SelfTraining(WholeDetector):
         found = self._found(batch)
         sure = [_those(one, one.scores >= self.config.score) for one in found]
         unsure = [_those(one, one.scores < self.config.score) for one in found]
-        output = self.detection_loss(self._coloured(batch), _targets(sure), _targets(unsure))
+        output = self.detection_loss(
+            self.coloured(batch["view"], batch["colour"]), _targets(sure), _targets(unsure)
+        )
         scores = torch.cat([one.scores for one in sure])
         metrics = {
             "taught": scores.new_tensor(len(scores) / len(sure)),
@@ -183,14 +166,14 @@ class SelfTraining(WholeDetector):
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what the student sees, with the teacher's boxes, and with what it finds, drawn."""
         wanted = [one.boxes[one.scores >= self.config.score] for one in self._found(batch)]
-        taught, found = self.with_boxes(self._coloured(batch), wanted)
+        taught, found = self.with_boxes(self.coloured(batch["view"], batch["colour"]), wanted)
         return {"taught": taught, "found": found}
 
     @torch.no_grad()
     def _found(self, batch: dict[str, Tensor]) -> list[Detections]:
         """Return what the teacher finds, its boxes within the view, down to `unsure`."""
         backbone = self.teacher.backbone
-        image = colour.normalise(batch["image"], backbone.mean, backbone.std)
+        image = colour.normalise(batch["view"], backbone.mean, backbone.std)
         config, side = self.config, image.shape[2]
         raw = self.teacher(image)
         # Autocast would have boxes in half precision: half a pixel at stride 8.
@@ -200,10 +183,6 @@ class SelfTraining(WholeDetector):
             suppress(*one, score=config.unsure, iou=config.iou, most=_MOST)
             for one in zip(boxes.clamp(0, side), scores, strict=True)
         ]
-
-    def _coloured(self, batch: dict[str, Tensor]) -> Tensor:
-        backbone = self.backbone
-        return colour.apply(batch["image"], batch["colour"], backbone.mean, backbone.std)
 
 
 def _those(found: Detections, which: Tensor) -> Detections:

@@ -50,6 +50,10 @@ class WholeDetector(ThroughNeck):
             loss = self._loss(self, raw, size, targets, ignored=ignored)
         return StepOutput(loss.total, loss.parts)
 
+    def coloured(self, pictures: Tensor, drawn: Tensor) -> Tensor:
+        """Return pictures (uint8 N H W C) as the backbone wants them, in the colours drawn."""
+        return colour.apply(pictures, drawn, self.backbone.mean, self.backbone.std)
+
     @torch.no_grad()
     def with_boxes(self, image: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Draw boxes (for each picture K 4) into what the network sees, and what it finds."""

@@ -85,7 +85,7 @@ def test_the_loss_is_the_second_stages(make_task: Callable[..., Regions]) -> Non
     task, batch = make_task(), _batch()
     output = task(batch)
     detector = Detector(task.backbone, task.neck or torch.nn.Identity(), task.head)
-    image = task._coloured(batch)
+    image = task.coloured(batch["image"], batch["colour"])
     boxes = torch.cat([b[:n] for b, n in zip(batch["boxes"], batch["count"], strict=True)])
     targets = Targets(torch.tensor([0, 1]), boxes, batch["kinds"][:, 0])
     wanted = DetectionLoss(LossKeys())(detector, detector(image), (128, 128), targets)
@@ -116,7 +116,7 @@ def test_a_region_is_learned(make_task: Callable[..., Regions]) -> None:
         task(batch).loss.backward()
         optimizer.step()
     detector = Detector(task.backbone, task.neck or torch.nn.Identity(), task.head).eval()
-    boxes, scores = detector.predict(task._coloured(batch))
+    boxes, scores = detector.predict(task.coloured(batch["image"], batch["colour"]))
     best = boxes[0, scores[0].max(1).values.argmax()]
     torch.testing.assert_close(best, batch["boxes"][0, 0], atol=8.0, rtol=0)
 

@@ -87,7 +87,7 @@ def test_the_student_learns_the_teachers_boxes(
         optimizer.step()
     assert output.metrics["taught"].item() == pytest.approx(0.75)
     assert output.metrics["taught_score"].item() == pytest.approx(0.9)
-    image = task._coloured(batch)
+    image = task.coloured(batch["view"], batch["colour"])
     raw = task.head(task.through(task.backbone(image)))
     best = raw.classes.sigmoid().amax(1)  # N C
     assert best[0, 1] > best[0, 0] and best[1, 0] > best[1, 1]
@@ -119,7 +119,7 @@ def test_what_is_found_without_being_sure_is_neither_taught_nor_denied(
     _finding(task, monkeypatch, *[NOTHING] * 4)
     losses["nothing"] = task(batch).metrics["classification"].item()
     # 84 points a view and two classes: 16 + 1 + 1 points lie inside the box, of one class.
-    raw = task.head(task.through(task.backbone(task._coloured(batch))))
+    raw = task.head(task.through(task.backbone(task.coloured(batch["view"], batch["colour"]))))
     costs = torch.nn.functional.softplus(raw.classes)
     anchors = anchors_of(64, 64, raw.boxes)
     within = ((anchors.points > 8) & (anchors.points < 40)).all(1)
@@ -135,7 +135,9 @@ def test_the_teacher_sees_no_drawn_colours_and_boxes_end_with_the_view(
     task = make_task()
     first = task._found(batch)
     other = batch | {"colour": batch["colour"].flip(0)}
-    assert not torch.equal(task._coloured(batch), task._coloured(other))
+    assert not torch.equal(
+        task.coloured(batch["view"], batch["colour"]), task.coloured(other["view"], other["colour"])
+    )
     for one, two in zip(first, task._found(other), strict=True):
         assert torch.equal(one.boxes, two.boxes)
         assert len(one.boxes) == 0 or (one.boxes.min() >= 0 and one.boxes.max() <= 64)
