@@ -45,6 +45,7 @@ from pretext_tasks.regions import COLOUR
 from pretext_tasks.through_neck import Letter
 from pretext_tasks.whole_detector import WholeDetector
 
+_LEAST = 2.0  # pixels: a box's shorter side, as fine-tuning's augmentation has it
 _MOST = 1000  # boxes of a view: what is found and left out would be taught as background
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -179,10 +180,13 @@ class SelfTraining(WholeDetector):
         # Autocast would have boxes in half precision: half a pixel at stride 8.
         with torch.autocast(image.device.type, enabled=False):
             boxes, scores = self.teacher.read(raw, side, side)
-        return [
+        found = [
             suppress(*one, score=config.unsure, iou=config.iou, most=_MOST)
             for one in zip(boxes.clamp(0, side), scores, strict=True)
         ]
+        # Of what lies outside the view the view's edge is left.
+        sides = [(one.boxes[:, 2:] - one.boxes[:, :2]).amin(1) for one in found]
+        return [_those(one, its >= _LEAST) for one, its in zip(found, sides, strict=True)]
 
 
 def _those(found: Detections, which: Tensor) -> Detections:

@@ -140,7 +140,8 @@ def test_the_teacher_sees_no_drawn_colours_and_boxes_end_with_the_view(
     )
     for one, two in zip(first, task._found(other), strict=True):
         assert torch.equal(one.boxes, two.boxes)
-        assert len(one.boxes) == 0 or (one.boxes.min() >= 0 and one.boxes.max() <= 64)
+        assert len(one.boxes) > 0 and one.boxes.min() >= 0 and one.boxes.max() <= 64
+        assert (one.boxes[:, 2:] - one.boxes[:, :2]).min() >= 2
 
 
 def test_fine_tuning_starts_from_the_whole_student(
