@@ -40,37 +40,29 @@ in no other's minutes.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
-import json
 import logging
 import math
-import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from benchmarks.label_efficiency_results import read, update
+from benchmarks.runs import curve, go_on, noted, same_as_before, val_ap
 from finetune.evaluate import evaluate
 from finetune.weights import detector_from_file
-from groundwork.command import LAUNCHER
 from groundwork.config import read_yaml
 from groundwork.data.labels import open_labeled
-from groundwork.errors import DataError, GroundworkError, StoppedError, UsageError
-from groundwork.run_folder import LOCK
+from groundwork.errors import DataError, GroundworkError, UsageError
 
 logger = logging.getLogger(__name__)
 
 RESULTS = Path("docs/results/label_efficiency.json")
-_STOPPED = 75  # exit code of a stage that was asked to stop, and saved
 # Of a command: where things are, how long and by which seed it trains.
 _NO_SETTING = re.compile(
     r" (--out|--init) \S+| (data\.(train|train_list|cache)|budget\.steps|seed)=\S+"
@@ -131,9 +123,9 @@ class Study:
             keys.append(f"task.weights={taught / 'detector.safetensors'}")
             start = self.weights(init.teacher, fraction, seed)
             flags += [] if start is None else ["--init", str(start)]
-        _same_as_before(run, ["-m", "pretrain.run", "--out", str(run), *flags, *keys])
+        same_as_before(run, ["-m", "pretrain.run", "--out", str(run), *flags, *keys])
         if not file.is_file():
-            _go_on("pretrain.run", run, flags, keys)
+            go_on("pretrain.run", run, flags, keys)
         return file
 
     def names(self, fraction: float, seed: int) -> Path | None:
@@ -173,9 +165,9 @@ class Study:
             "eval.test=false",
             *init.finetune,
         ]
-        _same_as_before(run, ["-m", "finetune.run", "--out", str(run), *flags, *keys])
+        same_as_before(run, ["-m", "finetune.run", "--out", str(run), *flags, *keys])
         if not (run / "results.json").is_file():
-            _go_on("finetune.run", run, flags, keys)
+            go_on("finetune.run", run, flags, keys)
         return run
 
     def minutes(self, init: Init, fraction: float, seed: int) -> float:
@@ -193,7 +185,7 @@ class Study:
         best = max(found, key=lambda steps: (found[steps], -steps))
         where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
         run = self.train(init, fraction, seed, best)  # it is there
-        command = _noted(run)
+        command = noted(run)
         by_steps = {str(steps): ap for steps, ap in found.items()}
         for one in self.results:
             if not where.items() <= one.items():
@@ -236,7 +228,7 @@ class Study:
             "val_ap_by_steps": by_steps,
             "val_curve": curve(run),
             "pretrain_minutes": self.minutes(init, fraction, seed),
-            "pretrain_command": None if init.recipe is None else _noted(pretrained),
+            "pretrain_command": None if init.recipe is None else noted(pretrained),
             "command": command,
             "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
@@ -247,93 +239,6 @@ class Study:
 def _settings(command: str) -> str:
     """Return of a command what makes its figures others, whatever the seed and length."""
     return _NO_SETTING.sub("", command)
-
-
-def _noted(run: Path) -> str:
-    """Return the command that a run was made by."""
-    return (run.parent / f"{run.name}.command.txt").read_text().strip()
-
-
-def curve(run: Path) -> list[list[float]]:
-    """Return [step, minutes, AP on val] of a fine-tuning, minutes by its own speed."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    batch = read_yaml(run / "recipe.yaml")["batch_size"]
-    seconds, before, points = 0.0, 0, []
-    for line in lines:
-        if speed := line.get("speed/images_per_second"):
-            seconds += (line["step"] - before) * batch / speed
-            before = line["step"]
-        if "eval/ap" in line:
-            points.append([float(line["step"]), seconds / 60, line["eval/ap"]])
-    return points
-
-
-def val_ap(run: Path) -> float:
-    """Return what a fine-tuning reached on the validation split."""
-    return float(json.loads((run / "results.json").read_text())["ap"])
-
-
-def _go_on(module: str, run: Path, flags: list[str], keys: list[str]) -> None:
-    """Run a command to its end, from its last checkpoint where there is one.
-
-    Raises StoppedError where it was asked to stop, UsageError where another process trains in its
-    folder, DataError where it failed.
-    """
-    command = [sys.executable, "-m", module, "--out", str(run), *flags, *keys]
-    _check_free(run)
-    if any((run / "checkpoints").glob("*/manifest.json")):
-        command = [sys.executable, "-m", module, "--resume", str(run)]
-    elif run.is_dir():  # it was stopped before it had saved anything
-        shutil.rmtree(run)
-    logger.info("%s", " ".join(command[1:]))
-    with (run.parent / f"{run.name}.txt").open("a") as log:
-        code = _run(command, log)
-    if code == _STOPPED:
-        raise StoppedError(f"{module} was stopped and has saved: call the study again to go on.")
-    if code:
-        raise DataError(f"{module} ended with {code}: see {log.name}.")
-
-
-def _run(command: list[str], log: TextIO) -> int:
-    """Run a stage and return its exit code; what asks the study to stop is passed on to it.
-
-    It stops, too, when the study is killed (groundwork/command.py).
-    """
-    child = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, LAUNCHER: "study"}
-    )
-    before = {
-        number: signal.signal(number, lambda *_: child.terminate())
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        return child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _check_free(run: Path) -> None:
-    """Raise UsageError where a process trains in a run folder."""
-    if not (run / LOCK).is_file():
-        return
-    with (run / LOCK).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"Another process trains in {run}: wait for it, or stop it."
-            ) from error
-
-
-def _same_as_before(run: Path, command: Sequence[str]) -> None:
-    """Note how a run is made. Raises UsageError where it was made in another way."""
-    note, told = run.parent / f"{run.name}.command.txt", " ".join(["python", *command]) + "\n"
-    if note.is_file() and note.read_text() != told:
-        raise UsageError(
-            f"{run} was made by another command ({note}): name another --work, or remove the run."
-        )
-    note.write_text(told)
 
 
 def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:

@@ -67,13 +67,12 @@ class Training(nn.Module):
         """
         backbone = self.detector.backbone
         picture = colour.denormalise(self.coloured(batch), backbone.mean, backbone.std)
-        both = {
-            "boxes": ("boxes", "crowds"),
-            "boxes_sample": ("boxes_sample", "crowds_sample"),
+        return {
+            "picture": picture,
+            "boxes": torch.cat((batch["boxes"], batch["crowds"])).cpu(),
+            "boxes_sample": torch.cat((batch["boxes_sample"], batch["crowds_sample"])).cpu(),
+            "classes": torch.cat((batch["classes"], ~batch["crowd_classes"])).cpu(),
         }
-        rest = {name: torch.cat([batch[key] for key in keys]).cpu() for name, keys in both.items()}
-        classes = torch.cat((batch["classes"], ~batch["crowd_classes"])).cpu()
-        return {"picture": picture, "classes": classes, **rest}
 
     def freeze(self, *, backbone: bool, neck: bool, batchnorm: bool) -> None:
         """Freeze parts: no gradient, so no update, and BatchNorm's statistics as they are.

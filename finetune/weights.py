@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from finetune.detector import Detector, build_detector
 from finetune.exchange import from_ultralytics
 from groundwork.backbones.load import (
+    BRANCHES,
+    CLASS_BRANCH,
     ENOUGH,
     InitReport,
     advice,
     fit,
     fit_backbone,
+    other_classes,
     refuse_other_channels,
     report_of,
     take,
@@ -129,11 +132,8 @@ def check_channels(detector: Detector, reading: Reading) -> None:
 # The parts of a detector that a file may hold one without the other; the backbone it must hold.
 _PARTS = {
     "neck": ("neck.",),
-    "head's box branch": ("head.boxes.", "head.bins"),
-    "head's class branch": ("head.classes.",),
-    "head's objectness branch": ("head.objectness.",),
+    **{name: tuple(f"head.{start}" for start in starts) for name, starts in BRANCHES.items()},
 }
-_CLASSES = "head's class branch"
 _TAKEN = {"all": frozenset(_PARTS), "neck": frozenset({"neck"}), "backbone": frozenset[str]()}
 _LAST_BIAS = "head.classes.0.2.bias"  # as long as there are classes
 
@@ -193,8 +193,8 @@ def load_init(
         names = {name: own[name] for name in own if _part(name) == part}
         keys = spread.get(part, {})
         reason = _not_taken(part, names, keys, own)
-        if reason is None and part == _CLASSES:
-            reason = _other_classes((metadata or {}).get("names"), classes)
+        if reason is None and part == CLASS_BRANCH:
+            reason = other_classes((metadata or {}).get("names"), classes)
         if reason is None and part not in _TAKEN[take_parts]:
             reason = f"The {part} is left as initialised (detector.take={take_parts})."
         if reason is None:
@@ -274,7 +274,7 @@ def _not_taken(
         return f"The file's {len(keys)} tensors of the {part} are not wanted." if keys else ""
     if not keys:
         return f"The {part} is not in the file and left as initialised."
-    if part == _CLASSES:
+    if part == CLASS_BRANCH:
         there = next((v for k, v in keys.items() if unwrap(k, own)[0] == _LAST_BIAS), None)
         here = own[_LAST_BIAS]
         if there is not None and there.shape != here.shape:
@@ -283,16 +283,6 @@ def _not_taken(
                 f"this one for {len(here)}."
             )
     return None
-
-
-def _other_classes(there: Sequence[str] | None, here: Sequence[str] | None) -> str | None:
-    """Say that a class branch is for other classes, or for these in another order."""
-    if there is None or here is None or list(there) == list(here):
-        return None
-    return (
-        f"The {_CLASSES} is left as initialised: the file's classes are {', '.join(there)}, and "
-        f"these are {', '.join(here)}."
-    )
 
 
 def _refusal(report: InitReport, detector: Detector, metadata: Mapping[str, Any] | None) -> str:

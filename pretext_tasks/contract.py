@@ -80,11 +80,11 @@ class PretextTask(nn.Module, ABC):
     def product(self) -> dict[str, nn.Module]:
         """Return what is kept: {"backbone": Backbone}, and "neck" and "head" where trained."""
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return what the product's file is to say beside its tensors; JSON-able."""
         return {}
 
-    def doubts(self, image_size: int, reading: Reading) -> list[str]:
+    def warnings(self, image_size: int, reading: Reading) -> list[str]:
         """Return what a person should know of views of this size, of pictures read so."""
         return []
 

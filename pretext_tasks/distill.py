@@ -31,12 +31,12 @@ from torch.nn import functional
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.from_timm import TimmTeacher
-from groundwork.colour import Colour, Probability
-from groundwork.config import Section, starting_from
+from groundwork.colour import Colour
+from groundwork.config import starting_from
 from groundwork.errors import UsageError
 from pretext_tasks.contract import StepOutput, Views
-from pretext_tasks.crops import AreaRange, RatioRange, check_side
-from pretext_tasks.one_view import OneView
+from pretext_tasks.crops import AreaRange, check_side
+from pretext_tasks.one_view import OneView, OneViewKeys
 from pretext_tasks.through_neck import Letter, ThroughNeck
 
 # Mild: a teacher's features of a strange picture are strange.
@@ -46,7 +46,7 @@ MILD = Colour(
 )  # fmt: skip
 
 
-class DistillConfig(Section):
+class DistillConfig(OneViewKeys):
     """Ours, but for the crop."""
 
     teacher: str = "timm/vit_small_patch14_dinov2.lvd142m"
@@ -54,9 +54,6 @@ class DistillConfig(Section):
     neck: Letter | None = None  # a YOLOv12 neck of this width learns too
     hidden_width: int = Field(default=512, ge=8)  # of a level's projection
     crop_scale: AreaRange = (0.25, 1.0)  # Beyer et al., section 3: of the area
-    crop_ratio: RatioRange = (3 / 4, 4 / 3)  # width to height, log-uniform
-    flip: Probability = 0.5
-    rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
     colour: Annotated[Colour, starting_from(MILD)] = MILD
 
 
@@ -92,14 +89,7 @@ class Distill(ThroughNeck):
         check_side(image_size, "distillation needs")
         if config.weights is None:
             raise UsageError(_NO_WEIGHTS)
-        return OneView(
-            image_size,
-            config.crop_scale,
-            config.crop_ratio,
-            config.flip,
-            config.rotate,
-            config.colour,
-        )
+        return OneView(config, image_size)
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """Return one minus the cosine, over cells and levels. Metrics: each level's cosine."""

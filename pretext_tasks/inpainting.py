@@ -211,10 +211,10 @@ class Inpainting(ThroughNeck):
     def __init__(self, backbone: Backbone, config: InpaintingConfig) -> None:
         super().__init__(backbone, config.neck)
         self.config = config
-        self.target: Target = (
-            Histograms() if config.target == "hog" else Pixels(config.patch, config.eps)
+        self._kind: type[Histograms] | type[Pixels] = (
+            Histograms if config.target == "hog" else Pixels
         )
-        cell = self.target.cell(backbone.in_channels)
+        cell = self._kind.cell(backbone.in_channels)
         self.decoder = Decoder(self.levels, config.width, set(config.scales), cell)
         if config.encoder == "sparse":
             check_backbone(backbone)
@@ -253,23 +253,21 @@ class Inpainting(ThroughNeck):
         to 255) once each patch has its own mean and deviation back; of `target=hog` hidden_cosine,
         between histograms.
         """
-        predictions = self._predictions(batch, self._filled(batch))
+        hidden = spread(batch["hidden"], self.config.block)
+        predictions = self._predictions(batch, self._filled(batch, hidden))
         with torch.no_grad():
-            image = self._truth(batch)
-            targets = {scale: self.target.of(image, scale) for scale in predictions}
+            target = self._target(batch, hidden)
         losses = [
             hidden_loss(
                 prediction,
-                targets[scale],
-                spread(batch["hidden"], targets[scale].shape[2] // batch["hidden"].shape[1]),
+                target.maps[scale],
+                spread(batch["hidden"], prediction.shape[2] // batch["hidden"].shape[1]),
                 self.config.loss,
             )
             for scale, prediction in predictions.items()
         ]
         with torch.no_grad():
-            metrics = self.target.metrics(
-                predictions[STRIDE].float(), targets[STRIDE], image, self._hidden(batch)
-            )
+            metrics = target.metrics(predictions[STRIDE].float(), hidden)
         return StepOutput(torch.stack(losses).mean(), metrics)
 
     @torch.no_grad()
@@ -279,10 +277,11 @@ class Inpainting(ThroughNeck):
         Of normalised patches, see pretext_tasks/inpainting_targets.py: their brightness and
         contrast are the truth's. Of histograms edges are drawn, cell by cell.
         """
-        filled = self._filled(batch)
+        hidden = spread(batch["hidden"], self.config.block)
+        filled = self._filled(batch, hidden)
         with evaluating(self):
             prediction = self._predictions(batch, filled)[STRIDE].float()
-        shown = self.target.shown(prediction, self._truth(batch), self._hidden(batch))
+        shown = self._target(batch, hidden).shown(prediction, hidden)
         return {
             "masked": colour.denormalise(filled, *self._normalisation),
             **{name: colour.denormalise(image, *self._plain) for name, image in shown.items()},
@@ -291,11 +290,7 @@ class Inpainting(ThroughNeck):
     def _predictions(self, batch: dict[str, Tensor], filled: Tensor) -> dict[int, Tensor]:
         """Return maps by stride, laid out as the target is."""
         predictions = self.decoder(self._features(filled, batch["hidden"]))
-        return {scale: self.target.laid_out(cells) for scale, cells in predictions.items()}
-
-    def _hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return bool N 1 H W, true for hidden pixels."""
-        return spread(batch["hidden"], self.config.block)
+        return {scale: self._kind.laid_out(cells) for scale, cells in predictions.items()}
 
     def _features(self, seen: Tensor, hidden: Tensor) -> Pyramid | Features:
         """Run backbone and neck on filled pictures; `hidden` is bool N S S, block by block."""
@@ -309,9 +304,8 @@ class Inpainting(ThroughNeck):
             filled.append(torch.where(cells, token.view(1, -1, 1, 1), level))
         return self.through(Pyramid(*filled))
 
-    def _filled(self, batch: dict[str, Tensor]) -> Tensor:
+    def _filled(self, batch: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Return what the network sees, float32 N C H W; computed without a hidden pixel."""
-        hidden = self._hidden(batch)
         # Hidden bytes are gone from here on.
         image = batch["image"].masked_fill(hidden.squeeze(1).unsqueeze(3), 0)
         seen = self._coloured(image, batch, hidden, *self._normalisation)
@@ -323,9 +317,11 @@ class Inpainting(ThroughNeck):
         mean = (seen * visible).sum(dim=(2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
         return torch.where(hidden, mean, seen)
 
-    def _truth(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the whole picture, N C H W, colours from 0 to 1."""
-        return self._coloured(batch["image"], batch, self._hidden(batch), *self._plain)
+    def _target(self, batch: dict[str, Tensor], hidden: Tensor) -> Target:
+        config, image = self.config, self._coloured(batch["image"], batch, hidden, *self._plain)
+        if config.target == "hog":
+            return Histograms(image, config.scales)
+        return Pixels(image, config.scales, config.patch, config.eps)
 
     def _coloured(
         self,

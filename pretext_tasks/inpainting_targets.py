@@ -13,6 +13,7 @@ the noise of a flat cell small. Gradients are of the two neighbours, one of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,32 +23,31 @@ from torch.nn import functional
 STRIDE = 8  # of the finest cells that are predicted, in pixels
 BINS = 9  # directions (Dalal and Triggs, section 6.3)
 # Beside the square of a histogram's length: noise of two grey levels on a flat cell gets a length
-# of about a third, an edge of twenty across it 0.9.
+# of 0.28, an edge of twenty across it 0.89.
 _NOISE = 1e-4
 _EDGE = 0.5  # length from which a cell counts as one with edges
 
 
 class Target(Protocol):
-    """What is predicted, and how a prediction is laid out, measured and shown."""
+    """What is predicted of a batch's pictures, and how a prediction is laid out and measured.
 
-    def cell(self, channels: int) -> int:
+    `maps` are the targets, by the side of a cell in pixels.
+    """
+
+    maps: dict[int, Tensor]
+
+    @staticmethod
+    def cell(channels: int) -> int:
         """Return how many values are predicted for a cell of a picture of that many channels."""
 
-    def laid_out(self, prediction: Tensor) -> Tensor:
-        """Return N cell() H W as a map that `of` can be compared with."""
+    @staticmethod
+    def laid_out(prediction: Tensor) -> Tensor:
+        """Return N cell() H W as a map that can be compared with one of `maps`."""
 
-    def of(self, image: Tensor, scale: int) -> Tensor:
-        """Return the target of N C H W, colours from 0 to 1, for cells of `scale` px."""
+    def metrics(self, prediction: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return how good a prediction at stride 8 is where `hidden` (bool N 1 H W) is true."""
 
-    def metrics(
-        self, prediction: Tensor, target: Tensor, image: Tensor, hidden: Tensor
-    ) -> dict[str, Tensor]:
-        """Return how good a prediction at stride 8 is where `hidden` (bool N 1 H W) is true.
-
-        `target` is what `of` gives of the image.
-        """
-
-    def shown(self, prediction: Tensor, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+    def shown(self, prediction: Tensor, hidden: Tensor) -> dict[str, Tensor]:
         """Return pictures, N 3 H W from 0 to 1, of a prediction at stride 8 and of the truth."""
 
 
@@ -62,74 +62,80 @@ class Patches(NamedTuple):
 class Pixels:
     """Pixels without the mean and deviation of the patch that they are in."""
 
-    def __init__(self, patch: int | None, eps: float) -> None:
-        self._patch = patch
-        self._eps = eps
+    def __init__(self, image: Tensor, scales: Iterable[int], patch: int | None, eps: float) -> None:
+        """Take N C H W, colours from 0 to 1; above stride 8 pixels are pooled by scale / 8."""
+        self._patches = normalise_patches(image, patch, eps)
+        value = self._patches.value
+        self.maps = {
+            scale: value if scale == STRIDE else functional.avg_pool2d(value, scale // STRIDE)
+            for scale in scales
+        }
 
-    def cell(self, channels: int) -> int:
+    @staticmethod
+    def cell(channels: int) -> int:
         """Return 8 x 8 values for each channel."""
         return STRIDE**2 * channels
 
-    def laid_out(self, prediction: Tensor) -> Tensor:
+    @staticmethod
+    def laid_out(prediction: Tensor) -> Tensor:
         """Return N C 8H 8W."""
         return functional.pixel_shuffle(prediction, STRIDE)
 
-    def of(self, image: Tensor, scale: int) -> Tensor:
-        """Return normalised pixels, pooled by scale / 8."""
-        value = normalise_patches(image, self._patch, self._eps).value
-        return value if scale == STRIDE else functional.avg_pool2d(value, scale // STRIDE)
-
-    def metrics(
-        self, prediction: Tensor, target: Tensor, image: Tensor, hidden: Tensor
-    ) -> dict[str, Tensor]:
+    def metrics(self, prediction: Tensor, hidden: Tensor) -> dict[str, Tensor]:
         """Return hidden_error: the mean absolute error in grey levels (0 to 255)."""
-        deviation = normalise_patches(image, self._patch, self._eps).deviation
-        error = (prediction - target).abs() * deviation
+        error = (prediction - self._patches.value).abs() * self._patches.deviation
         return {"hidden_error": 255 * mean_over(error, hidden)}
 
-    def shown(self, prediction: Tensor, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+    def shown(self, prediction: Tensor, hidden: Tensor) -> dict[str, Tensor]:
         """Return the picture with the prediction in its holes, and the picture.
 
         Each patch is given the mean and deviation of the truth back, so that brightness and
         contrast of a hole are not the network's work.
         """
-        target = normalise_patches(image, self._patch, self._eps)
-        truth = target.value * target.deviation + target.mean
-        restored = torch.where(hidden, prediction * target.deviation + target.mean, truth)
+        value, mean, deviation = self._patches
+        truth = value * deviation + mean
+        restored = torch.where(hidden, prediction * deviation + mean, truth)
         return {"reconstruction": restored, "truth": truth}
 
 
 class Histograms:
     """Histograms of oriented gradients, one for each cell and channel."""
 
-    def cell(self, channels: int) -> int:
+    def __init__(self, image: Tensor, scales: Iterable[int]) -> None:
+        """Take N C H W, colours from 0 to 1; maps are N 9C H/scale W/scale, channel by channel."""
+        self._image = image
+        split = oriented(image)
+        self.maps = {scale: _histograms(split, scale) for scale in scales}
+
+    @staticmethod
+    def cell(channels: int) -> int:
         """Return 9 values for each channel."""
         return BINS * channels
 
-    def laid_out(self, prediction: Tensor) -> Tensor:
+    @staticmethod
+    def laid_out(prediction: Tensor) -> Tensor:
         """Return the same: a cell's values are its channels."""
         return prediction
 
-    def of(self, image: Tensor, scale: int) -> Tensor:
-        """Return N 9C H/scale W/scale, channel by channel."""
-        histograms = by_channel(functional.avg_pool2d(oriented(image), scale))
-        length = (histograms.square().sum(2, keepdim=True) + _NOISE).sqrt()
-        return (histograms / length).flatten(1, 2)
-
-    def metrics(
-        self, prediction: Tensor, target: Tensor, image: Tensor, hidden: Tensor
-    ) -> dict[str, Tensor]:
+    def metrics(self, prediction: Tensor, hidden: Tensor) -> dict[str, Tensor]:
         """Return hidden_cosine: the mean cosine of histograms with edges and what was predicted."""
-        wanted = by_channel(target)
+        wanted = by_channel(self.maps[STRIDE])
         cosine = functional.cosine_similarity(by_channel(prediction), wanted, dim=2)
         asked = hidden[:, :, ::STRIDE, ::STRIDE] & (wanted.square().sum(2) > _EDGE**2)
         return {"hidden_cosine": (cosine * asked).sum() / asked.sum().clamp(min=1)}
 
-    def shown(self, prediction: Tensor, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+    def shown(self, prediction: Tensor, hidden: Tensor) -> dict[str, Tensor]:
         """Return edges, drawn in every cell, with the prediction in the holes, and the truth's."""
-        target = self.of(image, STRIDE)
-        restored = torch.where(hidden[:, :, ::STRIDE, ::STRIDE], prediction, target)
-        return {"reconstruction": _edges(restored), "edges": _edges(target), "truth": image}
+        wanted = self.maps[STRIDE]
+        restored = torch.where(hidden[:, :, ::STRIDE, ::STRIDE], prediction, wanted)
+        return {"reconstruction": _edges(restored), "edges": _edges(wanted), "truth": self._image}
+
+
+def _histograms(split: Tensor, side: int) -> Tensor:
+    """Gather gradients N 9C H W in cells, and give each histogram length 1."""
+    histograms = by_channel(functional.avg_pool2d(split, side))
+    length = (histograms.square().sum(2, keepdim=True) + _NOISE).sqrt()
+    return (histograms / length).flatten(1, 2)
 
 
 def normalise_patches(image: Tensor, patch: int | None, eps: float) -> Patches:

@@ -9,30 +9,38 @@ import numpy as np
 import numpy.typing as npt
 
 from groundwork import colour
-from groundwork.colour import Colour
+from groundwork.colour import Colour, Probability
+from groundwork.config import Section
 from groundwork.data.decode import Picture
-from pretext_tasks.crops import draw_crop, draw_turn
+from pretext_tasks.crops import AreaRange, RatioRange, draw_crop, draw_turn
+
+
+class OneViewKeys(Section):
+    """How the view is cut and coloured; tasks have defaults of their own."""
+
+    crop_scale: AreaRange = (0.25, 1.0)  # part of the picture's area
+    crop_ratio: RatioRange = (3 / 4, 4 / 3)  # width to height, log-uniform
+    flip: Probability = 0.5
+    rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
+    colour: Colour = Colour()
 
 
 @dataclass(frozen=True)
 class OneView:
-    """Cuts one view; `rotate` is the probability of a turn by 90, 180 or 270 degrees each."""
+    """Cuts one view and draws its colours."""
 
+    keys: OneViewKeys
     image_size: int
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip: float
-    rotate: float
-    colour: Colour
 
     def __call__(
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, npt.NDArray[Any]]:
         """Return view (uint8 H W C) and colour (float32)."""
-        box = draw_crop(picture.width, picture.height, self.crop_scale, self.crop_ratio, generator)
+        keys = self.keys
+        box = draw_crop(picture.width, picture.height, keys.crop_scale, keys.crop_ratio, generator)
         [view] = picture.cut([box], self.image_size)
-        turn = draw_turn(self.flip, self.rotate, generator)
+        turn = draw_turn(keys.flip, keys.rotate, generator)
         return {
             "view": np.ascontiguousarray(turn.of_view(view)),
-            "colour": colour.draw(self.colour, generator),
+            "colour": colour.draw(keys.colour, generator),
         }

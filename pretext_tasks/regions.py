@@ -52,10 +52,7 @@ from pretext_tasks.stable_regions import (
     stable_regions,
 )
 from pretext_tasks.through_neck import Letter
-from pretext_tasks.whole_detector import WholeDetector
-
-# BYOL's second view without solarisation, and a blur that leaves small things to be seen.
-COLOUR = Colour(grayscale=0.1, blur=0.3, blur_sigma=(0.1, 1.0))
+from pretext_tasks.whole_detector import COLOUR, WholeDetector
 
 _VISIBLE = 0.5  # of a region's area that a view must show
 _LEAST = 0.02  # of a view's side: a region's there, 5 px of 256

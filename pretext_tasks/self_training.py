@@ -30,28 +30,27 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from finetune.assign import Targets
+from finetune.augment.boxes import Rule
 from finetune.detector import Detections, suppress
 from finetune.weights import detector_from_file
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
-from groundwork.colour import Colour, Probability
-from groundwork.config import Section, starting_from
+from groundwork.colour import Colour
+from groundwork.config import starting_from
 from groundwork.data.reading import Reading
 from groundwork.errors import CheckpointError, UsageError
 from pretext_tasks.contract import StepOutput, Views
-from pretext_tasks.crops import AreaRange, RatioRange, check_side
-from pretext_tasks.one_view import OneView
-from pretext_tasks.regions import COLOUR
+from pretext_tasks.crops import AreaRange, check_side
+from pretext_tasks.one_view import OneView, OneViewKeys
 from pretext_tasks.through_neck import Letter
-from pretext_tasks.whole_detector import WholeDetector
+from pretext_tasks.whole_detector import COLOUR, WholeDetector
 
-_LEAST = 2.0  # pixels: a box's shorter side, as fine-tuning's augmentation has it
 _MOST = 1000  # boxes of a view: what is found and left out would be taught as background
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class SelfTrainingConfig(Section):
+class SelfTrainingConfig(OneViewKeys):
     """Ours, but for the loss's weights, which are the second stage's defaults."""
 
     weights: str | None = None  # detector.safetensors of the teacher; must be named
@@ -60,9 +59,6 @@ class SelfTrainingConfig(Section):
     iou: Share = 0.5  # of two boxes of a class with more in common the better one is taught
     neck: Letter | Literal["auto"] = "auto"  # width of the student's neck and head
     crop_scale: AreaRange = (0.5, 1.0)  # part of the picture's area
-    crop_ratio: RatioRange = (3 / 4, 4 / 3)  # width to height
-    flip: Probability = 0.5
-    rotate: Probability = 0.0  # 0.75 makes the four directions equally likely
     colour: Annotated[Colour, starting_from(COLOUR)] = COLOUR
     boxes: Literal["score", "equal", "class"] = "class"  # as the second stage's loss.boxes
 
@@ -105,14 +101,7 @@ class SelfTraining(WholeDetector):
         check_side(image_size, "self-training needs")
         if config.weights is None:
             raise UsageError(_NO_WEIGHTS)
-        return OneView(
-            image_size,
-            config.crop_scale,
-            config.crop_ratio,
-            config.flip,
-            config.rotate,
-            config.colour,
-        )
+        return OneView(config, image_size)
 
     def train(self, mode: bool = True) -> Self:
         """Leave the teacher in eval mode."""
@@ -142,11 +131,11 @@ class SelfTraining(WholeDetector):
         """Return the student: backbone, neck and head."""
         return {**super().product(), "head": self.head}
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Say which classes the head is for."""
         return {"names": json.loads(bytes(self.names.tolist()))}
 
-    def doubts(self, image_size: int, reading: Reading) -> list[str]:
+    def warnings(self, image_size: int, reading: Reading) -> list[str]:
         """Say where the teacher was trained to see something else."""
         about, file = self._about, self.config.weights
         found = []
@@ -185,8 +174,9 @@ class SelfTraining(WholeDetector):
             for one in zip(boxes.clamp(0, side), scores, strict=True)
         ]
         # Of what lies outside the view the view's edge is left.
+        least = Rule().min_side
         sides = [(one.boxes[:, 2:] - one.boxes[:, :2]).amin(1) for one in found]
-        return [_those(one, its >= _LEAST) for one, its in zip(found, sides, strict=True)]
+        return [_those(one, its >= least) for one, its in zip(found, sides, strict=True)]
 
 
 def _those(found: Detections, which: Tensor) -> Detections:

@@ -126,16 +126,16 @@ class Together(PretextTask):
             kept |= task.product()
         return kept
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return what every task has to say."""
-        return {key: fact for _, task in self._tasks() for key, fact in task.facts().items()}
+        return {key: fact for _, task in self._tasks() for key, fact in task.metadata().items()}
 
-    def doubts(self, image_size: int, reading: Reading) -> list[str]:
+    def warnings(self, image_size: int, reading: Reading) -> list[str]:
         """Return what every task has to say, of the size that it sees."""
         return [
-            doubt
+            warning
             for name, task in self._tasks()
-            for doubt in task.doubts(self.image_sizes.get(name, image_size), reading)
+            for warning in task.warnings(self.image_sizes.get(name, image_size), reading)
         ]
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,9 +20,13 @@ from finetune.losses import DetectionLoss
 from finetune.recipe import LossKeys
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
+from groundwork.colour import Colour
 from groundwork.modes import evaluating
 from pretext_tasks.contract import StepOutput
 from pretext_tasks.through_neck import Letter, ThroughNeck
+
+# BYOL's second view without solarisation, and a blur that leaves small things to be seen.
+COLOUR = Colour(grayscale=0.1, blur=0.3, blur_sigma=(0.1, 1.0))
 
 Boxes = Literal["score", "equal", "class"]  # the second stage's loss.boxes
 

@@ -114,9 +114,10 @@ def load_init(backbone: Backbone, path: str | Path) -> InitReport:
 
 
 # A head's branches, one of which a file may hold without the others.
-_BRANCHES = {
+CLASS_BRANCH = "head's class branch"
+BRANCHES = {
     "head's box branch": ("boxes.", "bins"),
-    "head's class branch": ("classes.",),
+    CLASS_BRANCH: ("classes.",),
     "head's objectness branch": ("objectness.",),
 }
 
@@ -141,7 +142,7 @@ def load_parts(
         if part == "backbone":
             continue
         whole = dict(module.state_dict())
-        for name, starts in (_BRANCHES if part == "head" else {part: ("",)}).items():
+        for name, starts in (BRANCHES if part == "head" else {part: ("",)}).items():
             own = {key: value for key, value in whole.items() if key.startswith(starts)}
             if not own:
                 continue
@@ -149,26 +150,29 @@ def load_parts(
             theirs = {
                 k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(inside)
             }
-            said.append(_take_branch(name, own, theirs, path, metadata.get("names"), classes))
+            reason = None
+            if name == CLASS_BRANCH and theirs:
+                reason = other_classes(metadata.get("names"), classes)
+            said.append(reason or _take_branch(name, own, theirs, path))
     return said
 
 
+def other_classes(there: Sequence[str] | None, here: Sequence[str] | None) -> str | None:
+    """Say that a class branch is for other classes, or for these in another order."""
+    if there is None or here is None or list(there) == list(here):
+        return None
+    return (
+        f"The {CLASS_BRANCH} is left as initialised: the file's classes are {', '.join(there)}, "
+        f"and these are {', '.join(here)}."
+    )
+
+
 def _take_branch(
-    name: str,
-    own: Mapping[str, Tensor],
-    theirs: Mapping[str, Tensor],
-    path: Path,
-    there: Sequence[str] | None,
-    here: Sequence[str] | None,
+    name: str, own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: Path
 ) -> str:
     """Take one part of a network, or leave it, and say which."""
     if not theirs:
         return f"The {name} is not in the file and left as initialised."
-    if "class" in name and there is not None and here is not None and list(there) != list(here):
-        return (
-            f"The {name} is left as initialised: the file's classes are {', '.join(there)}, and "
-            f"these are {', '.join(here)}."
-        )
     chosen = {key: key for key in own if key in theirs and _alike(own, theirs, key)}
     report = report_of(path, own, theirs, chosen, name)
     if report.share < 1:

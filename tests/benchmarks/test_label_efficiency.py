@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.label_efficiency import Init, Study, _go_on, _settings, inits_of, main, parser
+from benchmarks.label_efficiency import Init, Study, _settings, inits_of, main, parser
 from benchmarks.label_efficiency_results import draw, read, table, update
+from benchmarks.runs import go_on
 from finetune.detector import build_detector
 from finetune.weights import parts_of, save_detector
 from groundwork.errors import UsageError
@@ -104,7 +105,7 @@ def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path: Path) -
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match=r"Another process trains in .*run"):
-            _go_on("finetune.run", run, [], [])
+            go_on("finetune.run", run, [], [])
     assert run.is_dir()
 
 
@@ -213,7 +214,7 @@ def test_a_teacher_is_trained_on_the_same_labels_and_its_minutes_count(
         for name in ("pretrained.safetensors", "detector.safetensors", "results.json"):
             (run / name).write_text('{"ap": 0.5}')
 
-    monkeypatch.setattr("benchmarks.label_efficiency._go_on", go_on)
+    monkeypatch.setattr("benchmarks.label_efficiency.go_on", go_on)
     arguments = ["--inits", "taught", "--plan", str(plan), "--steps", "1", "2"]
     options = parser().parse_args(_options(labeled, tmp_path, *arguments))
     study = Study(options, labeled)

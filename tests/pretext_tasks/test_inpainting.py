@@ -362,15 +362,18 @@ def test_a_gradient_is_counted_in_the_bin_of_its_direction(angle: float, expecte
 
 
 def test_histograms_have_length_one_where_there_are_edges_and_none_where_there_are_not() -> None:
-    target = Histograms()
-    assert target.of(torch.full((1, 3, 16, 16), 0.3), 8).abs().max() == 0
+
+    def of(image: Tensor, side: int) -> Tensor:
+        return Histograms(image, (side,)).maps[side]
+
+    assert of(torch.full((1, 3, 16, 16), 0.3), 8).abs().max() == 0
     grain = 0.3 + (torch.rand(1, 3, 64, 64) - 0.5) * 4 / 255  # two grey levels around
-    lengths = by_channel(target.of(grain, 8)).square().sum(2).sqrt()
+    lengths = by_channel(of(grain, 8)).square().sum(2).sqrt()
     assert lengths.mean() < 0.45
     edge = torch.full((1, 3, 16, 16), 0.3)
     edge[..., 4:] += 20 / 255
-    assert by_channel(target.of(edge, 8))[0, :, :, 0, 0].square().sum(1).sqrt().min() > 0.85
-    noise = target.of(torch.rand(2, 3, 32, 32), 16)
+    assert by_channel(of(edge, 8))[0, :, :, 0, 0].square().sum(1).sqrt().min() > 0.85
+    noise = of(torch.rand(2, 3, 32, 32), 16)
     assert noise.shape == (2, 27, 2, 2)
     lengths = by_channel(noise).square().sum(2).sqrt()
     assert torch.allclose(lengths, torch.ones_like(lengths), atol=3e-3)
@@ -382,7 +385,7 @@ def test_histograms_that_are_predicted_rightly_cost_nothing(
     task = make_task(target="hog", scales=(8, 16, 32))
     batch = make_batch(Inpainting, task.config)
     image = (batch["image"] / 255).permute(0, 3, 1, 2)
-    right = {scale: Histograms().of(image, scale) for scale in (8, 16, 32)}
+    right = Histograms(image, (8, 16, 32)).maps
     assert right[32].shape == (4, 27, 2, 2)
     hook = task.decoder.register_forward_hook(lambda *_: right)
     output = task(batch)
@@ -410,9 +413,8 @@ def test_histograms_that_are_predicted_rightly_cost_nothing(
 
 def test_an_edge_is_drawn_along_itself() -> None:
     """Brightness rises to the right: the edge, and the line in each cell, stand upright."""
-    target = Histograms()
-    image = _ramp(5)
+    target = Histograms(_ramp(5), (8,))
     hidden = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
-    drawn = target.shown(target.of(image, 8), image, hidden)["edges"]
+    drawn = target.shown(target.maps[8], hidden)["edges"]
     cell = drawn[0, 0, :8, :8]
     assert cell.sum(0).max() > 3 * cell.sum(1).max()

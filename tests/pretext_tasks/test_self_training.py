@@ -151,7 +151,7 @@ def test_fine_tuning_starts_from_the_whole_student(
     task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(weights)))
     assert set(task.product()) == {"backbone", "neck", "head"}
     file = tmp_path / "pretrained.safetensors"
-    save_product(file, task.product(), task.facts())
+    save_product(file, task.product(), task.metadata())
     detector = build_detector("yolo12n", 2)
     begun = load_init(detector, file, classes=("a", "b"))
     assert "head's class branch" in begun.loaded
@@ -161,7 +161,7 @@ def test_fine_tuning_starts_from_the_whole_student(
     assert not torch.equal(mine[last], taught[last])
     other = load_init(build_detector("yolo12n", 2), file, classes=("b", "a"))
     assert "head's class branch" not in other.loaded
-    assert "other classes" in other.sentence() or "classes are a, b" in other.sentence()
+    assert "the file's classes are a, b, and these are b, a" in other.sentence()
 
 
 def test_half_precision_does_not_move_the_boxes(
@@ -181,9 +181,9 @@ def test_half_precision_does_not_move_the_boxes(
 def test_a_teacher_that_was_trained_on_other_pictures_is_told(make_task: MakeTask) -> None:
     """It was trained at 64 px, on pictures read as they are."""
     task = make_task()
-    assert task.doubts(64, PLAIN) == task.doubts(96, PLAIN) == []
-    assert "trained at 64 px and views have image_size=256" in task.doubts(256, PLAIN)[0]
-    assert "data.bands=None" in task.doubts(64, Reading(bands=(3, 2, 1)))[0]
+    assert task.warnings(64, PLAIN) == task.warnings(96, PLAIN) == []
+    assert "trained at 64 px and views have image_size=256" in task.warnings(256, PLAIN)[0]
+    assert "data.bands=None" in task.warnings(64, Reading(bands=(3, 2, 1)))[0]
 
 
 def test_classes_are_those_of_the_checkpoint_whatever_the_file_says_later(
@@ -191,9 +191,9 @@ def test_classes_are_those_of_the_checkpoint_whatever_the_file_says_later(
 ) -> None:
     first, second = make_task(), make_task()
     second.names.copy_(torch.tensor(list(b'["b", "a"]'), dtype=torch.uint8))
-    assert second.facts() == {"names": ["b", "a"]}
+    assert second.metadata() == {"names": ["b", "a"]}
     second.load_state_dict(first.state_dict())
-    assert second.facts() == {"names": ["a", "b"]}
+    assert second.metadata() == {"names": ["a", "b"]}
 
 
 def test_a_student_starts_from_the_boxes_of_regions(weights: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_student_starts_from_the_boxes_of_regions(weights: Path, tmp_path: Pat
     file = tmp_path / "pretrained.safetensors"
     save_product(file, regions.product(), {})
     task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(weights)))
-    said = load_parts(task.product(), file, task.facts()["names"])
+    said = load_parts(task.product(), file, task.metadata()["names"])
     assert "left as initialised" not in said[0] + said[1]
     assert said[2] == "The head's class branch is not in the file and left as initialised."
     for name, value in regions.head.boxes.state_dict().items():
