@@ -141,7 +141,18 @@ def test_the_teacher_sees_no_drawn_colours_and_boxes_end_with_the_view(
     for one, two in zip(first, task._found(other), strict=True):
         assert torch.equal(one.boxes, two.boxes)
         assert len(one.boxes) > 0 and one.boxes.min() >= 0 and one.boxes.max() <= 64
-        assert (one.boxes[:, 2:] - one.boxes[:, :2]).min() >= 2
+
+
+def test_a_box_outside_the_view_is_not_taught(
+    make_task: MakeTask, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task()
+    boxes = torch.cat((BOX, BOX - 60, BOX + torch.tensor([56.0, 0.0, 56.0, 0.0])))
+    scores = torch.tensor([[0.9], [0.8], [0.7]])
+    read = boxes.expand(4, 3, 4), scores.expand(4, 3, 1)
+    monkeypatch.setattr(task.teacher, "read", lambda *_: read)
+    for one in task._found(batch):
+        assert torch.equal(one.boxes, BOX)
 
 
 def test_fine_tuning_starts_from_the_whole_student(
