@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from finetune.assign import Targets
-from finetune.augment.boxes import Rule
+from finetune.augment import Rule
 from finetune.detector import Detections, suppress
 from finetune.weights import detector_from_file
 from groundwork import colour
