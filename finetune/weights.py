@@ -2,7 +2,8 @@
 
 The file is written by groundwork.backbones.product: tensors `backbone.*`, `neck.*`, `head.*`, and
 metadata that says how to build the detector again (`detector`), which classes it knows (`names`),
-and for which side of picture it was trained (`image_size`).
+and for which side of picture it was trained (`image_size`). A pretrained.safetensors whose task
+trained all of a detector (self_training) has the same, and is read as one.
 
 A start is taken from what a file holds of five parts: backbone, neck, and the head's branches for
 boxes, classes and objectness. Each of them has to fit, or nothing is taken. Names are matched as
@@ -74,18 +75,20 @@ def save_detector(
     metadata: Mapping[str, Any],
 ) -> None:
     """Write backbone, neck and head as one file, atomically. Raises CheckpointError."""
+    save_product(path, parts, {**metadata, **about_detector(parts, names, image_size)})
+
+
+def about_detector(
+    parts: Mapping[str, nn.Module], names: Sequence[str], image_size: int
+) -> dict[str, Any]:
+    """Return what a file has to say of a detector for it to be built again: metadata."""
     neck, head = parts["neck"], parts["head"]
-    about = {
-        **metadata,
-        "detector": {
-            "num_classes": head.num_classes,
-            "width": neck.letter,
-            "objectness": head.objectness is not None,
-        },
-        "names": list(names),
-        "image_size": image_size,
+    made = {
+        "num_classes": head.num_classes,
+        "width": neck.letter,
+        "objectness": head.objectness is not None,
     }
-    save_product(path, parts, about)
+    return {"detector": made, "names": list(names), "image_size": image_size}
 
 
 def detector_from_file(path: Path) -> tuple[Detector, About]:

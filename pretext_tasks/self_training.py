@@ -9,7 +9,7 @@ al. 2020, arXiv 1911.04252); for detectors STAC (Sohn et al. 2020, arXiv 2005.04
 are in every checkpoint. Teacher and student see the very same view, so boxes need no mapping; the
 teacher sees it in its own colours. What it finds without being sure is neither taught as an object
 nor as background. The student learns backbone, neck and all of the head, the class branch too: its
-classes are the detector's, and the product's file says them.
+classes are the detector's, and the product's file says them. So the file is a detector's as it is.
 
 Differs from the papers: labels are made as the views are (not once, before training), and true
 labels have no part: they are fine-tuning's. Scores are a dense detector's, which are lower than
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from finetune.assign import Targets
 from finetune.augment import Rule
 from finetune.detector import Detections, suppress
-from finetune.weights import detector_from_file
+from finetune.weights import about_detector, detector_from_file
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour
@@ -131,9 +131,10 @@ class SelfTraining(WholeDetector):
         """Return the student: backbone, neck and head."""
         return {**super().product(), "head": self.head}
 
-    def metadata(self) -> dict[str, Any]:
-        """Say which classes the head is for."""
-        return {"names": json.loads(bytes(self.names.tolist()))}
+    def metadata(self, image_size: int) -> dict[str, Any]:
+        """Say which classes the head is for, and all else that makes the file a detector's."""
+        names = json.loads(bytes(self.names.tolist()))
+        return about_detector(self.product(), names, image_size)
 
     def warnings(self, image_size: int, reading: Reading) -> list[str]:
         """Say where the teacher was trained to see something else."""

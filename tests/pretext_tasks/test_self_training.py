@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.detector import Detections, build_detector
 from finetune.head import anchors_of
-from finetune.weights import load_init
+from finetune.weights import detector_from_file, load_init
 from groundwork.backbones import build_backbone, load_parts
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import save_product
@@ -162,7 +162,7 @@ def test_fine_tuning_starts_from_the_whole_student(
     task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(weights)))
     assert set(task.product()) == {"backbone", "neck", "head"}
     file = tmp_path / "pretrained.safetensors"
-    save_product(file, task.product(), task.metadata())
+    save_product(file, task.product(), task.metadata(96))
     detector = build_detector("yolo12n", 2)
     begun = load_init(detector, file, classes=("a", "b"))
     assert "head's class branch" in begun.loaded
@@ -173,6 +173,23 @@ def test_fine_tuning_starts_from_the_whole_student(
     other = load_init(build_detector("yolo12n", 2), file, classes=("b", "a"))
     assert "head's class branch" not in other.loaded
     assert "the file's classes are a, b, and these are b, a" in other.sentence()
+
+
+def test_the_student_is_a_detector_as_it_is(
+    weights: Path, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Its file can be scored, finds boxes, and teaches the next student."""
+    task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(weights))).eval()
+    file = tmp_path / "pretrained.safetensors"
+    save_product(file, task.product(), task.metadata(96))
+    detector, about = detector_from_file(file)
+    assert about.names == ("a", "b")
+    assert about.image_size == 96
+    mine = task.head(task.through(task.backbone(torch.ones(1, 3, 64, 64))))
+    for one, other in zip(detector(torch.ones(1, 3, 64, 64)), mine, strict=True):
+        assert one is other is None or torch.equal(one, other)
+    next_task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(file)))
+    assert next_task.metadata(96) == task.metadata(96)
 
 
 def test_half_precision_does_not_move_the_boxes(
@@ -202,9 +219,9 @@ def test_classes_are_those_of_the_checkpoint_whatever_the_file_says_later(
 ) -> None:
     first, second = make_task(), make_task()
     second.names.copy_(torch.tensor(list(b'["b", "a"]'), dtype=torch.uint8))
-    assert second.metadata() == {"names": ["b", "a"]}
+    assert second.metadata(64)["names"] == ["b", "a"]
     second.load_state_dict(first.state_dict())
-    assert second.metadata() == {"names": ["a", "b"]}
+    assert second.metadata(64)["names"] == ["a", "b"]
 
 
 def test_a_student_starts_from_the_boxes_of_regions(weights: Path, tmp_path: Path) -> None:
@@ -212,7 +229,7 @@ def test_a_student_starts_from_the_boxes_of_regions(weights: Path, tmp_path: Pat
     file = tmp_path / "pretrained.safetensors"
     save_product(file, regions.product(), {})
     task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(weights)))
-    said = load_parts(task.product(), file, task.metadata()["names"])
+    said = load_parts(task.product(), file, task.metadata(64)["names"])
     assert "left as initialised" not in said[0] + said[1]
     assert said[2] == "The head's class branch is not in the file and left as initialised."
     for name, value in regions.head.boxes.state_dict().items():
