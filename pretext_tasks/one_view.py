@@ -1,4 +1,7 @@
-"""One view of a picture, as tasks with a teacher compare it: student and teacher see the same."""
+"""One view of a picture, as tasks with a teacher compare it: student and teacher see the same.
+
+The teacher may see it larger.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +34,21 @@ class OneView:
 
     keys: OneViewKeys
     image_size: int
+    teacher_size: int | None = None  # the same cut, in this size as well
 
     def __call__(
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, npt.NDArray[Any]]:
-        """Return view (uint8 H W C) and colour (float32)."""
+        """Return view (uint8 H W C) and colour (float32); teacher_view where it has a size."""
         keys = self.keys
         box = draw_crop(picture.width, picture.height, keys.crop_scale, keys.crop_ratio, generator)
-        [view] = picture.cut([box], self.image_size)
         turn = draw_turn(keys.flip, keys.rotate, generator)
-        return {
-            "view": np.ascontiguousarray(turn.of_view(view)),
-            "colour": colour.draw(keys.colour, generator),
-        }
+
+        def of_side(side: int) -> npt.NDArray[np.uint8]:
+            [view] = picture.cut([box], side)
+            return np.ascontiguousarray(turn.of_view(view))
+
+        views = {"view": of_side(self.image_size), "colour": colour.draw(keys.colour, generator)}
+        if self.teacher_size is not None:
+            views["teacher_view"] = of_side(self.teacher_size)
+        return views

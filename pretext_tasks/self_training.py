@@ -6,10 +6,12 @@ colours, and whose fine-tuning on the true labels starts from there. Sources: No
 al. 2020, arXiv 1911.04252); for detectors STAC (Sohn et al. 2020, arXiv 2005.04757).
 
 `task.weights` is the detector's file, which fine-tuning wrote (detector.safetensors); its weights
-are in every checkpoint. Teacher and student see the very same view, so boxes need no mapping; the
-teacher sees it in its own colours. What it finds without being sure is neither taught as an object
-nor as background. The student learns backbone, neck and all of the head, the class branch too: its
-classes are the detector's, and the product's file says them. So the file is a detector's as it is.
+are in every checkpoint. Teacher and student see the same view, the teacher in its own colours and,
+with `task.teacher_size`, larger: a detector of small pictures finds more in larger ones, and the
+student is taught to find it in small ones. What the teacher finds without being sure is neither
+taught as an object nor as background. The student learns backbone, neck and all of the head, the
+class branch too: its classes are the detector's, and the product's file says them. So the file is
+a detector's as it is.
 
 Differs from the papers: labels are made as the views are (not once, before training), and true
 labels have no part: they are fine-tuning's. Scores are a dense detector's, which are lower than
@@ -59,6 +61,8 @@ class SelfTrainingConfig(OneViewKeys):
     iou: Share = 0.5  # of two boxes of a class with more in common the better one is taught
     neck: Letter | Literal["auto"] = "auto"  # width of the student's neck and head
     crop_scale: AreaRange = (0.5, 1.0)  # part of the picture's area
+    # Side in pixels of what the teacher sees; None: the student's, image_size.
+    teacher_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = None
     colour: Annotated[Colour, starting_from(COLOUR)] = COLOUR
     boxes: Literal["score", "equal", "class"] = "class"  # as the second stage's loss.boxes
 
@@ -101,7 +105,7 @@ class SelfTraining(WholeDetector):
         check_side(image_size, "self-training needs")
         if config.weights is None:
             raise UsageError(_NO_WEIGHTS)
-        return OneView(config, image_size)
+        return OneView(config, image_size, config.teacher_size)
 
     def train(self, mode: bool = True) -> Self:
         """Leave the teacher in eval mode."""
@@ -112,7 +116,8 @@ class SelfTraining(WholeDetector):
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
         """Return the detection loss.
 
-        Metrics: its parts; boxes of a view in the mean, and their mean score.
+        Metrics: its parts; boxes of a view in the mean, their mean score, and the middle side of
+        them in pixels (the root of their area; fine-tuning's boxes should be about as large).
         """
         found = self._found(batch)
         sure = [_those(one, one.scores >= self.config.score) for one in found]
@@ -121,9 +126,12 @@ class SelfTraining(WholeDetector):
             self.coloured(batch["view"], batch["colour"]), _targets(sure), _targets(unsure)
         )
         scores = torch.cat([one.scores for one in sure])
+        boxes = torch.cat([one.boxes for one in sure])
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         metrics = {
             "taught": scores.new_tensor(len(scores) / len(sure)),
             "taught_score": scores.mean() if len(scores) else scores.sum(),
+            "side": areas.sqrt().median() if len(scores) else scores.sum(),
         }
         return StepOutput(output.loss, {**output.metrics, **metrics})
 
@@ -140,10 +148,13 @@ class SelfTraining(WholeDetector):
         """Say where the teacher was trained to see something else."""
         about, file = self._about, self.config.weights
         found = []
-        if not 0.5 <= image_size / about.image_size <= 2:
+        side, key = image_size, "image_size"
+        if self.config.teacher_size is not None:
+            side, key = self.config.teacher_size, "task.teacher_size"
+        if not 0.5 <= side / about.image_size <= 2:
             found.append(
-                f"task.weights={file} was trained at {about.image_size} px and views have "
-                f"image_size={image_size}: things look larger or smaller than it knows them."
+                f"task.weights={file} was trained at {about.image_size} px and sees views of "
+                f"{key}={side}: things look larger or smaller than it knows them."
             )
         if about.reading().mapping != reading.mapping:
             found.append(
@@ -162,17 +173,18 @@ class SelfTraining(WholeDetector):
 
     @torch.no_grad()
     def _found(self, batch: dict[str, Tensor]) -> list[Detections]:
-        """Return what the teacher finds, its boxes within the view, down to `unsure`."""
-        backbone = self.teacher.backbone
-        image = colour.normalise(batch["view"], backbone.mean, backbone.std)
-        config, side = self.config, image.shape[2]
+        """Return what the teacher finds, its boxes within the student's view, down to `unsure`."""
+        backbone, config = self.teacher.backbone, self.config
+        view = batch["view" if config.teacher_size is None else "teacher_view"]
+        image = colour.normalise(view, backbone.mean, backbone.std)
+        side, own = image.shape[2], batch["view"].shape[1]
         raw = self.teacher(image)
         # Autocast would have boxes in half precision: half a pixel at stride 8.
         with torch.autocast(image.device.type, enabled=False):
             boxes, scores = self.teacher.read(raw, side, side)
         found = [
             suppress(*one, score=config.unsure, iou=config.iou, most=_MOST)
-            for one in zip(boxes.clamp(0, side), scores, strict=True)
+            for one in zip(boxes.clamp(0, side) * (own / side), scores, strict=True)
         ]
         # Of what lies outside the view the view's edge is left.
         least = Rule().min_side

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from finetune.augment import Rule
 from finetune.detector import Detections, build_detector
 from finetune.head import anchors_of
 from finetune.weights import detector_from_file, load_init
@@ -143,6 +144,46 @@ def test_the_teacher_sees_no_drawn_colours_and_boxes_end_with_the_view(
         assert len(one.boxes) > 0 and one.boxes.min() >= 0 and one.boxes.max() <= 64
 
 
+def test_the_teacher_may_see_the_same_view_larger(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    """Its boxes are those of the large view, in pixels of the student's."""
+    batch = make_batch(SelfTraining, SelfTrainingConfig(weights="named", teacher_size=128))
+    large, view = batch["teacher_view"], batch["view"]
+    assert large.shape[1:] == (128, 128, 3) and view.shape[1:] == (64, 64, 3)
+    smaller = torch.nn.functional.avg_pool2d(large.permute(0, 3, 1, 2).float(), 2)
+    assert (smaller - view.permute(0, 3, 1, 2)).abs().mean() < 4
+    task = make_task(teacher_size=128)
+    found = task._found(batch)
+    alone = make_task()._found({"view": large, "colour": batch["colour"]})
+    assert sum(len(one.boxes) for one in found) > 0
+    for one, other in zip(found, alone, strict=True):
+        # A box below the least side of the student's pixels is left out there alone.
+        kept = (other.boxes[:, 2:] - other.boxes[:, :2]).amin(1) >= 2 * Rule().min_side
+        torch.testing.assert_close(one.boxes, other.boxes[kept] / 2)
+        assert torch.equal(one.scores, other.scores[kept])
+    assert task(batch).loss.isfinite()
+    assert task.warnings(256, PLAIN) == []
+    assert (
+        "sees views of task.teacher_size=160" in make_task(teacher_size=160).warnings(64, PLAIN)[0]
+    )
+
+
+def test_the_middle_side_of_what_is_taught_is_told(
+    make_task: MakeTask, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task()
+    _finding(
+        task,
+        monkeypatch,
+        _one(BOX),
+        _one(BOX / 2),
+        _one(BOX * torch.tensor([1, 1, 1, 0.4])),
+        NOTHING,
+    )
+    assert task(batch).metrics["side"].item() == pytest.approx(16.0)
+
+
 def test_a_box_outside_the_view_is_not_taught(
     make_task: MakeTask, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +251,7 @@ def test_a_teacher_that_was_trained_on_other_pictures_is_told(make_task: MakeTas
     """It was trained at 64 px, on pictures read as they are."""
     task = make_task()
     assert task.warnings(64, PLAIN) == task.warnings(96, PLAIN) == []
-    assert "trained at 64 px and views have image_size=256" in task.warnings(256, PLAIN)[0]
+    assert "trained at 64 px and sees views of image_size=256" in task.warnings(256, PLAIN)[0]
     assert "data.bands=None" in task.warnings(64, Reading(bands=(3, 2, 1)))[0]
 
 
