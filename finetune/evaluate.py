@@ -208,11 +208,11 @@ def table(results: Results) -> str:
 
     lines = [f"{results.pictures} pictures, {results.boxes} boxes"]
     lines += [f"  {name:10} {shown(value)}" for name, value in results.figures.items()]
-    lines.append(f"  {'class':24} {'AP':>6} {'AP50':>6} {'boxes':>7}")
+    lines.append(f"  {'class':24} {'AP':>6} {'AP50':>6} {'boxes':>7} {'F1':>6} at score")
     for name, values in results.per_class.items():
         lines.append(
             f"  {name[:24]:24} {shown(values['ap'])} {shown(values['ap50'])} "
-            f"{int(values['boxes'] or 0):7}"
+            f"{int(values['boxes'] or 0):7} {shown(values['f1'])} {shown(values['f1_score'])}"
         )
     return "\n".join(lines)
 

@@ -52,7 +52,8 @@ class Truth(NamedTuple):
 class Results:
     """COCO's figures, 0 to 1; None where nothing could be measured (no box of that kind).
 
-    `per_class` has ap, ap50 and the number of boxes of each class; `recall` and `precision` (IoU
+    `per_class` has for each class ap, ap50, the number of boxes, and of all score thresholds the one
+    with the best F1 at IoU 0.5 (`f1`, `f1_score`); `recall` and `precision` (IoU
     0.5: classes x 101) are what the curves are drawn from; `confusion` counts (classes + 1) x
     (classes + 1), true classes down, found ones across, the last of both being background.
     """
@@ -115,12 +116,16 @@ def score(found: Sequence[Found], truth: Sequence[Truth], names: Sequence[str]) 
     figures = {
         name: _figure(value) for name, value in zip(FIGURES, evaluation.stats[:12], strict=True)
     }
-    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]  # IoU, recall, class
+    precision, scores = (  # IoU, recall, class
+        np.asarray(evaluation.eval[key])[:, :, :, 0, -1] for key in ("precision", "scores")
+    )
+    recall = np.linspace(0, 1, precision.shape[1])
     per_class: dict[str, dict[str, float | None]] = {
         name: {
             "ap": _figure(precision[:, :, number].mean()),
             "ap50": _figure(precision[0, :, number].mean()),
             "boxes": counts[number],
+            **_best_f1(precision[0, :, number], recall, scores[0, :, number]),
         }
         for number, name in enumerate(names)
     }
@@ -129,7 +134,7 @@ def score(found: Sequence[Found], truth: Sequence[Truth], names: Sequence[str]) 
         per_class,
         pictures=len(truth),
         boxes=len(annotations),
-        recall=np.linspace(0, 1, precision.shape[1]),
+        recall=recall,
         precision=precision[0].T.astype(np.float64),
         confusion=confusion(found, truth, len(names)),
     )
@@ -235,6 +240,17 @@ def _labeled(
                 }
             )
     return rows, counts
+
+
+def _best_f1(precision: Floats, recall: Floats, scores: Floats) -> dict[str, float | None]:
+    """Return the best F1 of a class's curve, and the score at which boxes are kept for it."""
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    best = int(f1.argmax())
+    there = f1[best] > 0  # -1 is a class without boxes, 0 one of which nothing is found
+    return {
+        "f1": float(f1[best]) if there else None,
+        "f1_score": float(scores[best]) if there else None,
+    }
 
 
 def _figure(value: float) -> float | None:

@@ -41,6 +41,8 @@ def test_a_right_box_a_wrong_one_and_a_missed_one_by_hand() -> None:
     assert results.ap50 == results.ap75 == pytest.approx(51 / 101)
     assert results.figures["ar1"] == pytest.approx(0.5)
     assert results.per_class["thing"]["boxes"] == 2
+    assert results.per_class["thing"]["f1"] == pytest.approx(2 / 3)
+    assert results.per_class["thing"]["f1_score"] == pytest.approx(0.9)
     assert results.pictures == 1 and results.boxes == 2
 
 
@@ -48,7 +50,19 @@ def test_a_class_without_boxes_has_no_figure_and_does_not_count() -> None:
     results = score([found((SQUARE, 0.9, 0))], [truth((SQUARE, 0))], ["there", "nowhere"])
     assert results.ap == pytest.approx(1.0)
     assert results.per_class["nowhere"]["ap"] is None
-    assert results.to_json()["per_class"]["nowhere"] == {"ap": None, "ap50": None, "boxes": 0}
+    nothing = {"ap": None, "ap50": None, "boxes": 0, "f1": None, "f1_score": None}
+    assert results.to_json()["per_class"]["nowhere"] == nothing
+
+
+def test_the_score_to_keep_boxes_by_is_that_of_the_best_f1() -> None:
+    """0.9 right, 0.8 wrong, 0.7 right, then nothing but wrong ones: 2 of 3 right, and 2 of 2."""
+    wrong = (0.0, 60.0, 20.0, 90.0)
+    rows = [(SQUARE, 0.9, 0), (wrong, 0.8, 0), (OTHER, 0.7, 0), *[(wrong, 0.6, 0)] * 5]
+    results = score([found(*rows)], [truth((SQUARE, 0), (OTHER, 0))], ["thing"])
+    assert results.per_class["thing"]["f1"] == pytest.approx(0.8)
+    assert results.per_class["thing"]["f1_score"] == pytest.approx(0.7)
+    missed = score([found()], [truth((SQUARE, 0))], ["thing"])
+    assert missed.per_class["thing"]["f1"] is None
 
 
 def test_nothing_found_and_nothing_labeled_are_told_apart() -> None:
