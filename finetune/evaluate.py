@@ -22,7 +22,7 @@ from pydantic import Field
 
 from finetune.detect import Seen, detect_all
 from finetune.detector import Detector
-from finetune.metrics import Results, score, to_rows
+from finetune.metrics import Results, score, to_coco, to_rows
 from groundwork.checkpoint import write_atomically
 from groundwork.command import log_to_standard_output
 from groundwork.config import Section, parse_overrides, validate
@@ -35,6 +35,10 @@ from groundwork.settings import Count, Data, Fraction
 __all__ = ["Seen", "class_numbers", "detect_all", "evaluate", "main", "measure", "table"]
 
 logger = logging.getLogger("finetune.evaluate")
+
+_WRITTEN = (
+    "results.json", "detections.json", "labels.json", "precision-recall.png", "confusion.png",
+)  # fmt: skip
 
 
 def evaluate(
@@ -154,11 +158,13 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
         logger.warning("Labels: %d x %s.", count, reason)
     document = {"weights": str(weights), "data": source, "split": split, **results.to_json()}
     write_atomically(folder / "results.json", json.dumps(document, indent=1) + "\n")
-    write_atomically(folder / "detections.json", json.dumps(to_rows(seen.found, seen.keys)) + "\n")
+    write_atomically(folder / "detections.json", json.dumps(to_rows(seen.found)) + "\n")
+    truth = to_coco(seen.truth, about.names, seen.keys)
+    write_atomically(folder / "labels.json", json.dumps(truth) + "\n")
     save_curves(results, about.names, folder / "precision-recall.png")
     save_confusion(results, about.names, folder / "confusion.png")
     logger.info("%s", table(results))
-    logger.info("In %s: results.json, detections.json, precision-recall.png, confusion.png", folder)
+    logger.info("In %s: %s", folder, ", ".join(_WRITTEN))
 
 
 def _open(source: str, split: str, sets: Sets, reading: Reading) -> LabeledSamples:

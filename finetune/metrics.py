@@ -52,10 +52,10 @@ class Truth(NamedTuple):
 class Results:
     """COCO's figures, 0 to 1; None where nothing could be measured (no box of that kind).
 
-    `per_class` has for each class ap, ap50, the number of boxes, and of all score thresholds the one
-    with the best F1 at IoU 0.5 (`f1`, `f1_score`); `recall` and `precision` (IoU
-    0.5: classes x 101) are what the curves are drawn from; `confusion` counts (classes + 1) x
-    (classes + 1), true classes down, found ones across, the last of both being background.
+    `per_class` has for each class ap, ap50, the number of boxes, and of all score thresholds the
+    one with the best F1 at IoU 0.5 (`f1`, `f1_score`); `recall` and `precision` (IoU 0.5: classes x
+    101) are what the curves are drawn from; `confusion` counts (classes + 1) x (classes + 1), true
+    classes down, found ones across, the last of both being background.
     """
 
     figures: Mapping[str, float | None]
@@ -96,15 +96,10 @@ def score(found: Sequence[Found], truth: Sequence[Truth], names: Sequence[str]) 
     """Compare what was found with what is labeled, picture by picture."""
     if len(found) != len(truth):
         raise ValueError(f"{len(found)} pictures were looked at, and {len(truth)} are labeled.")
-    annotations, counts = _labeled(truth, names)
-    dataset = {
-        "images": [
-            {"id": number, "width": one.width, "height": one.height}
-            for number, one in enumerate(truth)
-        ],
-        "annotations": annotations,
-        "categories": [{"id": number, "name": name} for number, name in enumerate(names)],
-    }
+    dataset = to_coco(truth, names)
+    annotations = dataset["annotations"]
+    real = [row["category_id"] for row in annotations if not row["iscrowd"]]
+    counts = np.bincount(np.array(real, np.int64), minlength=len(names)).tolist()
     truth_index = COCO(dataset)
     rows = to_rows([_counted(one) for one in found])
     # An empty list cannot be loaded; a box that scores nothing anywhere changes no figure.
@@ -138,6 +133,36 @@ def score(found: Sequence[Found], truth: Sequence[Truth], names: Sequence[str]) 
         precision=precision[0].T.astype(np.float64),
         confusion=confusion(found, truth, len(names)),
     )
+
+
+def to_coco(
+    truth: Sequence[Truth], names: Sequence[str], files: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Write labels in COCO's form: pictures numbered by their places, classes from 0.
+
+    `files` are the pictures' file names.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, (labeled, width, height) in enumerate(truth):
+        named = {} if files is None else {"file_name": files[number]}
+        images.append({"id": number, **named, "width": width, "height": height})
+        for box, label, crowd in zip(
+            labeled.boxes.tolist(), labeled.classes.tolist(), labeled.crowd.tolist(), strict=True
+        ):
+            wide, tall = box[2] - box[0], box[3] - box[1]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": label,
+                    "bbox": [box[0], box[1], wide, tall],
+                    "area": wide * tall,
+                    "iscrowd": int(crowd),
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def to_rows(found: Sequence[Found], ids: Sequence[Any] | None = None) -> list[dict[str, Any]]:
@@ -215,31 +240,6 @@ def overlaps(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) ->
     areas = (a[..., 2:] - a[..., :2]).prod(axis=2) + (b[..., 2:] - b[..., :2]).prod(axis=2)
     iou: Floats = shared / np.maximum(areas - shared, 1e-9)
     return iou
-
-
-def _labeled(
-    truth: Sequence[Truth], names: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return COCO's annotations, and the number of boxes of each class, crowds left out."""
-    rows: list[dict[str, Any]] = []
-    counts = [0] * len(names)
-    for number, (labeled, _, _) in enumerate(truth):
-        for box, label, crowd in zip(
-            labeled.boxes.tolist(), labeled.classes.tolist(), labeled.crowd.tolist(), strict=True
-        ):
-            width, height = box[2] - box[0], box[3] - box[1]
-            counts[label] += not crowd
-            rows.append(
-                {
-                    "id": len(rows) + 1,
-                    "image_id": number,
-                    "category_id": label,
-                    "bbox": [box[0], box[1], width, height],
-                    "area": width * height,
-                    "iscrowd": int(crowd),
-                }
-            )
-    return rows, counts
 
 
 def _best_f1(precision: Floats, recall: Floats, scores: Floats) -> dict[str, float | None]:

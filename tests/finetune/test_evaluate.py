@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from finetune.detector import build_detector
 from finetune.evaluate import detect_all, evaluate, main
@@ -153,13 +155,22 @@ def test_the_command_writes_figures_boxes_and_pictures(
     assert main([str(weights), f"data.val={root}", "--out", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
-        "results.json", "detections.json", "precision-recall.png", "confusion.png",
+        "results.json", "detections.json", "labels.json", "precision-recall.png", "confusion.png",
     }  # fmt: skip
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["pictures"] == 4 and set(results["per_class"]) == {"square"}
-    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert all(row["image_id"].split("/")[-1] in {"0", "1", "2", "3"} for row in rows)
     assert "square" in capsys.readouterr().out
+    # The two files are a pair that any COCO tool scores.
+    truth = COCO(str(tmp_path / "out" / "labels.json"))
+    assert [image["file_name"].split("/")[-1] for image in truth.loadImgs(truth.getImgIds())] == [
+        "0", "1", "2", "3",
+    ]  # fmt: skip
+    found = truth.loadRes(str(tmp_path / "out" / "detections.json"))
+    theirs = COCOeval(truth, found, "bbox")
+    theirs.evaluate()
+    theirs.accumulate()
+    theirs.summarize()
+    assert theirs.stats[0] == pytest.approx(results["ap"], abs=1e-6)
 
 
 @pytest.mark.parametrize(
