@@ -15,6 +15,7 @@ number, from 1, among the pictures that could be read; a category's id is its cl
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -308,21 +309,24 @@ def _overlap(text: str) -> float:
 
 
 def _between(text: str, low: float, high: float) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        raise argparse.ArgumentTypeError(f"{text} is no number between {low:g} and {high:g}")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
 
 
 def _size(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < STRIDE or value % STRIDE:
         raise argparse.ArgumentTypeError(f"{text} is not a multiple of {STRIDE}")
     return value

@@ -158,7 +158,9 @@ def _sentence(model: type[BaseModel], error: dict[str, Any], prefix: str) -> str
             key += f".{leaf}"
         known = [prefix + name for name in keys_of(model)]
         beside = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-        hint = nearest(key, beside) or nearest(key, known)
+        deeper = [name for name in known if name.endswith(f".{key}")]  # lr for optim.lr
+        hint = f" Did you mean {' or '.join(deeper)}?" if deeper else ""
+        hint = hint or nearest(key, beside) or nearest(key, known)
         if not hint and beside:
             hint = f" Known keys here: {', '.join(sorted(beside))}."
         return f"Unknown key {key}.{hint}"

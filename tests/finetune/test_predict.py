@@ -258,18 +258,22 @@ def test_exit_codes(
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "told"),
     [
-        ["--tile", "100"],
-        ["--image-size", "0"],
-        ["--score", "2"],
-        ["--overlap", "0"],
-        ["--most", "0"],
-        ["--iou", "x"],
+        (["--tile", "100"], "100 is not a multiple of 32"),
+        (["--image-size", "0"], "0 is not a multiple of 32"),
+        (["--image-size", "big"], "big is not a multiple of 32"),
+        (["--score", "2"], "2 is no number between 0 and 1"),
+        (["--overlap", "0"], "0 is no number between 0.05 and 0.75"),
+        (["--most", "0"], "0 is not 1 or more"),
+        (["--most", "1.5"], "1.5 is not 1 or more"),
+        (["--iou", "x"], "x is no number between 0 and 1"),
     ],
 )
-def test_usage(wrong: list[str], weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage(
+    wrong: list[str], told: str, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([str(weights), "pictures", "--out", "out", *wrong])
     assert stopped.value.code == 2
-    assert wrong[0] in capsys.readouterr().err
+    assert f"{wrong[0]}: {told}" in capsys.readouterr().err

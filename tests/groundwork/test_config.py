@@ -64,6 +64,7 @@ def test_a_key_below_a_value_is_refused() -> None:
     [
         (["inner.rat=1"], "Unknown key inner.rat. Did you mean inner.rate?"),
         (["iner.rate=1"], "Unknown key iner.rate. Did you mean inner.rate?"),
+        (["rate=1"], "Unknown key rate. Did you mean inner.rate?"),
         (["inner.rate=-1"], "inner.rate=-1: input should be greater than 0."),
         (["count=many"], "count=many: input should be a valid integer."),
         (["count=1.5"], "count=1.5: input should be a valid integer."),
