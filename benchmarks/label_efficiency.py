@@ -23,8 +23,8 @@ An init is a recipe of recipes/pretrain, or an entry of --plan, a YAML file:
       taught: {recipe: self_training, teacher: domain}
 
 A `teacher` is another init: its detector of the same labels, at the longest of --steps, is the
-pretraining's task.weights, and its start the pretraining's start. That pretraining is done for each
-fraction and seed, and its minutes count the teacher's.
+pretraining's task.weights, and where it starts. That pretraining is done for each fraction and
+seed, and its minutes count the teacher's.
 
 The labeled pictures of a fraction are those of --lists/<set>-<NN>pct-seed<S>.txt, or where there is
 no such file, drawn from the set's training pictures by the seed. Every figure is written to
@@ -120,9 +120,9 @@ class Study:
         ]
         if init.teacher is not None:
             taught = self.train(init.teacher, fraction, seed, max(self.options.steps))
-            keys.append(f"task.weights={taught / 'detector.safetensors'}")
-            start = self.weights(init.teacher, fraction, seed)
-            flags += [] if start is None else ["--init", str(start)]
+            teacher = str(taught / "detector.safetensors")
+            keys.append(f"task.weights={teacher}")
+            flags += ["--init", teacher]
         same_as_before(run, ["-m", "pretrain.run", "--out", str(run), *flags, *keys])
         if not file.is_file():
             go_on("pretrain.run", run, flags, keys)

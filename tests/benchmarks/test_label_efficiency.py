@@ -227,9 +227,9 @@ def test_a_teacher_is_trained_on_the_same_labels_and_its_minutes_count(
         ("finetune.run", "taught-50pct-seed1-1"),
     ]
     folder = study.work
-    assert f"task.weights={folder / 'base-50pct-seed1-2' / 'detector.safetensors'}" in ran[2]
-    start = ran[2][ran[2].index("--init") + 1]
-    assert start == str(folder / "pretrain-base" / "pretrained.safetensors")
+    teacher = str(folder / "base-50pct-seed1-2" / "detector.safetensors")
+    assert f"task.weights={teacher}" in ran[2]
+    assert ran[2][ran[2].index("--init") + 1] == teacher
     assert "seed=1" in ran[1] and "seed=1" in ran[3]
     study.train(taught, 50, 1, 2)
     assert len(ran) == 5  # nothing twice
