@@ -12,9 +12,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed
@@ -142,6 +142,11 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     source = str(keys.data.val or keys.data.test)
     labeled = _open(source, split, keys.data, _reading(keys.data, about.reading()))
     check_channels(detector, labeled.reading)
+    if _learned(about.metadata, keys.data, source, labeled.splits, split):
+        logger.warning(
+            "The detector was trained on these pictures, or on some of them: what it is worth on "
+            "others is not seen here."
+        )
     cores = len(os.sched_getaffinity(0))
     try:
         seen = detect_all(
@@ -165,6 +170,16 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     save_confusion(results, about.names, folder / "confusion.png")
     logger.info("%s", table(results))
     logger.info("In %s: %s", folder, ", ".join(_WRITTEN))
+
+
+def _learned(
+    metadata: Mapping[str, Any], sets: Sets, source: str, splits: Sequence[str], split: str
+) -> bool:
+    """Tell whether a detector's own training pictures are about to be scored."""
+    trained = (metadata.get("recipe") or {}).get("data", {}).get("train")
+    if trained is None or sets.holdout or (splits and split != "train"):
+        return False
+    return Path(trained).resolve() == Path(source).resolve()
 
 
 def _open(source: str, split: str, sets: Sets, reading: Reading) -> LabeledSamples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,32 @@ def test_the_command_writes_figures_boxes_and_pictures(
     theirs.accumulate()
     theirs.summarize()
     assert theirs.stats[0] == pytest.approx(results["ap"], abs=1e-6)
+
+
+def test_scoring_the_pictures_of_training_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, split = write_set(tmp_path / "whole", SIZES[:2]), tmp_path / "split"
+    for kind in ("images", "labels"):
+        (split / kind).mkdir(parents=True)
+        for name in ("train", "val"):
+            shutil.copytree(whole / kind, split / kind / name)
+    shutil.copy(whole / "classes.txt", split)
+    weights = tmp_path / "detector.safetensors"
+
+    def told(trained: Path, *keys: str) -> bool:
+        save_detector(
+            weights, parts_of(random_detector()), names=["square"], image_size=64,
+            metadata={"recipe": {"data": {"train": str(trained)}}},
+        )  # fmt: skip
+        assert main([str(weights), *keys]) == 0
+        return "was trained on these pictures" in "".join(capsys.readouterr())
+
+    assert told(split, f"data.val={split}", "data.split=train")
+    assert not told(split, f"data.val={split}")
+    assert told(whole, f"data.val={whole}")
+    assert not told(whole, f"data.val={whole}", "data.holdout=0.5")
+    assert not told(whole, f"data.val={split}", "data.split=train")
 
 
 @pytest.mark.parametrize(
