@@ -43,10 +43,13 @@ def read_unlabeled(samples: Samples, limit: int, side: int, reading: Reading = P
     kept = []
     places = evenly_over_shards(samples.shard_sizes, limit)
     for shard, index in places:
+        which = f"a picture of {samples.name}"
         try:
-            kept.append(_whole(samples.read(shard, index).image, side, reading))
+            sample = samples.read(shard, index)
+            which = f"{sample.key} of {sample.source}"
+            kept.append(_whole(sample.image, side, reading))
         except DataError as error:
-            logger.warning("The probe leaves out a picture of %s: %s", samples.name, error)
+            logger.warning("The probe leaves out %s: %s", which, error)
     if len(kept) < 2:
         raise DataError(
             f"{samples.name} has {len(kept)} readable pictures of {len(places)} for the probe; "

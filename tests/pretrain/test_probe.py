@@ -405,7 +405,7 @@ def test_unreadable_unlabeled_pictures_are_left_out(caplog: pytest.LogCaptureFix
     good = png(np.zeros((8, 8, 3), np.uint8))
     found = Probe(ProbeSettings(), Memory([good, b"no picture", good], [None] * 3), 32)
     assert found.measure(Means())["probe/spread"] == 0.0
-    assert "leaves out" in caplog.text
+    assert "leaves out p1 of memory" in caplog.text
     with pytest.raises(DataError, match="0 readable pictures of 3"):
         Probe(ProbeSettings(), Memory([b"no picture"] * 3, [None] * 3), 32)
 
