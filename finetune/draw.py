@@ -1,22 +1,26 @@
 """Boxes drawn on pictures: each class in a colour of its own, its name where there is room.
 
-What: `draw_boxes` for a picture, `draw_box` for one box of a sheet that is being laid out. Why in
-one place: labels, training's pictures and predictions then look alike, so that whoever compares
-them sees what differs in the boxes.
+What: `draw_boxes` for a picture, `draw_box` for one box of a sheet that is being laid out,
+`sheet_of` and `save_boxes` for several pictures side by side. Why in one place: labels, training's
+pictures and predictions then look alike, so that whoever compares them sees what differs in the
+boxes.
 """
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 TEXT = 13  # pixels: height of the smallest text
 _LINE = 2  # pixels: the thinnest outline
+_GAP = 4  # pixels of white between pictures
 # A picture's longer side over its outlines' width and its text's height, so that what is looked at
 # as a whole can still be seen; small objects are common in large pictures, hence no more than that.
 _SIDE_OVER_LINE, _SIDE_OVER_TEXT = 800, 100
@@ -53,6 +57,27 @@ def draw_boxes(
         text = text if scores is None else f"{text} {scores[place]:.2f}"
         draw_box(pen, boxes[place].tolist(), text, colour_of(number))
     return drawn
+
+
+def save_boxes(path: Path, seen: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Write pictures side by side as one PNG; `seen` is what Training.seen gives."""
+    pictures = []
+    for number, picture in enumerate(seen["picture"].permute(0, 2, 3, 1).numpy()):
+        own = seen["boxes_sample"] == number
+        boxes, classes = seen["boxes"][own].numpy(), seen["classes"][own].numpy()
+        pictures.append(draw_boxes(Image.fromarray(picture), boxes, classes, names))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet_of(pictures).save(path)
+
+
+def sheet_of(pictures: Sequence[Image.Image], columns: int = 4) -> Image.Image:
+    """Lay pictures side by side, each in a cell as large as the largest."""
+    columns = min(columns, len(pictures))
+    width, height = (max(one.size[axis] for one in pictures) + _GAP for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for number, one in enumerate(pictures):
+        sheet.paste(one, (number % columns * width, number // columns * height))
+    return sheet
 
 
 def draw_box(pen: ImageDraw.ImageDraw, box: Sequence[float], text: str, colour: Colour) -> None:

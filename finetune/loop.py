@@ -25,13 +25,13 @@ from torch import nn
 
 from finetune.augment import build as build_augment
 from finetune.detector import Detector, build_detector
+from finetune.draw import save_boxes
 from finetune.evaluate import evaluate
 from finetune.losses import Loss
 from finetune.metrics import Results
 from finetune.plan import Plan, Stretch
 from finetune.recipe import Recipe
 from finetune.regularize import regularize
-from finetune.report import save_boxes
 from finetune.sets import Sets, open_sets, tell_defects
 from finetune.training import (
     Training,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -42,9 +43,15 @@ def _plain(name: str) -> str:
 
 
 def save_confusion(results: Results, names: Sequence[str], path: Path) -> None:
+    """Draw confusion_of a set's counts, as a file."""
+    figure = confusion_of(results.confusion, names)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png")
+
+
+def confusion_of(counts: npt.NDArray[np.int64], names: Sequence[str]) -> Figure:
     """Draw how often each true class was found as each class; shares of the row, and counts."""
     labels = [*map(_plain, names), "background"]
-    counts = results.confusion
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = max(4.5, 0.45 * len(labels) + 2.5)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -61,5 +68,4 @@ def save_confusion(results: Results, names: Sequence[str], path: Path) -> None:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 text = str(counts[row, column])
                 axes.text(column, row, text, ha="center", va="center", color=colour)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, format="png")
+    return figure

@@ -190,6 +190,7 @@ class Recipe(Section):
     augment: Augment = Augment()
     regularize: Regularize = Regularize()
     eval: EvalKeys = EvalKeys()
+    report: bool = True  # report.html at the end, see finetune/report.py
     checkpoint: CheckpointKeys = CheckpointKeys()
     log: Log = Log()
     guard: Guard = Guard()

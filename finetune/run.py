@@ -27,11 +27,13 @@ from groundwork.command import (
     check_other_folder,
     find_run,
     flags,
+    is_main_process,
     log_to_standard_output,
     note_init,
     resume_after_restart,
     stop_with_the_launcher,
     tell_failure,
+    tell_page,
     with_backbone_of_init,
     write_status,
 )
@@ -88,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
         note_init(run.folder, options.init, resumed=options.resume is not None)
         product = finetune(recipe, run, init=options.init, resume=options.resume)
         write_status(run.folder, "done", 0, f"The detector is in {product}.")
+        if recipe.report and is_main_process():
+            tell_page("finetune", run.folder)
         logger.info(NEXT.format(file=product, score=_score(recipe, product)))
         return 0
     except GroundworkError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import json
 import logging
 import os
@@ -254,6 +255,18 @@ def _status(folder: Path | None) -> dict[str, Any]:
 def is_main_process() -> bool:
     """Tell by the launcher's variables whether this is rank 0."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def tell_page(stage: str, folder: Path) -> None:
+    """Write the page of a run of `stage`; a run that is done stays done where that fails."""
+    report = importlib.import_module(f"{stage}.report")  # with matplotlib: a second
+    try:
+        logger.info("What there is to see: %s", report.write_report(folder))
+    except Exception as error:
+        logger.warning(
+            "The page could not be written (%s: %s). Try `python -m %s.report %s`.",
+            type(error).__name__, error, stage, folder,
+        )  # fmt: skip
 
 
 def log_to_standard_output(packages: Sequence[str]) -> None:

@@ -48,7 +48,10 @@ class OneView:
             [view] = picture.cut([box], side)
             return np.ascontiguousarray(turn.of_view(view))
 
-        views = {"view": of_side(self.image_size), "colour": colour.draw(keys.colour, generator)}
+        views: dict[str, npt.NDArray[Any]] = {
+            "view": of_side(self.image_size),
+            "colour": colour.draw(keys.colour, generator),
+        }
         if self.teacher_size is not None:
             views["teacher_view"] = of_side(self.teacher_size)
         return views

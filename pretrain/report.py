@@ -10,21 +10,15 @@ the recipe and the machine. It can be written while a run goes on, and is writte
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import html
-import io
-import json
 import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -32,10 +26,11 @@ from groundwork import colour
 from groundwork.backbones import build_backbone
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import backbone_from_file
-from groundwork.checkpoint import latest, write_atomically
+from groundwork.checkpoint import latest
 from groundwork.config import read_yaml
 from groundwork.data.samples import open_samples
-from groundwork.errors import CheckpointError, GroundworkError, UsageError
+from groundwork.errors import CheckpointError, GroundworkError
+from groundwork.page import check_run, curves, embedded, read_metrics, sheet, table, write_page
 from pretrain.probe_pictures import read_unlabeled
 from pretrain.recipe import Recipe, build
 from pretrain.report_pictures import look
@@ -49,17 +44,6 @@ _SIDE = 160  # of a picture on the page, pixels
 _CURVES = ("train/", "probe/", "optim/lr", "speed/images_per_second")
 _OF_BACKBONE = re.compile(r"((?:tasks\.[^.]+\.)?)backbone\.(.+)")
 _SHEET = re.compile(r"step-(\d+)-(.+)\.png")
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
-       color: #1c2733; background: #fff; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #d5dce3; }
-img { max-width: 100%; vertical-align: top; } figure { margin: 0 0 1em; }
-figcaption { color: #556; font-size: 13px; } .curves { display: grid; gap: 1em;
-grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); } table { border-collapse: collapse; }
-td, th { text-align: left; padding: .25em 1em .25em 0; } pre { background: #f4f6f8; padding: 1em;
-overflow: auto; font-size: 12px; } .muted { color: #667; }
-"""
 
 
 def sheet_of(pictures: Tensor, columns: int = 8) -> Image.Image:
@@ -88,55 +72,16 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     What is missing is left out with a sentence: weights of a run that has only begun, data that is
     not here any more. Raises UsageError where the folder is no pretraining run.
     """
-    if not (run / "recipe.yaml").is_file() or not (run / "metrics.jsonl").is_file():
-        raise UsageError(f"{run} is no run folder: it has no recipe.yaml and metrics.jsonl.")
+    check_run(run)
     recipe = build(read_yaml(run / "recipe.yaml"))
     lines = read_metrics(run / "metrics.jsonl")
-    status = _json(run / "status.json")
-    machine = _json(run / "machine.json")
-    title = f"{recipe.task_name} on {recipe.backbone.name}"
-    state = str(status.get("state", "unknown"))
-    if status.get("message"):
-        state += f": {status['message']}"
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p class=muted>{html.escape(str(run))} &middot; {html.escape(state)}</p>",
-        "<h2>Before and after</h2>",
-        _changes(lines),
-        "<h2>Curves</h2>",
-        _curves(lines),
-        "<h2>What the task sees and does</h2>",
-        _sheets(run / "pictures"),
-        "<h2>What the features see</h2>",
-        _features(run, recipe),
-        "<h2>Recipe</h2>",
-        f"<pre>{html.escape((run / 'recipe.yaml').read_text())}</pre>",
-        "<h2>Machine</h2>",
-        f"<pre>{html.escape(json.dumps(machine, indent=1))}</pre>",
-    ]
-    page = (
-        f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{html.escape(title)}"
-        f"</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
-    out = out or run / "report.html"
-    try:
-        write_atomically(out, page)
-    except OSError as error:
-        raise UsageError(f"The page {out} cannot be written: {error.strerror}.") from error
-    return out
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; the last line of a run that goes on may be half written, and is left."""
-    lines = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    sections = {
+        "Before and after": _changes(lines),
+        "Curves": curves(lines, _CURVES),
+        "What the task sees and does": _sheets(run / "pictures"),
+        "What the features see": _features(run, recipe),
+    }
+    return write_page(run, f"{recipe.task_name} on {recipe.backbone.name}", sections, out)
 
 
 def _changes(lines: Sequence[Mapping[str, float]]) -> str:
@@ -147,31 +92,8 @@ def _changes(lines: Sequence[Mapping[str, float]]) -> str:
         # What was not finite is written as null.
         values = [value for line in lines if (value := line.get(name)) is not None]
         if values:
-            shown = "".join(f"<td>{value:.4g}</td>" for value in (values[0], values[-1]))
-            rows.append(f"<tr><th>{html.escape(name)}</th>{shown}</tr>")
-    return f"<table><tr><th></th><th>first</th><th>last</th></tr>{''.join(rows)}</table>"
-
-
-def _curves(lines: Sequence[Mapping[str, float]]) -> str:
-    """Return a plot of each metric over the steps."""
-    names = sorted({n for line in lines for n in line if n.startswith(_CURVES)})
-    plots = []
-    for name in names:
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        if len(points) < 2:
-            continue
-        figure = Figure(figsize=(4.2, 2.4), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "")
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        FigureCanvasSVG(figure)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="svg")
-        plots.append(_figure("image/svg+xml", drawn.getvalue(), name, caption=""))
-    return f"<div class=curves>{''.join(plots)}</div>" if plots else "<p>No curve yet.</p>"
+            rows.append((name, f"{values[0]:.4g}", f"{values[-1]:.4g}"))
+    return table(("", "first", "last"), rows)
 
 
 def _sheets(folder: Path) -> str:
@@ -186,10 +108,10 @@ def _sheets(folder: Path) -> str:
     for name, files in sorted(found.items()):
         first, last = files[min(files)].read_bytes(), files[max(files)].read_bytes()
         if first == last:  # views, which no network is in
-            figures.append(_figure("image/png", first, name, name))
+            figures.append(embedded("image/png", first, name, name))
             continue
-        figures.append(_figure("image/png", first, name, f"{name}, step {min(files)}"))
-        figures.append(_figure("image/png", last, name, f"{name}, step {max(files)}"))
+        figures.append(embedded("image/png", first, name, f"{name}, step {min(files)}"))
+        figures.append(embedded("image/png", last, name, f"{name}, step {max(files)}"))
     return "".join(figures)
 
 
@@ -242,17 +164,7 @@ def features_shown(backbone: Backbone, pixels: Tensor) -> str:
 
 
 def _sheet(pictures: Tensor, name: str, caption: str, columns: int = 8) -> str:
-    drawn = io.BytesIO()
-    sheet_of(pictures, columns).save(drawn, "PNG")
-    return _figure("image/png", drawn.getvalue(), name, caption)
-
-
-def _figure(kind: str, data: bytes, name: str, caption: str) -> str:
-    text = base64.b64encode(data).decode()
-    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return (
-        f'<figure><img alt="{html.escape(name)}" src="data:{kind};base64,{text}">{below}</figure>'
-    )
+    return sheet(sheet_of(pictures, columns), name, caption)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,6 @@ if not __package__:
 
 import argparse
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from groundwork.backbones import check_backbone_name
@@ -31,6 +30,7 @@ from groundwork.command import (
     resume_after_restart,
     stop_with_the_launcher,
     tell_failure,
+    tell_page,
     with_backbone_of_init,
     write_status,
 )
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         write_status(run.folder, "done", 0, f"The backbone is in {product}.")
         if recipe.report and is_main_process():
-            _report(run.folder)
+            tell_page("pretrain", run.folder)
         logger.info(NEXT.format(file=product))
         return 0
     except GroundworkError as error:
@@ -102,19 +102,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException as error:
         tell_failure(run.folder if run is not None and run.begun else None, error)
         raise
-
-
-def _report(folder: Path) -> None:
-    """Write the run's page; a run that is done stays done where that fails."""
-    from pretrain.report import write_report
-
-    try:
-        logger.info("What there is to see: %s", write_report(folder))
-    except Exception as error:
-        logger.warning(
-            "The page could not be written (%s: %s). Try `python -m pretrain.report %s`.",
-            type(error).__name__, error, folder,
-        )  # fmt: skip
 
 
 def _resumed(options: argparse.Namespace) -> tuple[recipes.Recipe, argparse.Namespace]:

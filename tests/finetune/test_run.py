@@ -23,7 +23,7 @@ LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch"]
 SCRIPT = str(ROOT / "finetune" / "run.py")
 TINY = [
     "image_size=64", "batch_size=4", "log.every_steps=1", "data.workers=0", "threads=1",
-    "eval.times=1", "eval.batch_size=4",
+    "eval.times=1", "eval.batch_size=4", "report=false",
 ]  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_the_literal_command_trains_scores_and_keeps_a_detector(
     save_product(init, {"backbone": build_backbone("yolo12n")}, {"task": "none"})
     done = subprocess.run(
         [*LAUNCHER, SCRIPT, "--init", str(init), "--out", "out", f"data.train={labeled}",
-         "budget.steps=3", *TINY],
+         "budget.steps=3", *TINY, "report=true"],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -72,6 +72,7 @@ def test_the_literal_command_trains_scores_and_keeps_a_detector(
     assert results["split"] == "test" and {"ap", "ap50", "ap75", "per_class", "val"} <= set(results)
     assert set(results["per_class"]) == {"red", "blue"}
     assert (out / "pictures" / "step-0.png").is_file()
+    assert "What is found" in (out / "report.html").read_text()
     detector, about = detector_from_file(out / "detector.safetensors")
     assert about.names == ("red", "blue") and about.image_size == 64
     assert detector.head.num_classes == 2
