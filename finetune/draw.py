@@ -1,9 +1,9 @@
 """Boxes drawn on pictures: each class in a colour of its own, its name where there is room.
 
 What: `draw_boxes` for a picture, `draw_box` for one box of a sheet that is being laid out,
-`sheet_of` and `save_boxes` for several pictures side by side. Why in one place: labels, training's
-pictures and predictions then look alike, so that whoever compares them sees what differs in the
-boxes.
+`draw_labels` for the labels of a picture made smaller, `sheet_of` and `save_boxes` for several
+pictures side by side. Why in one place: labels, training's pictures and predictions then look
+alike, so that whoever compares them sees what differs in the boxes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from groundwork.data.annotations import Annotations
+from groundwork.data.decode import Picture
 
 TEXT = 13  # pixels: height of the smallest text
 _LINE = 2  # pixels: the thinnest outline
@@ -33,6 +36,25 @@ def as_image(pixels: npt.NDArray[np.uint8]) -> Image.Image:
     """Make a picture of uint8 H W C, for a person: of C the first three are RGB, or it is grey."""
     channels = slice(3) if pixels.shape[2] >= 3 else [0, 0, 0]
     return Image.fromarray(np.ascontiguousarray(pixels[:, :, channels]))
+
+
+def scaled(picture: Picture, side: int) -> tuple[Image.Image, float]:
+    """Return a picture whose longer side is `side` pixels, and by what its sides were multiplied.
+
+    Raises DataError for pixels that cannot be decoded.
+    """
+    scale = side / max(picture.width, picture.height)
+    size = max(1, round(picture.height * scale)), max(1, round(picture.width * scale))
+    whole = (0.0, 0.0, float(picture.width), float(picture.height))
+    return as_image(picture.cut([whole], size)[0]), scale
+
+
+def draw_labels(
+    image: Image.Image, scale: float, labels: Annotations, names: Sequence[str]
+) -> Image.Image:
+    """Return a copy of an RGB picture with its labels drawn, as `scaled` gave it."""
+    classes = np.where(labels.crowd, ~labels.classes, labels.classes)
+    return draw_boxes(image, labels.boxes * scale, classes, names)
 
 
 def draw_boxes(

@@ -144,8 +144,8 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     check_channels(detector, labeled.reading)
     if _learned(about.metadata, keys.data, source, labeled.splits, split):
         logger.warning(
-            "The detector was trained on these pictures, or on some of them: what it is worth on "
-            "others is not seen here."
+            "The detector was trained on pictures of this set: as far as these are among them, the "
+            "figures do not say what it is worth on others."
         )
     cores = len(os.sched_getaffinity(0))
     try:
@@ -175,11 +175,14 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
 def _learned(
     metadata: Mapping[str, Any], sets: Sets, source: str, splits: Sequence[str], split: str
 ) -> bool:
-    """Tell whether a detector's own training pictures are about to be scored."""
-    trained = (metadata.get("recipe") or {}).get("data", {}).get("train")
-    if trained is None or sets.holdout or (splits and split != "train"):
+    """Tell whether a detector was trained on pictures of the set that is about to be scored."""
+    data = (metadata.get("recipe") or {}).get("data", {})
+    trained = data.get("train") or []
+    held_out = sets.holdout > 0 and sets.holdout == data.get("holdout")
+    if held_out or (splits and split != "train"):
         return False
-    return Path(trained).resolve() == Path(source).resolve()
+    sources = [trained] if isinstance(trained, str) else trained
+    return any(Path(one).resolve() == Path(source).resolve() for one in sources)
 
 
 def _open(source: str, split: str, sets: Sets, reading: Reading) -> LabeledSamples:

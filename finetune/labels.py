@@ -27,11 +27,12 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from finetune.draw import TEXT, as_image, colour_of, draw_box, draw_tag
+from finetune.draw import TEXT, colour_of, draw_labels, draw_tag, scaled
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
 from groundwork.data.reading import MAX_PIXELS, PLAIN, add_flags, stated_by
+from groundwork.data.shards import evenly
 from groundwork.errors import DataError, GroundworkError
 from groundwork.settings import Data
 
@@ -293,37 +294,16 @@ def _tiles(opened: dict[str | None, LabeledSamples], count: int) -> Iterator[Ima
     """Yield pictures for the sheet, evenly spread over each split, and as many of each."""
     shares = [count // len(opened) + (n < count % len(opened)) for n in range(len(opened))]
     for (split, samples), share in zip(opened.items(), shares, strict=True):
-        ends = np.cumsum(samples.shard_sizes)
-        numbers = np.linspace(0, len(samples) - 1, min(share, len(samples))).round().astype(int)
-        for number in numbers.tolist():
-            shard = int(np.searchsorted(ends, number, side="right"))
-            index = number - int(ends[shard] - samples.shard_sizes[shard])
-            sample = samples.read(shard, index)
+        for place in evenly(samples.shard_sizes, share):
+            sample = samples.read(*place)
             try:
                 picture = open_picture(sample.image, samples.reading)
                 annotations = samples.annotations(sample, picture)
-                tile = _draw(picture, annotations, samples.names)
+                tile = draw_labels(*scaled(picture, _TILE), annotations, samples.names)
             except DataError:
                 continue  # told of among the defects, unless its damage lies behind the header
             title = sample.key.rpartition("/")[2]
             yield _titled(tile, f"{split}: {title}" if split else title, len(annotations))
-
-
-def _draw(picture: Picture, annotations: Annotations, names: Sequence[str]) -> Image.Image:
-    """Draw a picture's boxes, and the names of their classes where there is room for them."""
-    scale = _TILE / max(picture.width, picture.height)
-    size = max(1, round(picture.height * scale)), max(1, round(picture.width * scale))
-    whole = (0.0, 0.0, float(picture.width), float(picture.height))
-    image = as_image(picture.cut([whole], size)[0])
-    pen = ImageDraw.Draw(image)
-    for box, number, crowd in zip(
-        (annotations.boxes * scale).tolist(),
-        annotations.classes.tolist(),
-        annotations.crowd.tolist(),
-        strict=True,
-    ):
-        draw_box(pen, box, names[number] + (" (crowd)" if crowd else ""), colour_of(number))
-    return image
 
 
 def _titled(tile: Image.Image, title: str, boxes: int) -> Image.Image:

@@ -52,10 +52,10 @@ class Truth(NamedTuple):
 class Results:
     """COCO's figures, 0 to 1; None where nothing could be measured (no box of that kind).
 
-    `per_class` has for each class ap, ap50, the number of boxes, and of all score thresholds the
-    one with the best F1 at IoU 0.5 (`f1`, `f1_score`); `recall` and `precision` (IoU 0.5: classes x
-    101) are what the curves are drawn from; `confusion` counts (classes + 1) x (classes + 1), true
-    classes down, found ones across, the last of both being background.
+    `per_class` has for each class ap, ap50, the number of boxes, the best F1 at IoU 0.5 (`f1`) and
+    the score above which boxes are kept for it (`f1_score`); `recall` and `precision` (IoU 0.5:
+    classes x 101) are what the curves are drawn from; `confusion` counts (classes + 1) x (classes +
+    1), true classes down, found ones across, the last of both being background.
     """
 
     figures: Mapping[str, float | None]
@@ -243,13 +243,16 @@ def overlaps(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) ->
 
 
 def _best_f1(precision: Floats, recall: Floats, scores: Floats) -> dict[str, float | None]:
-    """Return the best F1 of a class's curve, and the score at which boxes are kept for it."""
+    """Return the best F1 of a class's curve, and the score above which boxes are kept for it.
+
+    That is four digits, rounded down, so that the last box that counts is among those above.
+    """
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
     best = int(f1.argmax())
     there = f1[best] > 0  # -1 is a class without boxes, 0 one of which nothing is found
     return {
         "f1": float(f1[best]) if there else None,
-        "f1_score": float(scores[best]) if there else None,
+        "f1_score": math.floor(float(scores[best]) * 1e4 - 1e-3) / 1e4 if there else None,
     }
 
 

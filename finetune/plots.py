@@ -14,6 +14,8 @@ from finetune.metrics import CONFUSION_IOU, CONFUSION_SCORE, Results
 
 _LEGEND = 20  # classes that still have a line of their own
 _COUNTS = 25  # classes whose cells have room for a number
+_NAMED = 40  # classes that have room for their names; the others are told by their numbers
+_LARGEST = 20.0  # inches of a side: what is drawn is held in memory as pixels
 
 
 def save_curves(results: Results, names: Sequence[str], path: Path) -> None:
@@ -53,13 +55,14 @@ def confusion_of(counts: npt.NDArray[np.int64], names: Sequence[str]) -> Figure:
     """Draw how often each true class was found as each class; shares of the row, and counts."""
     labels = [*map(_plain, names), "background"]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = max(4.5, 0.45 * len(labels) + 2.5)
+    side = min(max(4.5, 0.45 * len(labels) + 2.5), _LARGEST)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(shown, ax=axes, label="Share of the true class")
-    axes.set_xticks(range(len(labels)), labels, rotation=90)
-    axes.set_yticks(range(len(labels)), labels)
+    if len(labels) <= _NAMED:
+        axes.set_xticks(range(len(labels)), labels, rotation=90)
+        axes.set_yticks(range(len(labels)), labels)
     axes.set(xlabel="Found", ylabel="True")
     axes.set_title(f"Score from {CONFUSION_SCORE}, IoU from {CONFUSION_IOU}")
     if len(labels) <= _COUNTS:

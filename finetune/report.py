@@ -10,6 +10,7 @@ recipe and the machine. It can be written while a run goes on, and is written at
 from __future__ import annotations
 
 import argparse
+import html
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,17 @@ import numpy as np
 from PIL import Image
 
 from finetune.detector import Detector
-from finetune.draw import as_image, draw_boxes, sheet_of
+from finetune.draw import draw_boxes, draw_labels, scaled, sheet_of
+from finetune.evaluate import class_numbers
 from finetune.finder import DetectorFinder, frame_of, show, whole_of
 from finetune.metrics import CONFUSION_SCORE, FIGURES
 from finetune.plots import confusion_of
 from finetune.recipe import Recipe, build
 from finetune.sets import open_sets
-from finetune.weights import detector_from_file
+from finetune.weights import About, detector_from_file
 from groundwork.config import read_yaml
 from groundwork.data.labels import LabeledSamples
+from groundwork.data.shards import evenly
 from groundwork.errors import GroundworkError
 from groundwork.page import (
     check_run,
@@ -55,7 +58,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     What is missing is left out with a sentence: weights of a run that goes on, data that is not
     here any more. Raises UsageError where the folder is no run folder.
     """
-    check_run(run)
+    check_run(run, "finetune")
     recipe = build(read_yaml(run / "recipe.yaml"))
     results = read_json(run / "results.json")
     sections = {
@@ -109,48 +112,49 @@ def _found(run: Path, recipe: Recipe, results: Mapping[str, Any]) -> str:
     try:
         detector, about = detector_from_file(run / "detector.safetensors")
         sets = open_sets(recipe)
-        held_out = sets.val or sets.test
         try:
+            held_out, split = (sets.test, "test") if sets.val is None else (sets.val, "val")
             if held_out is None:
                 return "<p>Not shown: no picture is held out.</p>"
-            rows = _pictures(detector, about.image_size, held_out, results.get("per_class", {}))
+            scored = results if results.get("split") == split else results.get(split, {})
+            rows = _pictures(detector, about, held_out, scored.get("per_class", {}))
         finally:
             sets.close()
     except GroundworkError as error:
-        return f"<p>Not shown: {error}</p>"
+        return f"<p>Not shown: {html.escape(str(error))}</p>"
     labeled, found = (sheet_of(one) for one in zip(*rows, strict=True))
-    return sheet(labeled, "labels", "What is labeled") + sheet(
-        found, "found", "What is found, with the score of the best F1 of its class or more"
+    least = f"{CONFUSION_SCORE} where that is not known"
+    return sheet(labeled, "labels", f"What is labeled ({split})") + sheet(
+        found, "found", f"What is found, with the score of its class's best F1 or more ({least})"
     )
 
 
 def _pictures(
     detector: Detector,
-    image_size: int,
+    about: About,
     held_out: LabeledSamples,
     per_class: Mapping[str, Mapping[str, float | None]],
 ) -> list[tuple[Image.Image, Image.Image]]:
-    """Draw some pictures of a set, evenly over it: labels, and what is found."""
+    """Draw some pictures of a set, evenly over it: labels, and what is found.
+
+    Raises DataError where a picture cannot be read, or the classes are not the detector's.
+    """
+    class_numbers(held_out.name, held_out.names, about.names)
     finder = DetectorFinder(detector)
-    names = held_out.names
-    known = [per_class.get(name, {}).get("f1_score") for name in names]
+    known = [per_class.get(name, {}).get("f1_score") for name in about.names]
     least = np.array([CONFUSION_SCORE if one is None else one for one in known])
-    places = [(s, i) for s, size in enumerate(held_out.shard_sizes) for i in range(int(size))]
     drawn = []
-    for place in places[:: -(-len(places) // _LOOKED_AT)]:
+    for place in evenly(held_out.shard_sizes, _LOOKED_AT):
         _, picture, labels = held_out.look(*place)
-        frame = frame_of(picture.width, picture.height, image_size)
+        frame = frame_of(picture.width, picture.height, about.image_size)
         [found] = finder(show(picture, whole_of(picture), frame)[None])
         kept = found.scores >= least[found.classes]
-        boxes = frame.undo(found.boxes[kept])
-        scale = _SIDE / max(picture.width, picture.height)
-        sides = (round(picture.height * scale), round(picture.width * scale))
-        image = as_image(picture.cut([whole_of(picture)], sides)[0])
-        crowded = np.where(labels.crowd, ~labels.classes, labels.classes)
+        boxes, classes, scores = frame.undo(found.boxes[kept]), found.classes[kept], found.scores
+        image, scale = scaled(picture, _SIDE)
         drawn.append(
             (
-                draw_boxes(image, labels.boxes * scale, crowded, names),
-                draw_boxes(image, boxes * scale, found.classes[kept], names, found.scores[kept]),
+                draw_labels(image, scale, labels, held_out.names),
+                draw_boxes(image, boxes * scale, classes, about.names, scores[kept]),
             )
         )
     return drawn

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         product = finetune(recipe, run, init=options.init, resume=options.resume)
         write_status(run.folder, "done", 0, f"The detector is in {product}.")
         if recipe.report and is_main_process():
-            tell_page("finetune", run.folder)
+            tell_page("finetune", run.folder, _page)
         logger.info(NEXT.format(file=product, score=_score(recipe, product)))
         return 0
     except GroundworkError as error:
@@ -126,6 +126,12 @@ def _score(recipe: recipes.Recipe, product: Path) -> str:
         if given is not None or has_split(recipe.data.train, split):
             return SCORE.format(file=product, split=split, data=given or recipe.data.train)
     return ""
+
+
+def _page(folder: Path) -> Path:
+    from finetune.report import write_report  # matplotlib takes a second
+
+    return write_report(folder)
 
 
 def _resumed(options: argparse.Namespace) -> tuple[recipes.Recipe, argparse.Namespace]:

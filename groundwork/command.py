@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -257,11 +256,10 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def tell_page(stage: str, folder: Path) -> None:
+def tell_page(stage: str, folder: Path, write: Callable[[Path], Path]) -> None:
     """Write the page of a run of `stage`; a run that is done stays done where that fails."""
-    report = importlib.import_module(f"{stage}.report")  # with matplotlib: a second
     try:
-        logger.info("What there is to see: %s", report.write_report(folder))
+        logger.info("What there is to see: %s", write(folder))
     except Exception as error:
         logger.warning(
             "The page could not be written (%s: %s). Try `python -m %s.report %s`.",

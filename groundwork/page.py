@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from groundwork.checkpoint import write_atomically
+from groundwork.command import stage_of
 from groundwork.errors import UsageError
 
 STYLE = """
@@ -65,10 +66,12 @@ def write_page(run: Path, title: str, sections: Mapping[str, str], out: Path | N
     return out
 
 
-def check_run(run: Path) -> None:
-    """Raise UsageError where a folder is no run folder."""
+def check_run(run: Path, stage: str) -> None:
+    """Raise UsageError where a folder is no run folder of a stage."""
     if not (run / "recipe.yaml").is_file() or not (run / "metrics.jsonl").is_file():
         raise UsageError(f"{run} is no run folder: it has no recipe.yaml and metrics.jsonl.")
+    if (own := stage_of(run)) != stage:
+        raise UsageError(f"{run} is a run of {own}/run.py: `python -m {own}.report {run}`.")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

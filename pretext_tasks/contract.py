@@ -80,8 +80,8 @@ class PretextTask(nn.Module, ABC):
     def product(self) -> dict[str, nn.Module]:
         """Return what is kept: {"backbone": Backbone}, and "neck" and "head" where trained."""
 
-    def metadata(self, image_size: int) -> dict[str, Any]:
-        """Return what the file of a product of views this size is to say of it; JSON-able."""
+    def metadata(self) -> dict[str, Any]:
+        """Return what the product's file is to say beside its tensors; JSON-able."""
         return {}
 
     def warnings(self, image_size: int, reading: Reading) -> list[str]:

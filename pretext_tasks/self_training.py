@@ -77,7 +77,7 @@ class SelfTraining(WholeDetector):
     """The student, and the teacher, which does not change."""
 
     Config = SelfTrainingConfig
-    names: Tensor
+    about: Tensor
 
     def __init__(self, backbone: Backbone, config: SelfTrainingConfig) -> None:
         if config.weights is None:
@@ -96,8 +96,9 @@ class SelfTraining(WholeDetector):
         self.teacher = teacher.requires_grad_(False)
         self._about = about
         # With the teacher's weights, in every checkpoint: the file may be another on a resume.
-        written = json.dumps(about.names).encode()
-        self.register_buffer("names", torch.tensor(list(written), dtype=torch.uint8))
+        written = json.dumps({"names": about.names, "image_size": about.image_size}).encode()
+        self.register_buffer("about", torch.tensor(list(written), dtype=torch.uint8))
+        self._shown: dict[str, Tensor] = {}  # of the last batch that had a sure box
 
     @classmethod
     def views(cls, config: Any, image_size: int) -> Views:
@@ -117,21 +118,24 @@ class SelfTraining(WholeDetector):
         """Return the detection loss.
 
         Metrics: its parts; boxes of a view in the mean, their mean score, and the middle side of
-        them in pixels (the root of their area; fine-tuning's boxes should be about as large).
+        them in pixels (the root of their area; fine-tuning's boxes should be about as large). Score
+        and side are of the last batch that had a box.
         """
         found = self._found(batch)
-        sure = [_those(one, one.scores >= self.config.score) for one in found]
-        unsure = [_those(one, one.scores < self.config.score) for one in found]
+        sure = [_those(one, self._sure(one)) for one in found]
+        unsure = [_those(one, ~self._sure(one)) for one in found]
         output = self.detection_loss(
             self.coloured(batch["view"], batch["colour"]), _targets(sure), _targets(unsure)
         )
         scores = torch.cat([one.scores for one in sure])
         boxes = torch.cat([one.boxes for one in sure])
-        areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        if len(scores):
+            areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+            self._shown = {"taught_score": scores.mean(), "side": areas.sqrt().median()}
+        nothing = scores.new_zeros(())
         metrics = {
             "taught": scores.new_tensor(len(scores) / len(sure)),
-            "taught_score": scores.mean() if len(scores) else scores.sum(),
-            "side": areas.sqrt().median() if len(scores) else scores.sum(),
+            **{name: self._shown.get(name, nothing) for name in ("taught_score", "side")},
         }
         return StepOutput(output.loss, {**output.metrics, **metrics})
 
@@ -139,10 +143,13 @@ class SelfTraining(WholeDetector):
         """Return the student: backbone, neck and head."""
         return {**super().product(), "head": self.head}
 
-    def metadata(self, image_size: int) -> dict[str, Any]:
-        """Say which classes the head is for, and all else that makes the file a detector's."""
-        names = json.loads(bytes(self.names.tolist()))
-        return about_detector(self.product(), names, image_size)
+    def metadata(self) -> dict[str, Any]:
+        """Say which classes the head is for, and all else that makes the file a detector's.
+
+        Its image_size is the teacher's, of whole pictures: views are parts of one.
+        """
+        about = json.loads(bytes(self.about.tolist()))
+        return about_detector(self.product(), about["names"], about["image_size"])
 
     def warnings(self, image_size: int, reading: Reading) -> list[str]:
         """Say where the teacher was trained to see something else."""
@@ -167,7 +174,7 @@ class SelfTraining(WholeDetector):
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what the student sees, with the teacher's boxes, and with what it finds, drawn."""
-        wanted = [one.boxes[one.scores >= self.config.score] for one in self._found(batch)]
+        wanted = [one.boxes[self._sure(one)] for one in self._found(batch)]
         taught, found = self.with_boxes(self.coloured(batch["view"], batch["colour"]), wanted)
         return {"taught": taught, "found": found}
 
@@ -187,13 +194,19 @@ class SelfTraining(WholeDetector):
             for one in zip(boxes.clamp(0, side) * (own / side), scores, strict=True)
         ]
         # Of what lies outside the view the view's edge is left.
-        least = Rule().min_side
-        sides = [(one.boxes[:, 2:] - one.boxes[:, :2]).amin(1) for one in found]
-        return [_those(one, its >= least) for one, its in zip(found, sides, strict=True)]
+        return [_those(one, _least_side(one) > 0) for one in found]
+
+    def _sure(self, found: Detections) -> Tensor:
+        """Tell which boxes are taught; what is too small for the student is not denied either."""
+        return (found.scores >= self.config.score) & (_least_side(found) >= Rule().min_side)
 
 
 def _those(found: Detections, which: Tensor) -> Detections:
     return Detections(found.boxes[which], found.scores[which], found.classes[which])
+
+
+def _least_side(found: Detections) -> Tensor:
+    return (found.boxes[:, 2:] - found.boxes[:, :2]).amin(1)
 
 
 def _targets(found: Sequence[Detections]) -> Targets:

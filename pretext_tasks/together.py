@@ -126,12 +126,9 @@ class Together(PretextTask):
             kept |= task.product()
         return kept
 
-    def metadata(self, image_size: int) -> dict[str, Any]:
-        """Return what every task has to say, of the size that it sees."""
-        said: dict[str, Any] = {}
-        for name, task in self._tasks():
-            said |= task.metadata(self.image_sizes.get(name, image_size))
-        return said
+    def metadata(self) -> dict[str, Any]:
+        """Return what every task has to say."""
+        return {key: fact for _, task in self._tasks() for key, fact in task.metadata().items()}
 
     def warnings(self, image_size: int, reading: Reading) -> list[str]:
         """Return what every task has to say, of the size that it sees."""

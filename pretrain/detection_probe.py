@@ -32,13 +32,13 @@ from groundwork.data.annotations import Annotations
 from groundwork.data.decode import open_picture
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled
 from groundwork.data.reading import PLAIN, Reading
+from groundwork.data.shards import evenly
 from groundwork.errors import DataError
 from groundwork.modes import evaluating
 from groundwork.necks.yolo12 import Features
 from groundwork.precise_batchnorm import measured_statistics
 from groundwork.settings import DetectionProbeSettings
 from pretrain.feature_maps import feature_maps
-from pretrain.probe_pictures import evenly
 
 _AT_ONCE = 16  # pictures of a forward
 _RATE, _CLIP = 2e-3, 10.0  # of the head's AdamW, which falls to 0 along a cosine

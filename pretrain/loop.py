@@ -98,8 +98,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         logger.info("Weights of %s: %s", init, load_init(backbone, init).sentence())
     task = task_class(backbone, config)
     if init is not None:
-        classes = task.metadata(recipe.image_size).get("names")
-        for said in load_parts(task.product(), init, classes):
+        for said in load_parts(task.product(), init, task.metadata().get("names")):
             logger.info("%s", said)
     for warning in task.warnings(recipe.image_size, recipe.data.reading()):
         logger.warning("%s", warning)
@@ -223,7 +222,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 "step": position.step,
                 "commit": commit(),
                 "data": samples.fingerprint,
-                **task.metadata(recipe.image_size),
+                **task.metadata(),
                 **about,
             },
         )

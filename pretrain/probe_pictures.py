@@ -13,7 +13,7 @@ from torch import Tensor
 
 from groundwork.data.decode import open_picture
 from groundwork.data.reading import PLAIN, Reading
-from groundwork.data.shards import Samples
+from groundwork.data.shards import Samples, evenly
 from groundwork.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -82,19 +82,6 @@ def read_labeled(
     if not pixels:
         raise DataError(f"{samples.name} has no pictures for the probe.")
     return torch.from_numpy(np.stack(pixels)), labels
-
-
-def evenly(shard_sizes: npt.NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
-    """Place up to `limit` (shard, index) pairs evenly over all samples, in file order."""
-    ends = np.cumsum(shard_sizes)
-    total = int(ends[-1]) if len(ends) else 0
-    count = min(limit, total)
-    if count == 0:
-        return []
-    positions = np.arange(count, dtype=np.int64) * total // count
-    shards = np.searchsorted(ends, positions, side="right")
-    indices = positions - (ends[shards] - shard_sizes[shards])
-    return [(int(shard), int(index)) for shard, index in zip(shards, indices, strict=True)]
 
 
 def evenly_over_shards(shard_sizes: npt.NDArray[np.int64], limit: int) -> list[tuple[int, int]]:

@@ -72,7 +72,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     What is missing is left out with a sentence: weights of a run that has only begun, data that is
     not here any more. Raises UsageError where the folder is no pretraining run.
     """
-    check_run(run)
+    check_run(run, "pretrain")
     recipe = build(read_yaml(run / "recipe.yaml"))
     lines = read_metrics(run / "metrics.jsonl")
     sections = {

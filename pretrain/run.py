@@ -15,6 +15,7 @@ if not __package__:
 
 import argparse
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from groundwork.backbones import check_backbone_name
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         write_status(run.folder, "done", 0, f"The backbone is in {product}.")
         if recipe.report and is_main_process():
-            tell_page("pretrain", run.folder)
+            tell_page("pretrain", run.folder, _page)
         logger.info(NEXT.format(file=product))
         return 0
     except GroundworkError as error:
@@ -102,6 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException as error:
         tell_failure(run.folder if run is not None and run.begun else None, error)
         raise
+
+
+def _page(folder: Path) -> Path:
+    from pretrain.report import write_report  # matplotlib takes a second
+
+    return write_report(folder)
 
 
 def _resumed(options: argparse.Namespace) -> tuple[recipes.Recipe, argparse.Namespace]:

@@ -82,6 +82,19 @@ class Samples(Protocol):
         """Give back open files; a later read opens them again."""
 
 
+def evenly(shard_sizes: npt.NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
+    """Place up to `limit` (shard, index) pairs evenly over all samples, in file order."""
+    ends = np.cumsum(shard_sizes)
+    total = int(ends[-1]) if len(ends) else 0
+    count = min(limit, total)
+    if count == 0:
+        return []
+    positions = np.arange(count, dtype=np.int64) * total // count
+    shards = np.searchsorted(ends, positions, side="right")
+    indices = positions - (ends[shards] - shard_sizes[shards])
+    return [(int(shard), int(index)) for shard, index in zip(shards, indices, strict=True)]
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Where a shard and its sample index lie, and what the index of the set says of it."""

@@ -185,19 +185,22 @@ def test_scoring_the_pictures_of_training_is_told(
     shutil.copy(whole / "classes.txt", split)
     weights = tmp_path / "detector.safetensors"
 
-    def told(trained: Path, *keys: str) -> bool:
+    def told(trained: object, *keys: str) -> bool:
         save_detector(
             weights, parts_of(random_detector()), names=["square"], image_size=64,
-            metadata={"recipe": {"data": {"train": str(trained)}}},
+            metadata={"recipe": {"data": {"train": trained, "holdout": 0.5}}},
         )  # fmt: skip
         assert main([str(weights), *keys]) == 0
-        return "was trained on these pictures" in "".join(capsys.readouterr())
+        return "was trained on pictures of this set" in "".join(capsys.readouterr())
 
-    assert told(split, f"data.val={split}", "data.split=train")
-    assert not told(split, f"data.val={split}")
-    assert told(whole, f"data.val={whole}")
-    assert not told(whole, f"data.val={whole}", "data.holdout=0.5")
-    assert not told(whole, f"data.val={split}", "data.split=train")
+    assert told(str(split), f"data.val={split}", "data.split=train")
+    assert not told(str(split), f"data.val={split}")
+    assert told(str(whole), f"data.val={whole}")
+    assert told(str(whole), f"data.val={whole}", "data.holdout=0.4")
+    assert not told(str(whole), f"data.val={whole}", "data.holdout=0.5")
+    assert not told(str(whole), f"data.val={split}", "data.split=train")
+    assert told([str(split), str(whole)], f"data.val={whole}")
+    assert not told(None, f"data.val={whole}")
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,14 @@ from PIL import Image
 from finetune.detector import build_detector
 from finetune.evaluate import evaluate
 from finetune.metrics import Found
+from finetune.plots import confusion_of
 from finetune.recipe import resolve
 from finetune.report import _pictures, main, write_report
-from finetune.weights import parts_of, save_detector
+from finetune.weights import About, parts_of, save_detector
 from groundwork.command import tell_page
 from groundwork.config import to_yaml
 from groundwork.data.labels import open_labeled
-from groundwork.errors import UsageError
+from groundwork.errors import DataError, UsageError
 
 
 @pytest.fixture
@@ -74,6 +75,7 @@ def test_a_run_that_has_only_begun_has_a_page_too(run: Path) -> None:
     page = write_report(run).read_text()
     for sentence in ("Not scored yet", "No curve yet", "No pictures yet", "Not shown: There is no"):
         assert sentence in page
+    assert "run <1>" not in page  # of the file that is not there
 
 
 def test_labels_and_what_is_found_are_drawn_in_the_same_picture(
@@ -95,18 +97,28 @@ def test_labels_and_what_is_found_are_drawn_in_the_same_picture(
 
     monkeypatch.setattr("finetune.report.DetectorFinder", Sure)
     detector = build_detector("yolo12n", 2)
+    about = About(("red", "blue"), 64, {})
     per_class: dict[str, dict[str, float | None]] = {
         "red": {"f1_score": 0.7},
         "blue": {"f1_score": None},
     }
-    rows = _pictures(detector, 64, val, per_class)
+    rows = _pictures(detector, about, val, per_class)
     assert len(rows) == 4
     for labels, found in rows:
         assert labels.size == found.size == (480, 384)
         one, other = np.asarray(labels).astype(int), np.asarray(found).astype(int)
         differs = np.abs(one - other).max(2) > 0
         assert 0 < differs.mean() < 0.1  # red has no box, and blue's tells its score
+    with pytest.raises(DataError, match="only the detector has green"):
+        _pictures(detector, About(("red", "green"), 64, {}), val, per_class)
     val.close()
+
+
+def test_a_confusion_of_many_classes_is_no_larger_than_one_of_few() -> None:
+    names = [f"class {number}" for number in range(400)]
+    figure = confusion_of(np.eye(401, dtype=np.int64), names)
+    assert max(figure.get_size_inches()) <= 21
+    assert not figure.axes[0].get_xticklabels()[0].get_text().startswith("class")
 
 
 def test_a_folder_that_is_no_run_is_told(
@@ -116,12 +128,19 @@ def test_a_folder_that_is_no_run_is_told(
         write_report(tmp_path)
     assert main([str(tmp_path)]) == 2
     assert "is no run folder" in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").write_text("task:\n  name: byol\n")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UsageError, match=r"is a run of pretrain/run\.py: `python -m pretrain"):
+        write_report(tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("fails", [ValueError("no backend"), ImportError("no matplotlib")])
 def test_a_page_that_fails_ends_no_run(
-    stage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fails: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def write(folder: Path) -> Path:
+        raise fails
+
     with caplog.at_level(logging.WARNING):
-        tell_page(stage, tmp_path)
-    assert f"Try `python -m {stage}.report {tmp_path}`" in caplog.text
+        tell_page("finetune", tmp_path, write)
+    assert f"Try `python -m finetune.report {tmp_path}`" in caplog.text

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from finetune.augment import Rule
@@ -18,6 +22,7 @@ from groundwork.backbones import build_backbone, load_parts
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import save_product
 from groundwork.config import validate
+from groundwork.data.decode import open_picture
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.errors import CheckpointError, UsageError
 from pretext_tasks.regions import Regions, RegionsConfig
@@ -144,29 +149,51 @@ def test_the_teacher_sees_no_drawn_colours_and_boxes_end_with_the_view(
         assert len(one.boxes) > 0 and one.boxes.min() >= 0 and one.boxes.max() <= 64
 
 
-def test_the_teacher_may_see_the_same_view_larger(
-    make_task: MakeTask, make_batch: MakeBatch
-) -> None:
-    """Its boxes are those of the large view, in pixels of the student's."""
-    batch = make_batch(SelfTraining, SelfTrainingConfig(weights="named", teacher_size=128))
+def test_the_teacher_may_see_the_same_view_larger(make_task: MakeTask) -> None:
+    """It is cut anew and not enlarged; its boxes are in pixels of the student's view."""
+    generator = np.random.default_rng(0)
+    views = SelfTraining.views(SelfTrainingConfig(weights="named", teacher_size=128), 64)
+    samples = []
+    for number in range(4):
+        noise = generator.integers(0, 256, (200, 240, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, "PNG")
+        drawn = np.random.Generator(np.random.Philox(key=[0, number]))
+        samples.append(views(open_picture(file.getvalue()), drawn))
+    batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
     large, view = batch["teacher_view"], batch["view"]
     assert large.shape[1:] == (128, 128, 3) and view.shape[1:] == (64, 64, 3)
-    smaller = torch.nn.functional.avg_pool2d(large.permute(0, 3, 1, 2).float(), 2)
-    assert (smaller - view.permute(0, 3, 1, 2)).abs().mean() < 4
-    task = make_task(teacher_size=128)
-    found = task._found(batch)
+    large_as_one, as_one = (one.permute(0, 3, 1, 2).float() for one in (large, view))
+    smaller = torch.nn.functional.avg_pool2d(large_as_one, 2)
+    enlarged = torch.nn.functional.interpolate(as_one, scale_factor=2, mode="bilinear")
+    assert (smaller - as_one).abs().mean() < 15  # the same cut, the same turn
+    assert (enlarged - large_as_one).abs().mean() > 20  # with what the small one has lost
+    found = make_task(teacher_size=128)._found(batch)
     alone = make_task()._found({"view": large, "colour": batch["colour"]})
     assert sum(len(one.boxes) for one in found) > 0
     for one, other in zip(found, alone, strict=True):
-        # A box below the least side of the student's pixels is left out there alone.
-        kept = (other.boxes[:, 2:] - other.boxes[:, :2]).amin(1) >= 2 * Rule().min_side
-        torch.testing.assert_close(one.boxes, other.boxes[kept] / 2)
-        assert torch.equal(one.scores, other.scores[kept])
+        torch.testing.assert_close(one.boxes, other.boxes / 2)
+        assert torch.equal(one.scores, other.scores)
+    task = make_task(teacher_size=128)
     assert task(batch).loss.isfinite()
     assert task.warnings(256, PLAIN) == []
     assert (
         "sees views of task.teacher_size=160" in make_task(teacher_size=160).warnings(64, PLAIN)[0]
     )
+
+
+def test_what_is_too_small_for_the_student_is_neither_taught_nor_denied(
+    make_task: MakeTask, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task().eval()
+    small = torch.tensor([[12.0, 12.0, 12.0 + Rule().min_side - 0.5, 40.0]])
+    losses = []
+    for found in (_one(small), _one(small, 0.2), NOTHING):
+        _finding(task, monkeypatch, *[found] * 4)
+        output = task(batch)
+        assert output.metrics["taught"].item() == 0
+        losses.append(output.metrics["classification"].item())
+    assert losses[0] == losses[1] < losses[2]
 
 
 def test_the_middle_side_of_what_is_taught_is_told(
@@ -181,6 +208,8 @@ def test_the_middle_side_of_what_is_taught_is_told(
         _one(BOX * torch.tensor([1, 1, 1, 0.4])),
         NOTHING,
     )
+    assert task(batch).metrics["side"].item() == pytest.approx(16.0)
+    _finding(task, monkeypatch, *[NOTHING] * 4)  # says nothing of how large things are
     assert task(batch).metrics["side"].item() == pytest.approx(16.0)
 
 
@@ -203,7 +232,7 @@ def test_fine_tuning_starts_from_the_whole_student(
     task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(weights)))
     assert set(task.product()) == {"backbone", "neck", "head"}
     file = tmp_path / "pretrained.safetensors"
-    save_product(file, task.product(), task.metadata(96))
+    save_product(file, task.product(), task.metadata())
     detector = build_detector("yolo12n", 2)
     begun = load_init(detector, file, classes=("a", "b"))
     assert "head's class branch" in begun.loaded
@@ -222,15 +251,15 @@ def test_the_student_is_a_detector_as_it_is(
     """Its file can be scored, finds boxes, and teaches the next student."""
     task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(weights))).eval()
     file = tmp_path / "pretrained.safetensors"
-    save_product(file, task.product(), task.metadata(96))
+    save_product(file, task.product(), task.metadata())
     detector, about = detector_from_file(file)
     assert about.names == ("a", "b")
-    assert about.image_size == 96
+    assert about.image_size == 64
     mine = task.head(task.through(task.backbone(torch.ones(1, 3, 64, 64))))
     for one, other in zip(detector(torch.ones(1, 3, 64, 64)), mine, strict=True):
         assert one is other is None or torch.equal(one, other)
     next_task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(file)))
-    assert next_task.metadata(96) == task.metadata(96)
+    assert next_task.metadata() == task.metadata()
 
 
 def test_half_precision_does_not_move_the_boxes(
@@ -259,10 +288,11 @@ def test_classes_are_those_of_the_checkpoint_whatever_the_file_says_later(
     make_task: MakeTask,
 ) -> None:
     first, second = make_task(), make_task()
-    second.names.copy_(torch.tensor(list(b'["b", "a"]'), dtype=torch.uint8))
-    assert second.metadata(64)["names"] == ["b", "a"]
+    other = json.dumps({"names": ["b", "a"], "image_size": 64}).encode()
+    second.about.copy_(torch.tensor(list(other), dtype=torch.uint8))
+    assert second.metadata()["names"] == ["b", "a"]
     second.load_state_dict(first.state_dict())
-    assert second.metadata(64)["names"] == ["a", "b"]
+    assert second.metadata()["names"] == ["a", "b"]
 
 
 def test_a_student_starts_from_the_boxes_of_regions(weights: Path, tmp_path: Path) -> None:
@@ -270,7 +300,7 @@ def test_a_student_starts_from_the_boxes_of_regions(weights: Path, tmp_path: Pat
     file = tmp_path / "pretrained.safetensors"
     save_product(file, regions.product(), {})
     task = SelfTraining(build_backbone("yolo12n"), SelfTrainingConfig(weights=str(weights)))
-    said = load_parts(task.product(), file, task.metadata(64)["names"])
+    said = load_parts(task.product(), file, task.metadata()["names"])
     assert "left as initialised" not in said[0] + said[1]
     assert said[2] == "The head's class branch is not in the file and left as initialised."
     for name, value in regions.head.boxes.state_dict().items():

@@ -18,7 +18,7 @@ from groundwork.backbones import build_backbone
 from groundwork.backbones.contract import Backbone, Level, Pyramid
 from groundwork.colour import normalise
 from groundwork.data.reading import Reading
-from groundwork.data.shards import Sample
+from groundwork.data.shards import Sample, evenly
 from groundwork.errors import DataError
 from groundwork.settings import ProbeSettings
 from pretrain.probe import (
@@ -33,7 +33,7 @@ from pretrain.probe import (
     open_probe,
     rankme,
 )
-from pretrain.probe_pictures import Pictures, evenly, evenly_over_shards, hold_out
+from pretrain.probe_pictures import Pictures, evenly_over_shards, hold_out
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
