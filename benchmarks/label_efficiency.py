@@ -20,11 +20,11 @@ An init is a recipe of recipes/pretrain, or an entry of --plan, a YAML file:
         finetune: [optim.backbone_lr=0.3]
       domain: {recipe: {medical-txl-pbc: medical, aerial-hrplanes: aerial}}
       other-tool: {weights: {medical-txl-pbc: FILE, aerial-hrplanes: FILE}, minutes: 10}
-      taught: {recipe: self_training, teacher: domain}
+      taught: {recipe: self_training, teacher: domain, steps: [1000, 2000]}
 
-A `teacher` is another init: its detector of the same labels, at the longest of --steps, is the
-pretraining's task.weights, and where it starts. That pretraining is done for each fraction and
-seed, and its minutes count the teacher's.
+A `teacher` is another init: its longest detector of the same labels is the pretraining's
+task.weights, and where it starts. That pretraining is done for each fraction and seed, and its
+minutes count the teacher's. An init with `steps` has these lengths instead of --steps.
 
 The labeled pictures of a fraction are those of --lists/<set>-<NN>pct-seed<S>.txt, or where there is
 no such file, drawn from the set's training pictures by the seed. Every figure is written to
@@ -46,7 +46,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ class Init:
     pretrain: tuple[str, ...] = ()
     finetune: tuple[str, ...] = ()
     teacher: Init | None = None  # whose detector the pretraining learns from
+    steps: tuple[int, ...] = ()  # lengths of its fine-tuning
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Study:
             *init.pretrain,
         ]
         if init.teacher is not None:
-            taught = self.train(init.teacher, fraction, seed, max(self.options.steps))
+            taught = self.train(init.teacher, fraction, seed, max(init.teacher.steps))
             teacher = str(taught / "detector.safetensors")
             keys.append(f"task.weights={teacher}")
             flags += ["--init", teacher]
@@ -174,7 +175,7 @@ class Study:
         """Return the minutes before an init's fine-tuning, those of its teacher included."""
         if init.teacher is None:
             return init.minutes
-        taught = self.train(init.teacher, fraction, seed, max(self.options.steps))
+        taught = self.train(init.teacher, fraction, seed, max(init.teacher.steps))
         return init.minutes + self.minutes(init.teacher, fraction, seed) + curve(taught)[-1][1]
 
     def cell(
@@ -256,7 +257,7 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
                         f"{data.name}: add it, or give one value for all sets."
                     )
                 entry[key] = value[data.name]
-        unknown = set(entry) - {"recipe", "weights", "minutes", "pretrain", "finetune", "teacher"}
+        unknown = set(entry) - {key.name for key in fields(Init) if key.name != "name"}
         if unknown:
             raise UsageError(f"{options.plan}: {name} has unknown key(s) {', '.join(unknown)}.")
         teacher = entry.get("teacher")
@@ -273,6 +274,7 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
             tuple(options.pretrain) + tuple(entry.get("pretrain", ())),
             common + tuple(entry.get("finetune", ())),
             None if teacher is None else init_of(teacher, (*pupils, name)),
+            tuple(entry.get("steps", options.steps)),
         )
 
     return [init_of(name) for name in options.inits]
@@ -304,7 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _row(study: Study, init: Init, fraction: float) -> None:
     """Run all seeds of an init at one fraction; the first chooses the length."""
-    options, lengths, name = study.options, study.options.steps, study.data.name
+    options, name = study.options, study.data.name
+    lengths: Sequence[int] = init.steps
     for seed in range(options.seeds):
         if options.no_test:
             found = {n: val_ap(study.train(init, fraction, seed, n)) for n in lengths}

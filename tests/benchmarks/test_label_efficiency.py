@@ -200,7 +200,7 @@ def test_a_teacher_is_trained_on_the_same_labels_and_its_minutes_count(
     plan.write_text(
         "inits:\n"
         "  base: {recipe: regions, minutes: 5}\n"
-        "  taught: {recipe: self_training, teacher: base, minutes: 3}\n"
+        "  taught: {recipe: self_training, teacher: base, minutes: 3, steps: [1]}\n"
         "  ring: {recipe: self_training, teacher: ring}\n"
     )
     ran: list[list[str]] = []
@@ -235,6 +235,7 @@ def test_a_teacher_is_trained_on_the_same_labels_and_its_minutes_count(
     assert len(ran) == 5  # nothing twice
     # 60 steps of two pictures a second are two minutes.
     assert study.minutes(taught, 50, 1) == pytest.approx(5 + 2 + 3)
+    assert taught.steps == (1,) and taught.teacher is not None and taught.teacher.steps == (1, 2)
     options.inits = ["ring"]
     with pytest.raises(UsageError, match="ring is taught by itself"):
         inits_of(options, labeled)
