@@ -24,7 +24,9 @@ An init is a recipe of recipes/pretrain, or an entry of --plan, a YAML file:
 
 A `teacher` is another init: its longest detector of the same labels is the pretraining's
 task.weights, and where it starts. That pretraining is done for each fraction and seed, and its
-minutes count the teacher's. An init with `steps` has these lengths instead of --steps.
+minutes count the teacher's. An init with `steps` has these lengths instead of --steps; with
+`average: 0.5`, what is scored is the mean of the fine-tuned detector and of the one that it began
+with (finetune/average.py), here in equal shares.
 
 The labeled pictures of a fraction are those of --lists/<set>-<NN>pct-seed<S>.txt, or where there is
 no such file, drawn from the set's training pictures by the seed. Every figure is written to
@@ -41,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import math
 import re
@@ -54,8 +57,11 @@ import torch
 
 from benchmarks.label_efficiency_results import read, update
 from benchmarks.runs import curve, go_on, noted, same_as_before, val_ap
+from finetune.average import write as write_average
 from finetune.evaluate import evaluate
+from finetune.metrics import Results
 from finetune.weights import detector_from_file
+from groundwork.checkpoint import write_atomically
 from groundwork.config import read_yaml
 from groundwork.data.labels import open_labeled
 from groundwork.errors import DataError, GroundworkError, UsageError
@@ -81,6 +87,7 @@ class Init:
     finetune: tuple[str, ...] = ()
     teacher: Init | None = None  # whose detector the pretraining learns from
     steps: tuple[int, ...] = ()  # lengths of its fine-tuning
+    average: float = 0.0  # the share of its start in what is scored
 
 
 @dataclass
@@ -171,6 +178,36 @@ class Study:
             go_on("finetune.run", run, flags, keys)
         return run
 
+    def outcome(self, init: Init, fraction: float, seed: int, steps: int) -> tuple[Path, float]:
+        """Fine-tune, unless it is done; return what is scored, and its AP on val."""
+        run = self.train(init, fraction, seed, steps)
+        file = run / "detector.safetensors"
+        if not init.average:
+            return file, val_ap(run)
+        mean = run / f"average-{init.average:g}.safetensors"
+        told = mean.with_suffix(".json")
+        if not told.is_file():
+            start = self.weights(init, fraction, seed)
+            if start is None:
+                raise UsageError(f"{init.name}: average is about a start, and there is none.")
+            write_average(mean, [file, start], [1 - init.average, init.average])
+            write_atomically(told, json.dumps({"ap": self.score(mean, "val").ap}))
+        return mean, float(json.loads(told.read_text())["ap"])
+
+    def score(self, file: Path, split: str) -> Results:
+        """Score a detector's file on a split."""
+        detector, about = detector_from_file(file)
+        labeled = open_labeled(
+            str(self.data), split, cache=self.work, cache_bytes=10**9, reading=about.reading()
+        )
+        scored = evaluate(
+            detector.to(memory_format=torch.channels_last), labeled,
+            image_size=self.options.image_size, workers=1,
+        )  # fmt: skip
+        labeled.close()
+        assert scored is not None
+        return scored
+
     def minutes(self, init: Init, fraction: float, seed: int) -> float:
         """Return the minutes before an init's fine-tuning, those of its teacher included."""
         if init.teacher is None:
@@ -182,7 +219,7 @@ class Study:
         self, init: Init, fraction: float, seed: int, lengths: Sequence[int]
     ) -> dict[str, Any]:
         """Train at these lengths, score the best on test, and return its row of the results."""
-        found = {steps: val_ap(self.train(init, fraction, seed, steps)) for steps in lengths}
+        found = {steps: self.outcome(init, fraction, seed, steps)[1] for steps in lengths}
         best = max(found, key=lambda steps: (found[steps], -steps))
         where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
         run = self.train(init, fraction, seed, best)  # it is there
@@ -191,38 +228,28 @@ class Study:
         for one in self.results:
             if not where.items() <= one.items():
                 continue
-            if _settings(one["command"]) != _settings(command):
+            if _settings(one) != (_settings_of(command), init.average):
                 continue  # of a plan with other keys
             by_steps = one["val_ap_by_steps"] | by_steps
             if (one["val_ap"], -one["steps"]) >= (found[best], -best):
                 one["val_ap_by_steps"] = by_steps
                 return one
-        file = run / "detector.safetensors"
-        detector, about = detector_from_file(file)
-        test = open_labeled(
-            str(self.data), "test", cache=self.work, cache_bytes=10**9, reading=about.reading()
-        )
-        scored = evaluate(
-            detector.to(memory_format=torch.channels_last), test,
-            image_size=about.image_size, workers=1,
-        )  # fmt: skip
-        test.close()
-        assert scored is not None
+        file, _ = self.outcome(init, fraction, seed, best)
+        scored = self.score(file, "test")
         # Other seeds' rows of another length, or of other settings, are not comparable.
         mine = {key: where[key] for key in ("dataset", "init", "fraction")}
-        same = best, _settings(command)
+        same = best, (_settings_of(command), init.average)
         self.results[:] = [
             one
             for one in self.results
             if not where.items() <= one.items()
-            and not (
-                mine.items() <= one.items() and (one["steps"], _settings(one["command"])) != same
-            )
+            and not (mine.items() <= one.items() and (one["steps"], _settings(one)) != same)
         ]
         pretrained = self.pretraining(init, fraction, seed)
         row = {
             **where,
             "steps": best,
+            "average": init.average,
             "ap": scored.ap,
             "ap50": scored.ap50,
             "val_ap": found[best],
@@ -237,8 +264,12 @@ class Study:
         return row
 
 
-def _settings(command: str) -> str:
-    """Return of a command what makes its figures others, whatever the seed and length."""
+def _settings(row: dict[str, Any]) -> tuple[str, float]:
+    """Return of a row what makes its figures others, whatever the seed and length."""
+    return _settings_of(row["command"]), row.get("average", 0.0)
+
+
+def _settings_of(command: str) -> str:
     return _NO_SETTING.sub("", command)
 
 
@@ -275,6 +306,7 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
             common + tuple(entry.get("finetune", ())),
             None if teacher is None else init_of(teacher, (*pupils, name)),
             tuple(entry.get("steps", options.steps)),
+            float(entry.get("average", 0.0)),
         )
 
     return [init_of(name) for name in options.inits]
@@ -310,7 +342,7 @@ def _row(study: Study, init: Init, fraction: float) -> None:
     lengths: Sequence[int] = init.steps
     for seed in range(options.seeds):
         if options.no_test:
-            found = {n: val_ap(study.train(init, fraction, seed, n)) for n in lengths}
+            found = {n: study.outcome(init, fraction, seed, n)[1] for n in lengths}
             shown = ", ".join(f"{steps} steps {ap:.4f}" for steps, ap in found.items())
             logger.info("%s %s %g %% seed %d, val AP: %s", name, init.name, fraction, seed, shown)
             continue

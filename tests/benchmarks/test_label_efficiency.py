@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks.label_efficiency import Init, Study, _settings, inits_of, main, parser
+from benchmarks.label_efficiency import Init, Study, _settings_of, inits_of, main, parser
 from benchmarks.label_efficiency_results import draw, read, table, update
 from benchmarks.runs import go_on
 from finetune.detector import build_detector
@@ -95,8 +96,8 @@ def test_what_makes_figures_comparable() -> None:
         "python -m finetune.run --out a-5pct-seed0-500 data.train=x budget.steps=500 seed=0 lr=1"
     )
     other = first.replace("500", "2000").replace("seed0", "seed1").replace("seed=0", "seed=1")
-    assert _settings(first) == _settings(other) == "python -m finetune.run lr=1"
-    assert _settings(first.replace("lr=1", "lr=2")) != _settings(first)
+    assert _settings_of(first) == _settings_of(other) == "python -m finetune.run lr=1"
+    assert _settings_of(first.replace("lr=1", "lr=2")) != _settings_of(first)
 
 
 def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path: Path) -> None:
@@ -239,6 +240,36 @@ def test_a_teacher_is_trained_on_the_same_labels_and_its_minutes_count(
     options.inits = ["ring"]
     with pytest.raises(UsageError, match="ring is taught by itself"):
         inits_of(options, labeled)
+
+
+def test_an_average_with_the_start_is_what_is_scored(
+    labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, start, made = tmp_path / "run", tmp_path / "start.safetensors", []
+    run.mkdir()
+    (run / "results.json").write_text('{"ap": 0.5}')
+    options = parser().parse_args(_options(labeled, tmp_path, "--inits", "x"))
+    study = Study(options, labeled)
+
+    def write(out: Path, files: list[Path], shares: list[float]) -> None:
+        made.append((out.name, files, shares))
+
+    def score(file: Path, split: str) -> object:
+        assert file.parent == run and split == "val"
+        return SimpleNamespace(ap=0.6)
+
+    monkeypatch.setattr("benchmarks.label_efficiency.write_average", write)
+    monkeypatch.setattr(study, "score", score)
+    monkeypatch.setattr(study, "train", lambda *_: run)
+    plain = Init("x", weights=start)
+    assert study.outcome(plain, 5, 0, 9) == (run / "detector.safetensors", 0.5)
+    mean = Init("x", weights=start, average=0.25)
+    for _ in range(2):  # and once is enough
+        assert study.outcome(mean, 5, 0, 9) == (run / "average-0.25.safetensors", 0.6)
+    files = [run / "detector.safetensors", start]
+    assert made == [("average-0.25.safetensors", files, [0.75, 0.25])]
+    with pytest.raises(UsageError, match="average is about a start"):
+        study.outcome(Init("scratch", average=0.5), 5, 0, 9)
 
 
 @pytest.mark.slow
