@@ -73,7 +73,7 @@ def table(results: Results) -> str:
             spent = found[0]["pretrain_minutes"] * pace
             there = _there(_curves(mine).mean(0), [_curves(its).mean(0)] if its else [], spent)
             lines.append(
-                f"| {dataset} | {fraction:g} % | {init} | {found[0]['pretrain_minutes']:g} "
+                f"| {dataset} | {fraction:g} % | {init} | {found[0]['pretrain_minutes']:.0f} "
                 f"| {found[0]['steps']} | {len(found)} | {_spread(aps)} "
                 f"| {_spread([one['ap50'] for one in found])} | {gain} "
                 f"| {there} |"
