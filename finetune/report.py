@@ -114,7 +114,7 @@ def _found(run: Path, recipe: Recipe, results: Mapping[str, Any]) -> str:
         sets = open_sets(recipe)
         try:
             held_out, split = (sets.test, "test") if sets.val is None else (sets.val, "val")
-            if held_out is None:
+            if not held_out:
                 return "<p>Not shown: no picture is held out.</p>"
             scored = results if results.get("split") == split else results.get(split, {})
             rows = _pictures(detector, about, held_out, scored.get("per_class", {}))
