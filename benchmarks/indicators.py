@@ -34,7 +34,6 @@ import torch
 from benchmarks import label_efficiency
 from benchmarks.cells_knn import Crops, read_crops
 from benchmarks.label_efficiency import Init, Study
-from benchmarks.runs import val_ap
 from finetune.detector import Detector, build_detector
 from finetune.weights import load_init
 from groundwork.checkpoint import write_atomically
@@ -106,10 +105,9 @@ class Measures:
 
 def row_of(study: Study, init: Init, fraction: float, measures: Measures) -> dict[str, Any]:
     """Fine-tune unless it is done, measure, and return a row of the results."""
-    runs = {steps: study.train(init, fraction, 0, steps) for steps in study.options.steps}
-    val = {steps: val_ap(run) for steps, run in runs.items()}
+    val = {steps: study.outcome(init, fraction, 0, steps)[1] for steps in init.steps}
     weights = study.weights(init, fraction, 0)
-    recipe = read_yaml(next(iter(runs.values())) / "recipe.yaml")
+    recipe = read_yaml(study.train(init, fraction, 0, init.steps[0]) / "recipe.yaml")
     torch.manual_seed(recipe["seed"])
     bands = recipe["data"]["bands"]
     detector = build_detector(

@@ -219,31 +219,34 @@ class Study:
         self, init: Init, fraction: float, seed: int, lengths: Sequence[int]
     ) -> dict[str, Any]:
         """Train at these lengths, score the best on test, and return its row of the results."""
-        found = {steps: self.outcome(init, fraction, seed, steps)[1] for steps in lengths}
+        outcomes = {steps: self.outcome(init, fraction, seed, steps) for steps in lengths}
+        found = {steps: ap for steps, (_, ap) in outcomes.items()}
         best = max(found, key=lambda steps: (found[steps], -steps))
         where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
         run = self.train(init, fraction, seed, best)  # it is there
         command = noted(run)
+        settings = _settings({"command": command, "average": init.average})
         by_steps = {str(steps): ap for steps, ap in found.items()}
         for one in self.results:
             if not where.items() <= one.items():
                 continue
-            if _settings(one) != (_settings_of(command), init.average):
+            if _settings(one) != settings:
                 continue  # of a plan with other keys
             by_steps = one["val_ap_by_steps"] | by_steps
             if (one["val_ap"], -one["steps"]) >= (found[best], -best):
                 one["val_ap_by_steps"] = by_steps
                 return one
-        file, _ = self.outcome(init, fraction, seed, best)
+        file, _ = outcomes[best]
         scored = self.score(file, "test")
         # Other seeds' rows of another length, or of other settings, are not comparable.
         mine = {key: where[key] for key in ("dataset", "init", "fraction")}
-        same = best, (_settings_of(command), init.average)
         self.results[:] = [
             one
             for one in self.results
             if not where.items() <= one.items()
-            and not (mine.items() <= one.items() and (one["steps"], _settings(one)) != same)
+            and not (
+                mine.items() <= one.items() and (one["steps"], _settings(one)) != (best, settings)
+            )
         ]
         pretrained = self.pretraining(init, fraction, seed)
         row = {
@@ -266,11 +269,7 @@ class Study:
 
 def _settings(row: dict[str, Any]) -> tuple[str, float]:
     """Return of a row what makes its figures others, whatever the seed and length."""
-    return _settings_of(row["command"]), row.get("average", 0.0)
-
-
-def _settings_of(command: str) -> str:
-    return _NO_SETTING.sub("", command)
+    return _NO_SETTING.sub("", row["command"]), row.get("average", 0.0)
 
 
 def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from finetune.detector import Detector
@@ -45,39 +46,33 @@ def average(files: Sequence[Path], shares: Sequence[float]) -> tuple[Detector, A
     total = math.fsum(shares)
     if not all(share >= 0 for share in shares) or not 0 < total < math.inf:
         raise UsageError(f"Shares are 0 or more, and one is above 0; these are {list(shares)}.")
-    detector, first = detector_from_file(files[0])
-    mean = detector.state_dict()
-    summed = {
-        name: tensor.double() * (shares[0] / total)
-        for name, tensor in mean.items()
-        if tensor.is_floating_point()
-    }
-    for file, share in zip(files[1:], shares[1:], strict=True):
-        other, about = detector_from_file(file)
-        _check_alike(files[0], first, mean, file, about, tensors := other.state_dict())
-        for name, value in summed.items():
-            value.add_(tensors[name].double(), alpha=share / total)
-    for name, value in summed.items():
-        mean[name].copy_(value)
+    loaded = [detector_from_file(file) for file in files]
+    states = [detector.state_dict() for detector, _ in loaded]
+    detector, first = loaded[0]
+    for file, (_, about), state in zip(files, loaded, states, strict=True):
+        if reason := _unlike(first, states[0], about, state):
+            raise UsageError(
+                f"{files[0]} and {file} {reason}: only detectors of one kind have a mean."
+            )
+    for name, tensor in states[0].items():
+        if tensor.is_floating_point():
+            parts = [s[name].double() * (w / total) for s, w in zip(states, shares, strict=True)]
+            tensor.copy_(torch.stack(parts).sum(0))
     return detector, first
 
 
-def _check_alike(
-    one: Path, first: About, mean: dict[str, Tensor],
-    file: Path, about: About, tensors: dict[str, Tensor],
-) -> None:  # fmt: skip
-    """Raise UsageError where a mean of the two would be of unlike things."""
-    shapes = [{name: tensor.shape for name, tensor in these.items()} for these in (mean, tensors)]
-    reasons = {
-        "are not built alike": shapes[0] == shapes[1],
-        f"know other classes ({', '.join(first.names)}; {', '.join(about.names)})": (
-            first.names == about.names
-        ),
-        "see other bands or values": first.reading().mapping == about.reading().mapping,
-    }
-    for reason, alike in reasons.items():
-        if not alike:
-            raise UsageError(f"{one} and {file} {reason}: only detectors of one kind have a mean.")
+def _unlike(
+    first: About, mine: dict[str, Tensor], about: About, theirs: dict[str, Tensor]
+) -> str | None:
+    """Return why a mean of two detectors would be of unlike things."""
+    shapes = [{name: tensor.shape for name, tensor in these.items()} for these in (mine, theirs)]
+    if shapes[0] != shapes[1]:
+        return "are not built alike"
+    if first.names != about.names:
+        return f"know other classes ({', '.join(first.names)}; {', '.join(about.names)})"
+    if first.reading().mapping != about.reading().mapping:
+        return "see other bands or values"
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -142,7 +142,7 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     source = str(keys.data.val or keys.data.test)
     labeled = _open(source, split, keys.data, _reading(keys.data, about.reading()))
     check_channels(detector, labeled.reading)
-    if _learned(about.metadata, keys.data, source, labeled.splits, split):
+    if _trained_on_this_set(about.metadata, keys.data, source, labeled.splits, split):
         logger.warning(
             "The detector was trained on pictures of this set: as far as these are among them, the "
             "figures do not say what it is worth on others."
@@ -172,7 +172,7 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     logger.info("In %s: %s", folder, ", ".join(_WRITTEN))
 
 
-def _learned(
+def _trained_on_this_set(
     metadata: Mapping[str, Any], sets: Sets, source: str, splits: Sequence[str], split: str
 ) -> bool:
     """Tell whether a detector was trained on pictures of the set that is about to be scored."""

@@ -245,7 +245,8 @@ def overlaps(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) ->
 def _best_f1(precision: Floats, recall: Floats, scores: Floats) -> dict[str, float | None]:
     """Return the best F1 of a class's curve, and the score above which boxes are kept for it.
 
-    That is four digits, rounded down, so that the last box that counts is among those above.
+    Precision is COCO's, the best at this recall or a higher one, at 101 recalls. The score has four
+    digits, rounded down, so that the last box that counts is among those above.
     """
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
     best = int(f1.argmax())

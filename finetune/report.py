@@ -9,9 +9,7 @@ recipe and the machine. It can be written while a run goes on, and is written at
 
 from __future__ import annotations
 
-import argparse
 import html
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,12 +38,11 @@ from groundwork.page import (
     embedded,
     read_json,
     read_metrics,
+    run_command,
     sheet,
     table,
     write_page,
 )
-
-logger = logging.getLogger("finetune.report")
 
 _CURVES = ("train/", "eval/", "optim/lr", "speed/images_per_second")
 _LOOKED_AT = 8  # held-out pictures on the page
@@ -162,17 +159,7 @@ def _pictures(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(prog="python -m finetune.report")
-    parser.add_argument("run", type=Path, help="a run folder of fine-tuning")
-    parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
-    options = parser.parse_args(arguments)
-    try:
-        logger.info("%s", write_report(options.run, options.out))
-        return 0
-    except GroundworkError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    return run_command("finetune", write_report, arguments)
 
 
 if __name__ == "__main__":

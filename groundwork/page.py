@@ -6,12 +6,15 @@ be written while a run goes on: a metric that is not there yet has no curve.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ from PIL import Image
 
 from groundwork.checkpoint import write_atomically
 from groundwork.command import stage_of
-from groundwork.errors import UsageError
+from groundwork.errors import GroundworkError, UsageError
+
+logger = logging.getLogger("groundwork.page")
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
@@ -86,6 +91,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file of the run folder; of a missing one nothing."""
     return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def run_command(
+    stage: str, write: Callable[[Path, Path | None], Path], arguments: Sequence[str] | None
+) -> int:
+    """Run the command that writes a stage's page, and return its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(prog=f"python -m {stage}.report")
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
+    options = parser.parse_args(arguments)
+    try:
+        logger.info("%s", write(options.run, options.out))
+        return 0
+    except GroundworkError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -77,7 +77,7 @@ class SelfTraining(WholeDetector):
     """The student, and the teacher, which does not change."""
 
     Config = SelfTrainingConfig
-    about: Tensor
+    metadata_bytes: Tensor
 
     def __init__(self, backbone: Backbone, config: SelfTrainingConfig) -> None:
         if config.weights is None:
@@ -97,8 +97,8 @@ class SelfTraining(WholeDetector):
         self._about = about
         # With the teacher's weights, in every checkpoint: the file may be another on a resume.
         written = json.dumps({"names": about.names, "image_size": about.image_size}).encode()
-        self.register_buffer("about", torch.tensor(list(written), dtype=torch.uint8))
-        self._shown: dict[str, Tensor] = {}  # of the last batch that had a sure box
+        self.register_buffer("metadata_bytes", torch.tensor(list(written), dtype=torch.uint8))
+        self._last_told: dict[str, Tensor] = {}  # of the last batch that had a sure box
 
     @classmethod
     def views(cls, config: Any, image_size: int) -> Views:
@@ -131,11 +131,11 @@ class SelfTraining(WholeDetector):
         boxes = torch.cat([one.boxes for one in sure])
         if len(scores):
             areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-            self._shown = {"taught_score": scores.mean(), "side": areas.sqrt().median()}
+            self._last_told = {"taught_score": scores.mean(), "side": areas.sqrt().median()}
         nothing = scores.new_zeros(())
         metrics = {
             "taught": scores.new_tensor(len(scores) / len(sure)),
-            **{name: self._shown.get(name, nothing) for name in ("taught_score", "side")},
+            **{name: self._last_told.get(name, nothing) for name in ("taught_score", "side")},
         }
         return StepOutput(output.loss, {**output.metrics, **metrics})
 
@@ -148,7 +148,7 @@ class SelfTraining(WholeDetector):
 
         Its image_size is the teacher's, of whole pictures: views are parts of one.
         """
-        about = json.loads(bytes(self.about.tolist()))
+        about = json.loads(bytes(self.metadata_bytes.tolist()))
         return about_detector(self.product(), about["names"], about["image_size"])
 
     def warnings(self, image_size: int, reading: Reading) -> list[str]:

@@ -9,10 +9,8 @@ the recipe and the machine. It can be written while a run goes on, and is writte
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import html
-import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,12 +28,19 @@ from groundwork.checkpoint import latest
 from groundwork.config import read_yaml
 from groundwork.data.samples import open_samples
 from groundwork.errors import CheckpointError, GroundworkError
-from groundwork.page import check_run, curves, embedded, read_metrics, sheet, table, write_page
+from groundwork.page import (
+    check_run,
+    curves,
+    embedded,
+    read_metrics,
+    run_command,
+    sheet,
+    table,
+    write_page,
+)
 from pretrain.probe_pictures import read_unlabeled
 from pretrain.recipe import Recipe, build
 from pretrain.report_pictures import look
-
-logger = logging.getLogger("pretrain.report")
 
 GAP = 4  # pixels of white between pictures
 _LOOKED_AT = 128  # pictures among which neighbours are looked for
@@ -169,17 +174,7 @@ def _sheet(pictures: Tensor, name: str, caption: str, columns: int = 8) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(prog="python -m pretrain.report")
-    parser.add_argument("run", type=Path, help="a run folder of pretraining")
-    parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
-    options = parser.parse_args(arguments)
-    try:
-        logger.info("%s", write_report(options.run, options.out))
-        return 0
-    except GroundworkError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    return run_command("pretrain", write_report, arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.label_efficiency import Init, Study, _settings_of, inits_of, main, parser
+from benchmarks.label_efficiency import Init, Study, _settings, inits_of, main, parser
 from benchmarks.label_efficiency_results import draw, read, table, update
 from benchmarks.runs import go_on
 from finetune.detector import build_detector
@@ -96,8 +96,10 @@ def test_what_makes_figures_comparable() -> None:
         "python -m finetune.run --out a-5pct-seed0-500 data.train=x budget.steps=500 seed=0 lr=1"
     )
     other = first.replace("500", "2000").replace("seed0", "seed1").replace("seed=0", "seed=1")
-    assert _settings_of(first) == _settings_of(other) == "python -m finetune.run lr=1"
-    assert _settings_of(first.replace("lr=1", "lr=2")) != _settings_of(first)
+    settings = _settings({"command": first})
+    assert settings == _settings({"command": other}) == ("python -m finetune.run lr=1", 0.0)
+    assert settings != _settings({"command": first.replace("lr=1", "lr=2")})
+    assert settings != _settings({"command": first, "average": 0.5})
 
 
 def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from pathlib import Path
 
@@ -18,12 +17,11 @@ from finetune.evaluate import evaluate
 from finetune.metrics import Found
 from finetune.plots import confusion_of
 from finetune.recipe import resolve
-from finetune.report import _pictures, main, write_report
+from finetune.report import _pictures, write_report
 from finetune.weights import About, parts_of, save_detector
-from groundwork.command import tell_page
 from groundwork.config import to_yaml
 from groundwork.data.labels import open_labeled
-from groundwork.errors import DataError, UsageError
+from groundwork.errors import DataError
 
 
 @pytest.fixture
@@ -119,28 +117,3 @@ def test_a_confusion_of_many_classes_is_no_larger_than_one_of_few() -> None:
     figure = confusion_of(np.eye(401, dtype=np.int64), names)
     assert max(figure.get_size_inches()) <= 21
     assert not figure.axes[0].get_xticklabels()[0].get_text().startswith("class")
-
-
-def test_a_folder_that_is_no_run_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(UsageError, match="is no run folder"):
-        write_report(tmp_path)
-    assert main([str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
-    (tmp_path / "recipe.yaml").write_text("task:\n  name: byol\n")
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(UsageError, match=r"is a run of pretrain/run\.py: `python -m pretrain"):
-        write_report(tmp_path)
-
-
-@pytest.mark.parametrize("fails", [ValueError("no backend"), ImportError("no matplotlib")])
-def test_a_page_that_fails_ends_no_run(
-    fails: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def write(folder: Path) -> Path:
-        raise fails
-
-    with caplog.at_level(logging.WARNING):
-        tell_page("finetune", tmp_path, write)
-    assert f"Try `python -m finetune.report {tmp_path}`" in caplog.text

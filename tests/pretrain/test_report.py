@@ -17,7 +17,6 @@ from groundwork.backbones import build_backbone
 from groundwork.backbones.product import save_product
 from groundwork.checkpoint import save
 from groundwork.config import to_yaml
-from groundwork.errors import UsageError
 from pretrain.recipe import resolve
 from pretrain.report import main, save_sheet, write_report
 from pretrain.report_pictures import look, principal_colours
@@ -106,15 +105,6 @@ def test_a_line_that_is_being_written_is_left_out(
     assert "<h2>Curves</h2>" in write_report(run).read_text()
     assert main([str(run), "--out", str(run / "nowhere" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
-
-
-def test_a_folder_that_is_no_run_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(UsageError, match="is no run folder"):
-        write_report(tmp_path)
-    assert main([str(tmp_path)]) == 2
-    assert "is no run folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow
