@@ -22,11 +22,11 @@ An init is a recipe of recipes/pretrain, or an entry of --plan, a YAML file:
       other-tool: {weights: {medical-txl-pbc: FILE, aerial-hrplanes: FILE}, minutes: 10}
       taught: {recipe: self_training, teacher: domain, steps: [1000, 2000]}
 
-A `teacher` is another init: its longest detector of the same labels is the pretraining's
-task.weights, and where it starts. That pretraining is done for each fraction and seed, and its
-minutes count the teacher's. An init with `steps` has these lengths instead of --steps; with
-`average: 0.5`, what is scored is the mean of the fine-tuned detector and of the one that it began
-with (finetune/average.py), here in equal shares.
+A `teacher` is another init: its detector of the same labels after its longest fine-tuning is the
+pretraining's task.weights, and where it starts. That pretraining is done for each fraction and
+seed, and its minutes count the teacher's. An init with `steps` has these lengths instead of
+--steps; with `average: 0.5`, its detector is the mean of the fine-tuned one and of the one that it
+began with (finetune/average.py), here in equal shares.
 
 The labeled pictures of a fraction are those of --lists/<set>-<NN>pct-seed<S>.txt, or where there is
 no such file, drawn from the set's training pictures by the seed. Every figure is written to
@@ -127,8 +127,7 @@ class Study:
             *init.pretrain,
         ]
         if init.teacher is not None:
-            taught = self.train(init.teacher, fraction, seed, max(init.teacher.steps))
-            teacher = str(taught / "detector.safetensors")
+            teacher = str(self.outcome(init.teacher, fraction, seed, max(init.teacher.steps))[0])
             keys.append(f"task.weights={teacher}")
             flags += ["--init", teacher]
         same_as_before(run, ["-m", "pretrain.run", "--out", str(run), *flags, *keys])

@@ -270,6 +270,15 @@ def test_an_average_with_the_start_is_what_is_scored(
         assert study.outcome(mean, 5, 0, 9) == (run / "average-0.25.safetensors", 0.6)
     files = [run / "detector.safetensors", start]
     assert made == [("average-0.25.safetensors", files, [0.75, 0.25])]
+    # And it is what teaches another.
+    teacher = Init("x", weights=start, average=0.25, steps=(9,))
+    pupil = Init("pupil", recipe="self_training", teacher=teacher)
+    ran: list[Any] = []
+    monkeypatch.setattr("benchmarks.label_efficiency.go_on", lambda *command: ran.append(command))
+    study.weights(pupil, 5, 0)
+    [(_, _, flags, keys)] = ran
+    assert f"task.weights={run / 'average-0.25.safetensors'}" in keys
+    assert flags[-2:] == ["--init", str(run / "average-0.25.safetensors")]
     with pytest.raises(UsageError, match="average is about a start"):
         study.outcome(Init("scratch", average=0.5), 5, 0, 9)
 
