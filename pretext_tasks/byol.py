@@ -29,7 +29,6 @@ Differs from the paper:
 from __future__ import annotations
 
 import copy
-import math
 from typing import Annotated, Any
 
 import torch
@@ -43,6 +42,7 @@ from groundwork.colour import Colour, Probability
 from groundwork.config import Section, starting_from
 from pretext_tasks.contract import PretextTask, StepOutput, Views
 from pretext_tasks.crops import AreaRange, RatioRange
+from pretext_tasks.slow_copy import follow
 from pretext_tasks.two_views import (
     TwoViews,
     Width,
@@ -126,13 +126,10 @@ class BYOL(PretextTask):
         }
         return StepOutput((2 - 2 * cosine_1) + (2 - 2 * cosine_2), metrics)
 
-    @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Move the target's parameters towards the online ones (section 3.3)."""
-        momentum = 1 - (1 - self.momentum) * (math.cos(math.pi * progress) + 1) / 2
-        online = [*self.backbone.parameters(), *self.projector.parameters()]
-        target = [*self.target_backbone.parameters(), *self.target_projector.parameters()]
-        torch._foreach_lerp_(target, online, 1 - momentum)
+        target = (self.target_backbone, self.target_projector)
+        follow(target, (self.backbone, self.projector), self.momentum, progress)
 
     def lr_scales(self) -> dict[str, float]:
         """Say how much faster the predictor learns (groundwork/optim.py)."""

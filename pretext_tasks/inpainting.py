@@ -2,12 +2,14 @@
 
 Masked image modelling for convolutional backbones. Blocks of the picture are replaced by a filling,
 the backbone sees the filled picture, and a light decoder over C3, C4 and C5 predicts the pixels, or
-with `target=hog` the directions of edges (pretext_tasks/inpainting_targets.py); the loss is on what
-is hidden alone. Sources: Context Encoders (Pathak et al. 2016, arXiv 1604.07379) for inpainting as
+with `target=hog` the directions of edges, or with `target=features` what a slow copy of the network
+sees there in the whole picture (pretext_tasks/inpainting_targets.py); the loss is on what is hidden
+alone. Sources: Context Encoders (Pathak et al. 2016, arXiv 1604.07379) for inpainting as
 a pretext task; SimMIM (Xie et al. 2021, arXiv 2111.09886) for filling hidden blocks instead of
 dropping them, blocks of 32 px of which 60 % are hidden, and a light decoder; MAE (He et al. 2021,
 arXiv 2111.06377, section 4.1) for targets normalised patch by patch; MaskFeat (Wei et al. 2021,
-arXiv 2112.09133) for histograms of gradients.
+arXiv 2112.09133) for histograms of gradients; data2vec (Baevski et al. 2022, arXiv 2202.03555) for
+features of a moving average of the network itself.
 
 What convolution does over hidden regions, with `encoder=dense`: nothing special. It sees the filled
 hole: every kernel that touches one mixes filling with picture, the hole's borders are edges like
@@ -22,11 +24,13 @@ of visible cells alone (pretext_tasks/visible.py), and the decoder sees learned 
 Nothing of a hidden pixel reaches the network: hidden bytes are set to 0 before anything is computed
 of the network's input, so that the mean colour that a colour transform needs is the visible
 pixels', and a blur spreads nothing but the black of the hole. Hidden pixels enter the target alone,
-which gets the same colour transform, by the same mean colour.
+which gets the same colour transform, by the same mean colour. (With `focus` they also say where it
+is worth to hide.)
 
 The loss in figures: with targets normalised per patch and `l2`, 1 is what predicting every patch's
 mean gives. A part of what is below 1 is the data's usual colour (a pink smear is red before it is
-blue, everywhere); the rest has been inferred from what can be seen.
+blue, everywhere); the rest has been inferred from what can be seen. Of features, 1 is what
+predicting every channel's mean gives.
 
 Differs from the papers:
 - SimMIM's and MAE's encoders are transformers; MAE's never sees the hidden patches, ours sees the
@@ -42,11 +46,19 @@ Differs from the papers:
   summed, one 3x3 convolution, and a 1x1 convolution to 8 x 8 x 3 values for each cell, laid out as
   pixels (of `hog` 9 x 3). GroupNorm, so that it has no statistics of the batch. With 16 or 32 in
   `scales`, C4 and C5 also predict by themselves as many values for each of their cells: pixels
-  pooled by 2 or 4, or the histograms of cells of 16 or 32 px.
+  pooled by 2 or 4, or the histograms of cells of 16 or 32 px. Of `features` as many values as the
+  level that is predicted has channels.
+- data2vec's teacher is an average of the last layers' features, normalised over time; ours is the
+  level (with a neck the neck's) of the stride that predicts, normalised by channel over the batch,
+  and moves as BYOL's target does.
+- Blocks are hidden anywhere alike; with `focus` a share of them is drawn by how strong a block's
+  edges are, so that small objects on plain ground are asked for more often.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -76,11 +88,13 @@ from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, dr
 from pretext_tasks.inpainting_targets import (
     STRIDE,
     Histograms,
+    Latents,
     Pixels,
     Target,
     mean_over,
     spread,
 )
+from pretext_tasks.slow_copy import follow
 from pretext_tasks.through_neck import Letter, ThroughNeck
 from pretext_tasks.visible import check_backbone, visible_only
 
@@ -95,11 +109,14 @@ class InpaintingConfig(Section):
 
     block: int = Field(default=32, multiple_of=8, ge=8)  # SimMIM, table 1: side in pixels
     ratio: float = Field(default=0.6, gt=0, lt=1)  # SimMIM, table 1: share of hidden blocks
-    target: Literal["pixels", "hog"] = "pixels"  # what is predicted; hog: MaskFeat
+    # What is predicted; hog: MaskFeat, features: data2vec.
+    target: Literal["pixels", "hog", "features"] = "pixels"
     patch: int | None = Field(default=16, ge=2)  # MAE, of pixels: side; None: not normalised
     eps: Positive = 1.5e-5  # added to a patch's variance: (1 / 255) squared
+    momentum: Probability = 0.996  # of features' slow copy: BYOL's tau_base, and its schedule
     loss: Literal["l2", "l1"] = "l2"  # MAE; SimMIM: l1
     scales: tuple[Literal[8, 16, 32], ...] = (8,)  # strides that predict; 8 must be one
+    focus: Probability = 0.0  # ours: share of hidden blocks that are drawn by their edges
     filling: Literal["token", "mean"] = "token"  # of holes, for a dense encoder
     # dense: the backbone sees filled holes. sparse: SparK's, it sees visible cells alone.
     encoder: Literal["dense", "sparse"] = "dense"
@@ -114,10 +131,10 @@ class InpaintingConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> InpaintingConfig:
-        if self.target == "hog" and self.block % max(self.scales):
+        if self.target != "pixels" and self.block % max(self.scales):
             raise ValueError(
-                f"target=hog needs whole cells of every stride in a block: block={self.block} is "
-                f"not a multiple of {max(self.scales)} (scales)"
+                f"target={self.target} needs whole cells of every stride in a block: "
+                f"block={self.block} is not a multiple of {max(self.scales)} (scales)"
             )
         if self.target == "pixels" and self.patch is not None and self.block % self.patch:
             raise ValueError(f"patch={self.patch} does not divide block={self.block}")
@@ -150,7 +167,11 @@ class InpaintingViews:
         image = draw_turn(config.flip, config.rotate, generator).of_view(image)
         side = self.image_size // config.block
         hidden = np.zeros(side * side, np.bool_)
-        hidden[generator.permutation(side * side)[: self.hidden_blocks]] = True
+        if by_edges := round(config.focus * self.hidden_blocks):
+            chances = _edges(image, config.block)
+            hidden[generator.choice(side * side, by_edges, replace=False, p=chances)] = True
+        rest = generator.permutation(np.flatnonzero(~hidden))
+        hidden[rest[: self.hidden_blocks - by_edges]] = True
         entries: dict[str, np.ndarray[Any, Any]] = {
             "image": np.ascontiguousarray(image),
             "hidden": hidden.reshape(side, side),
@@ -160,14 +181,27 @@ class InpaintingViews:
         return entries
 
 
-class Decoder(nn.Module):
-    """Predicts from the pyramid: one map for each stride in `scales`, finest first.
+def _edges(image: np.ndarray[Any, Any], block: int) -> np.ndarray[Any, Any]:
+    """Return how strong the edges of each block of uint8 H W C are, row by row; their sum is 1."""
+    grey = image.mean(2, dtype=np.float32)
+    steps = np.zeros_like(grey)
+    steps[:, 1:] += np.abs(np.diff(grey, axis=1))
+    steps[1:] += np.abs(np.diff(grey, axis=0))
+    rows, columns = (side // block for side in grey.shape)
+    blocks = steps.reshape(rows, block, columns, block).sum((1, 3), dtype=np.float64).ravel()
+    blocks += 1e-3 * blocks.mean() + 1e-9  # a plain picture has as many blocks to choose from
+    shares: np.ndarray[Any, Any] = blocks / blocks.sum()
+    return shares
 
-    `cell` is how many values there are for each of a map's cells.
+
+class Decoder(nn.Module):
+    """Predicts from the pyramid: one map for each stride in `cells`, finest first.
+
+    `cells` tells by stride how many values there are for each of a map's cells.
     """
 
     def __init__(
-        self, levels: tuple[Level, Level, Level], width: int, scales: set[int], cell: int
+        self, levels: tuple[Level, Level, Level], width: int, cells: Mapping[int, int]
     ) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(level.channels, width, 1) for level in levels)
@@ -178,16 +212,16 @@ class Decoder(nn.Module):
             nn.GroupNorm(width // _GROUP, width),
             nn.SiLU(),
         )
-        self.output = nn.Conv2d(width, cell, 1)
+        self.output = nn.Conv2d(width, cells[STRIDE], 1)
         # A head that no loss reaches would hold up DDP: there are only those that are asked for.
         self.deep = nn.ModuleDict(
             {
                 str(scale): nn.Sequential(
                     nn.GroupNorm(width // _GROUP, width),
                     nn.SiLU(),
-                    nn.Conv2d(width, cell, 1),
+                    nn.Conv2d(width, cells[scale], 1),
                 )
-                for scale in sorted(scales - {STRIDE})
+                for scale in sorted(set(cells) - {STRIDE})
             }
         )
 
@@ -211,11 +245,18 @@ class Inpainting(ThroughNeck):
     def __init__(self, backbone: Backbone, config: InpaintingConfig) -> None:
         super().__init__(backbone, config.neck)
         self.config = config
-        self._kind: type[Histograms] | type[Pixels] = (
-            Histograms if config.target == "hog" else Pixels
+        strides = dict(zip(STRIDES, self.levels, strict=True))
+        self._kind = _KINDS[config.target]
+        self.decoder = Decoder(
+            self.levels,
+            config.width,
+            {s: self._kind.cell(backbone.in_channels, strides[s]) for s in config.scales},
         )
-        cell = self._kind.cell(backbone.in_channels)
-        self.decoder = Decoder(self.levels, config.width, set(config.scales), cell)
+        if config.target == "features":
+            self.target_backbone = copy.deepcopy(backbone).requires_grad_(False)
+            self.target_neck = copy.deepcopy(self.neck)
+            if self.target_neck is not None:
+                self.target_neck.requires_grad_(False)
         if config.encoder == "sparse":
             check_backbone(backbone)
             # SparK's mask embeddings: what a decoder sees of a hidden cell, at each level.
@@ -251,7 +292,7 @@ class Inpainting(ThroughNeck):
 
         Metrics, of hidden cells: hidden_error, the mean absolute error of pixels in grey levels (0
         to 255) once each patch has its own mean and deviation back; of `target=hog` hidden_cosine,
-        between histograms.
+        between histograms, and of `target=features` between features.
         """
         hidden = spread(batch["hidden"], self.config.block)
         predictions = self._predictions(batch, self._filled(batch, hidden))
@@ -270,18 +311,27 @@ class Inpainting(ThroughNeck):
             metrics = target.metrics(predictions[STRIDE].float(), hidden)
         return StepOutput(torch.stack(losses).mean(), metrics)
 
+    def after_step(self, progress: float) -> None:
+        """Move the slow copy towards the network (BYOL, section 3.3)."""
+        if self.config.target == "features":
+            momentum = self.config.momentum
+            follow([self.target_backbone], [self.backbone], momentum, progress)
+            if self.target_neck is not None and self.neck is not None:
+                follow([self.target_neck], [self.neck], momentum, progress)
+
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return what the network sees, the prediction in its holes, and the truth.
 
         Of normalised patches, see pretext_tasks/inpainting_targets.py: their brightness and
-        contrast are the truth's. Of histograms edges are drawn, cell by cell.
+        contrast are the truth's. Of histograms edges are drawn, cell by cell, of features their
+        three main directions are colours.
         """
         hidden = spread(batch["hidden"], self.config.block)
         filled = self._filled(batch, hidden)
         with evaluating(self):
             prediction = self._predictions(batch, filled)[STRIDE].float()
-        shown = self._target(batch, hidden).shown(prediction, hidden)
+            shown = self._target(batch, hidden).shown(prediction, hidden)
         return {
             "masked": colour.denormalise(filled, *self._normalisation),
             **{name: colour.denormalise(image, *self._plain) for name, image in shown.items()},
@@ -321,6 +371,13 @@ class Inpainting(ThroughNeck):
         config, image = self.config, self._coloured(batch["image"], batch, hidden, *self._plain)
         if config.target == "hog":
             return Histograms(image, config.scales)
+        if config.target == "features":
+            whole = self._coloured(batch["image"], batch, hidden, *self._normalisation)
+            levels: Pyramid | Features = self.target_backbone(whole)
+            if self.target_neck is not None:
+                levels = self.target_neck(levels)
+            strides = dict(zip(STRIDES, levels, strict=True))
+            return Latents(image, {scale: strides[scale] for scale in config.scales})
         return Pixels(image, config.scales, config.patch, config.eps)
 
     def _coloured(
@@ -344,6 +401,13 @@ class Inpainting(ThroughNeck):
         """Mean and deviation that leave colours from 0 to 1."""
         channels = self.backbone.in_channels
         return (0.0,) * channels, (1.0,) * channels
+
+
+_KINDS: dict[str, type[Pixels] | type[Histograms] | type[Latents]] = {
+    "pixels": Pixels,
+    "hog": Histograms,
+    "features": Latents,
+}
 
 
 def hidden_loss(prediction: Tensor, target: Tensor, hidden: Tensor, kind: str) -> Tensor:

@@ -1,9 +1,11 @@
-"""What inpainting is to predict of a hidden cell: its pixels, or the directions of its edges.
+"""What inpainting is to predict of a hidden cell: its pixels, its edges' directions, or features.
 
 `Pixels`: 8 x 8 x 3 of a cell, normalised patch by patch (MAE, arXiv 2111.06377, section 4.1).
 `Histograms`: of oriented gradients (Dalal and Triggs 2005, CVPR), as MaskFeat predicts (Wei et al.
 2021, arXiv 2112.09133, section 3.2): 9 directions without sign in each cell, by channel,
 each channel's histogram of length 1. They say where edges lie and not how bright a thing is.
+`Latents`: what a slow copy of the network makes of the whole picture, as data2vec predicts (Baevski
+et al. 2022, arXiv 2202.03555): neither colours nor edges, but what the network has come to see.
 
 Differs from MaskFeat: cells are those of the level that predicts (8 px at stride 8, as in the
 paper, 16 and 32 px above), all pixels of a cell count alike, and a constant beside the length keeps
@@ -13,12 +15,15 @@ the noise of a flat cell small. Gradients are of the two neighbours, one of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from groundwork.backbones.contract import Level
+from groundwork.principal import principal_colours
 
 STRIDE = 8  # of the finest cells that are predicted, in pixels
 BINS = 9  # directions (Dalal and Triggs, section 6.3)
@@ -37,8 +42,8 @@ class Target(Protocol):
     maps: dict[int, Tensor]
 
     @staticmethod
-    def cell(channels: int) -> int:
-        """Return how many values are predicted for a cell of a picture of that many channels."""
+    def cell(channels: int, level: Level) -> int:
+        """Return how many values are predicted for a cell of a level, of a picture's channels."""
 
     @staticmethod
     def laid_out(prediction: Tensor) -> Tensor:
@@ -72,7 +77,7 @@ class Pixels:
         }
 
     @staticmethod
-    def cell(channels: int) -> int:
+    def cell(channels: int, level: Level) -> int:
         """Return 8 x 8 values for each channel."""
         return STRIDE**2 * channels
 
@@ -108,7 +113,7 @@ class Histograms:
         self.maps = {scale: _histograms(split, scale) for scale in scales}
 
     @staticmethod
-    def cell(channels: int) -> int:
+    def cell(channels: int, level: Level) -> int:
         """Return 9 values for each channel."""
         return BINS * channels
 
@@ -129,6 +134,49 @@ class Histograms:
         wanted = self.maps[STRIDE]
         restored = torch.where(hidden[:, :, ::STRIDE, ::STRIDE], prediction, wanted)
         return {"reconstruction": _edges(restored), "edges": _edges(wanted), "truth": self._image}
+
+
+class Latents:
+    """Features of the whole picture, each channel without its mean and deviation over the batch.
+
+    So a network whose features are the same everywhere has nothing to predict, and learns nothing
+    by it; what the slow copy tells apart is what counts.
+    """
+
+    def __init__(self, image: Tensor, features: Mapping[int, Tensor]) -> None:
+        """Take N C H W, colours from 0 to 1, and features of it by stride."""
+        self._image = image
+        self.maps = {
+            scale: functional.batch_norm(level.float(), None, None, training=True)
+            for scale, level in features.items()
+        }
+
+    @staticmethod
+    def cell(channels: int, level: Level) -> int:
+        """Return a value for each channel of the level."""
+        return level.channels
+
+    @staticmethod
+    def laid_out(prediction: Tensor) -> Tensor:
+        """Return the same: a cell's values are its channels."""
+        return prediction
+
+    def metrics(self, prediction: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return hidden_cosine: the mean cosine of features and what was predicted."""
+        cosine = functional.cosine_similarity(prediction, self.maps[STRIDE], dim=1)
+        asked = hidden[:, 0, ::STRIDE, ::STRIDE]
+        return {"hidden_cosine": (cosine * asked).sum() / asked.sum()}
+
+    def shown(self, prediction: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return the features' main directions as colours, predicted in the holes, and the truth's.
+
+        Directions and colours are of both together, so that the same colour is the same feature.
+        """
+        wanted = self.maps[STRIDE]
+        restored = torch.where(hidden[:, :, ::STRIDE, ::STRIDE], prediction, wanted)
+        colours = principal_colours(torch.cat((restored, wanted))) / 255
+        first, second = functional.interpolate(colours, scale_factor=STRIDE).chunk(2)
+        return {"reconstruction": first, "features": second, "truth": self._image}
 
 
 def _histograms(split: Tensor, side: int) -> Tensor:

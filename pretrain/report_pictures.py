@@ -16,9 +16,8 @@ from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.modes import evaluating
 from groundwork.precise_batchnorm import measured_statistics
+from groundwork.principal import principal_colours
 from pretrain.feature_maps import feature_maps
-
-_ROBUST = 0.02  # of the values at either end are clipped before colours are stretched
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,3 @@ def look(
     # A picture is most like itself, but for a copy of it.
     rest = torch.stack([row[row != query][:k] for row, query in zip(nearest, asked, strict=True)])
     return Seen(pictures[:shown], colours, torch.cat((asked[:, None], rest), 1))
-
-
-def principal_colours(maps: Tensor) -> Tensor:
-    """Return the three main directions of N C H W as uint8 N 3 H W, stretched over all pictures."""
-    n, channels, height, width = maps.shape
-    cells = maps.permute(0, 2, 3, 1).reshape(-1, channels).double()
-    cells = cells - cells.mean(0)
-    _, _, directions = torch.linalg.svd(cells, full_matrices=False)
-    values = cells @ directions[:3].T  # n H W, at most 3
-    values = functional.pad(values, (0, 3 - values.shape[1]))
-    low, high = (values.quantile(q, dim=0) for q in (_ROBUST, 1 - _ROBUST))
-    stretched = ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return (
-        (stretched * 255).round().to(torch.uint8).reshape(n, height, width, 3).permute(0, 3, 1, 2)
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -20,6 +22,7 @@ from groundwork.errors import UsageError
 from pretext_tasks.inpainting import Inpainting, InpaintingConfig, hidden_loss
 from pretext_tasks.inpainting_targets import (
     Histograms,
+    Latents,
     by_channel,
     normalise_patches,
     oriented,
@@ -79,6 +82,7 @@ def _other_pixels_hidden(batch: dict[str, Tensor], block: int) -> dict[str, Tens
         {"encoder": "sparse"},
         {"neck": "n"},
         {"target": "hog"},
+        {"target": "features"},
     ],
 )
 @pytest.mark.parametrize("jitter", [None, EVERY_COLOUR])
@@ -210,10 +214,13 @@ def test_backward_reaches_every_parameter(
         {"encoder": "sparse"},
         {"neck": "n"},
         {"target": "hog"},
+        {"target": "features"},
+        {"target": "features", "neck": "n"},
     ):
         task = make_task(scales=scales, colour=EVERY_COLOUR, loss="l1", **way)
         task(make_batch(Inpainting, task.config)).loss.backward()
-        assert all(parameter.grad is not None for parameter in task.parameters())
+        for name, parameter in task.named_parameters():
+            assert (parameter.grad is None) == name.startswith("target_"), name
 
 
 def _seen(task: Inpainting, batch: dict[str, Tensor]) -> Tensor:
@@ -257,6 +264,30 @@ def test_the_number_of_hidden_blocks_is_exact_and_their_places_are_not(
     assert all(mask.shape == (6, 6) and mask.sum() == 22 for mask in masks)  # 0.6 * 36 = 21.6
     often = np.mean(masks, axis=0)
     assert often.min() > 0.45 and often.max() < 0.75  # 22 / 36, four deviations
+
+
+def _png(pixels: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def test_with_focus_blocks_with_edges_are_hidden_more_often() -> None:
+    pixels = np.full((192, 192, 3), 90, np.uint8)
+    pixels[70:80, 100:110] = 200  # one small object, in block (2, 3)
+    views = Inpainting.views(
+        InpaintingConfig(ratio=0.25, focus=0.5, crop_scale=(1.0, 1.0), flip=0.0), 192
+    )
+    picture = open_picture(_png(pixels))
+    masks = np.array([views(picture, _generator(n))["hidden"] for n in range(100)])
+    assert (masks.sum((1, 2)) == 9).all()
+    often = masks.mean(0)
+    assert often[2, 3] == 1
+    assert np.delete(often.ravel(), 15).min() > 0.1 and np.delete(often.ravel(), 15).max() < 0.45
+    plain = open_picture(_png(np.full((192, 192, 3), 90, np.uint8)))
+    masks = np.array([views(plain, _generator(n))["hidden"] for n in range(100)])
+    assert (masks.sum((1, 2)) == 9).all()
+    assert masks.mean(0).min() > 0.1 and masks.mean(0).max() < 0.45
 
 
 def test_pictures_are_restored_with_each_patchs_own_mean_and_deviation(
@@ -310,6 +341,11 @@ def test_a_size_that_blocks_do_not_fill_is_refused(
         ({"loss": "l3"}, r"task\.loss"),
         ({"target": "sift"}, r"task\.target"),
         ({"target": "hog", "block": 16, "scales": [8, 32]}, "block=16 is not a multiple of 32"),
+        (
+            {"target": "features", "block": 16, "scales": [8, 32]},
+            "target=features needs whole cells of every stride in a block: block=16 is not",
+        ),
+        ({"focus": 1.5}, r"task\.focus"),
         ({"crop_scale": [0.5, 2.0]}, "crop_scale"),
     ],
 )
@@ -409,6 +445,64 @@ def test_histograms_that_are_predicted_rightly_cost_nothing(
     hook.remove()
     task.decoder.register_forward_hook(lambda *_: {k: -v for k, v in right.items()})
     assert task(batch).metrics["hidden_cosine"].item() == pytest.approx(-1, abs=1e-3)
+
+
+@pytest.mark.parametrize("neck", [None, "n"])
+def test_features_that_are_predicted_rightly_cost_nothing(
+    make_task: MakeTask, make_batch: MakeBatch, neck: str | None
+) -> None:
+    task = make_task(target="features", scales=(8, 16, 32), neck=neck)
+    batch = make_batch(Inpainting, task.config)
+    image = (batch["image"] / 255).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (task.backbone.mean, task.backbone.std))
+    with torch.no_grad():  # the copy is the network still, and sees the whole picture
+        levels = task.through(task.backbone((image - mean) / std))
+    right = {}
+    for scale, level in zip((8, 16, 32), levels, strict=True):
+        middle, spread_ = level.mean((0, 2, 3), keepdim=True), level.var((0, 2, 3), keepdim=True)
+        right[scale] = (level - middle) / spread_.sqrt()
+    hook = task.decoder.register_forward_hook(lambda *_: right)
+    output = task(batch)
+    assert output.loss.item() < 0.01  # the unbiased variance of 4 cells here, the biased one there
+    assert output.metrics["hidden_cosine"].item() > 0.999
+    shown = task.pictures(batch)
+    assert set(shown) == {"masked", "reconstruction", "features", "truth"}
+    assert torch.equal(shown["truth"], batch["image"].permute(0, 3, 1, 2))
+    hook.remove()
+    nothing = {scale: torch.zeros_like(map_) for scale, map_ in right.items()}
+    task.decoder.register_forward_hook(lambda *_: nothing)
+    assert 0.5 < task(batch).loss.item() < 1.5
+
+
+def test_the_copy_that_says_the_features_follows_slowly_and_is_not_kept(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    task = make_task(target="features", neck="n", momentum=0.9)
+    assert set(task.product()) == {"backbone", "neck"}
+    assert not any("target" in name for name in make_task().state_dict())
+    with torch.no_grad():
+        for parameter in (*task.backbone.parameters(), *task.product()["neck"].parameters()):
+            parameter.add_(1.0)
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    task.after_step(1.0)  # at the end it stands still
+    for name, value in task.state_dict().items():
+        assert torch.equal(value, before[name])
+    task.after_step(0.0)
+    moved = [name for name, value in task.state_dict().items() if (value != before[name]).any()]
+    assert {name.split(".")[0] for name in moved} == {"target_backbone", "target_neck"}
+    for name, value in task.named_parameters():
+        if name.startswith("target_"):
+            assert torch.allclose(value, before[name] + 0.1, atol=1e-5), name
+
+
+def test_a_network_that_says_the_same_everywhere_has_nothing_to_predict() -> None:
+    image = torch.rand(2, 3, 64, 64)
+    target = Latents(image, {8: torch.full((2, 5, 8, 8), 3.0)})
+    assert target.maps[8].abs().max() < 1e-3
+    hidden = torch.ones(2, 1, 64, 64, dtype=torch.bool)
+    shown = target.shown(torch.zeros(2, 5, 8, 8), hidden)
+    assert all(value.isfinite().all() for value in shown.values())
+    assert target.metrics(torch.zeros(2, 5, 8, 8), hidden)["hidden_cosine"].abs() < 1e-3
 
 
 def test_an_edge_is_drawn_along_itself() -> None:

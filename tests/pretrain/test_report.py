@@ -17,9 +17,10 @@ from groundwork.backbones import build_backbone
 from groundwork.backbones.product import save_product
 from groundwork.checkpoint import save
 from groundwork.config import to_yaml
+from groundwork.principal import principal_colours
 from pretrain.recipe import resolve
 from pretrain.report import main, save_sheet, write_report
-from pretrain.report_pictures import look, principal_colours
+from pretrain.report_pictures import look
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
