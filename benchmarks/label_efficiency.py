@@ -56,7 +56,7 @@ from typing import Any
 import torch
 
 from benchmarks.label_efficiency_results import read, update
-from benchmarks.runs import curve, go_on, noted, same_as_before, val_ap
+from benchmarks.runs import curve, go_on, noted, val_ap
 from finetune.average import write as write_average
 from finetune.evaluate import evaluate
 from finetune.metrics import Results
@@ -65,6 +65,7 @@ from groundwork.checkpoint import write_atomically
 from groundwork.config import read_yaml
 from groundwork.data.labels import open_labeled
 from groundwork.errors import DataError, GroundworkError, UsageError
+from groundwork.stages import same_as_before
 
 logger = logging.getLogger(__name__)
 

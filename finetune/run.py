@@ -33,6 +33,7 @@ from groundwork.command import (
     resume_after_restart,
     stop_with_the_launcher,
     tell_failure,
+    tell_next,
     tell_page,
     with_backbone_of_init,
     write_status,
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_status(run.folder, "done", 0, f"The detector is in {product}.")
         if recipe.report and is_main_process():
             tell_page("finetune", run.folder, _page)
-        logger.info(NEXT.format(file=product, score=_score(recipe, product)))
+        tell_next(NEXT.format(file=product, score=_score(recipe, product)))
         return 0
     except GroundworkError as error:
         tell_failure(run.folder if run is not None and run.begun else None, error)

@@ -104,7 +104,7 @@ def holds_run(folder: Path) -> bool:
         return True
     if any(folder.glob("checkpoints/*/manifest.json")):
         return True
-    return _status(folder).get("state") != "failed"
+    return status_of(folder).get("state") != "failed"
 
 
 def find_run(resume: str, stage: str) -> tuple[Path, Path]:
@@ -229,7 +229,7 @@ def tell_failure(folder: Path | None, error: BaseException) -> None:
     code = error.exit_code if isinstance(error, GroundworkError) else 1
     said = str(error) if known else f"{type(error).__name__}: {error}"
     state = "stopped" if isinstance(error, StoppedError) else "failed"
-    told = _status(folder)
+    told = status_of(folder)
     if told.get("state") == "failed" and (not known or told.get("message") == said):
         return
     if not is_main_process() and (folder is None or state == "stopped" or not known):
@@ -241,7 +241,8 @@ def tell_failure(folder: Path | None, error: BaseException) -> None:
         _write_status(folder, state, code, said)
 
 
-def _status(folder: Path | None) -> dict[str, Any]:
+def status_of(folder: Path | None) -> dict[str, Any]:
+    """Return what status.json of a run folder says; nothing where there is none."""
     if folder is None:
         return {}
     try:
@@ -265,6 +266,12 @@ def tell_page(stage: str, folder: Path, write: Callable[[Path], Path]) -> None:
             "The page could not be written (%s: %s). Try `python -m %s.report %s`.",
             type(error).__name__, error, stage, folder,
         )  # fmt: skip
+
+
+def tell_next(text: str) -> None:
+    """Say what may come next; not where a program of ours does it."""
+    if LAUNCHER not in os.environ:
+        logger.info("%s", text)
 
 
 def log_to_standard_output(packages: Sequence[str]) -> None:

@@ -1,0 +1,111 @@
+"""Stages that a program of ours starts as commands, and goes on with after a stop."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from groundwork.command import LAUNCHER, status_of
+from groundwork.errors import DataError, StoppedError, UsageError
+from groundwork.run_folder import LOCK
+
+logger = logging.getLogger(__name__)
+
+
+def go_on(
+    module: str,
+    run: Path,
+    flags: Sequence[str],
+    keys: Sequence[str],
+    *,
+    launch: str | None = None,
+    log: Path | None = None,
+) -> None:
+    """Run a stage, pretrain.run or finetune.run, to its end; from its last checkpoint if it can.
+
+    `launch` is a launcher that takes `-m module`, such as "accelerate launch --num_processes 8";
+    None is this Python. What the stage says goes to `log`, or where ours goes.
+
+    Raises StoppedError where it was asked to stop, UsageError where another process trains in its
+    folder, DataError where it failed.
+    """
+    arguments = ["--out", str(run), *flags, *keys]
+    _check_free(run)
+    if any((run / "checkpoints").glob("*/manifest.json")):
+        arguments = ["--resume", str(run)]
+    elif run.is_dir():  # it was stopped before it had saved anything
+        shutil.rmtree(run)
+    command = [*([sys.executable] if launch is None else shlex.split(launch)), "-m", module]
+    logger.info("%s", " ".join(["-m", module, *arguments]))
+    code = _run([*command, *arguments], log)
+    said = status_of(run) if code else {}
+    if said.get("state") == "stopped":
+        raise StoppedError(f"{module} was stopped and has saved: call this again to go on.")
+    if code:
+        more = "" if log is None else f" See {log}."
+        why = f": {said['message']}" if said.get("message") else "."
+        raise DataError(f"{module} in {run} ended with {code}{why}{more}")
+
+
+def check(module: str, flags: Sequence[str], keys: Sequence[str]) -> None:
+    """Raise UsageError where a stage would not take its recipe or keys; it is not run."""
+    command = [sys.executable, "-m", module, *flags, *keys, "--print-recipe"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UsageError(f"{module} {' '.join([*flags, *keys])}: {done.stderr.strip()}")
+
+
+def _run(command: list[str], log: Path | None) -> int:
+    """Run a stage and return its exit code; what asks this process to stop is passed on to it.
+
+    It stops, too, when this process is killed (groundwork/command.py).
+    """
+    output = None if log is None else log.open("a")
+    child = subprocess.Popen(
+        command,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+        env={**os.environ, LAUNCHER: "stages"},
+    )
+    before = {
+        number: signal.signal(number, lambda *_: child.terminate())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if output is not None:
+            output.close()
+
+
+def _check_free(run: Path) -> None:
+    """Raise UsageError where a process trains in a run folder."""
+    if not (run / LOCK).is_file():
+        return
+    with (run / LOCK).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"Another process trains in {run}: wait for it, or stop it."
+            ) from error
+
+
+def same_as_before(run: Path, command: Sequence[str]) -> None:
+    """Note how a run is made. Raises UsageError where it was made in another way."""
+    note, told = run.parent / f"{run.name}.command.txt", " ".join(["python", *command]) + "\n"
+    if note.is_file() and note.read_text() != told:
+        raise UsageError(
+            f"{run} was made by another command ({note}): name another folder, or remove the run."
+        )
+    note.write_text(told)

@@ -1,0 +1,208 @@
+"""From many pictures and few labels to a detector, in one command: all stages, one after the other.
+
+    python -m pretrain.few_labels PICTURES ROOT --recipe aerial --out runs/planes
+
+PICTURES are without labels (shards, a folder: data.train of pretraining), ROOT is a labeled set
+(data.train of fine-tuning). In --out are the run folders of
+
+    1-pretrain    the recipe of recipes/pretrain, which wants no labels
+    2-finetune    the recipe of recipes/finetune, on the labels
+    3-teach       the recipe NAME_taught: self-training with what that detector finds in PICTURES
+    4-finetune    the labels once more
+
+and with --rounds 2 a 5-teach and a 6-finetune, taught by the detector of the round before. After
+each round the mean of the weights before and after its fine-tuning is taken (finetune/average.py)
+and scored on val, too. detector.safetensors is what has the best AP on val; where no pictures are
+held out for that, the last mean. few_labels.json tells all figures. A test split is not looked at.
+
+Called again, it goes on where it was stopped, with the same keys. Keys of every stage are given by
+--keys, those of one kind of stage by --pretrain, --teach and --finetune. Recipes are for 256 px:
+with another image_size in --finetune, --teach wants its own (docs/tasks.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import recipe as finetune_recipes
+from finetune.average import write as write_average
+from finetune.sets import open_sets
+from groundwork.checkpoint import write_atomically
+from groundwork.command import log_to_standard_output
+from groundwork.config import read_yaml
+from groundwork.data.labels import has_split
+from groundwork.errors import DataError, GroundworkError, UsageError
+from groundwork.stages import check, go_on, same_as_before
+
+logger = logging.getLogger("pretrain.few_labels")
+
+NEXT = """\
+What next:
+  score it on other pictures   python -m finetune.evaluate {file} data.test=ROOT
+  use it                       python -m finetune.predict {file} PICTURES --out found"""
+
+_KEYS = ("keys", "pretrain", "teach", "finetune")  # the last fields of Chain
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What is asked for."""
+
+    pictures: str
+    root: str
+    recipe: str
+    out: Path
+    rounds: int = 1
+    launch: str | None = None
+    keys: tuple[str, ...] = ()  # of every stage
+    pretrain: tuple[str, ...] = ()
+    teach: tuple[str, ...] = ()
+    finetune: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise UsageError or DataError for what a stage would not take, before the first runs."""
+        if self.rounds < 0:
+            raise UsageError(f"--rounds {self.rounds}: a round teaches once; 0 is none.")
+        check("pretrain.run", ["--recipe", self.recipe], self._pretrain_keys())
+        check("finetune.run", ["--recipe", self.recipe], self._finetune_keys())
+        if self.rounds:
+            taught = ["--recipe", f"{self.recipe}_taught"]
+            check("pretrain.run", taught, self._teach_keys("detector.safetensors"))
+        open_sets(finetune_recipes.resolve(self.recipe, self._finetune_keys())).close()
+
+    def run(self) -> dict[str, Any]:
+        """Run what is not done yet. Returns, and writes, what each detector reaches on val."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        start = self._stage(
+            "1-pretrain", "pretrain.run", ["--recipe", self.recipe], self._pretrain_keys()
+        )
+        detector, told = self._trained("2-finetune", start)
+        for number in range(1, self.rounds + 1):
+            # The teacher is the best so far, which is where the student begins.
+            start = self._stage(
+                f"{2 * number + 1}-teach", "pretrain.run",
+                ["--recipe", f"{self.recipe}_taught", "--init", str(detector)],
+                self._teach_keys(str(detector)),
+            )  # fmt: skip
+            after, more = self._trained(f"{2 * number + 2}-finetune", start)
+            mean = self.out / f"mean-{number}.safetensors"
+            if not mean.is_file():
+                write_average(mean, [after, start], [1.0, 1.0])
+            told += [*more, {"detector": str(mean), "ap": self._scored(mean, after.parent)}]
+            detector = _best(told)
+        kept = self.out / "detector.safetensors"
+        shutil.copyfile(detector, kept)
+        document = {"kept": str(detector), "detectors": told}
+        write_atomically(self.out / "few_labels.json", json.dumps(document, indent=1) + "\n")
+        return document
+
+    def _trained(self, name: str, start: Path) -> tuple[Path, list[dict[str, Any]]]:
+        """Fine-tune; return the detector's file and, in a list, its AP on val."""
+        flags = ["--recipe", self.recipe, "--init", str(start)]
+        file = self._stage(name, "finetune.run", flags, self._finetune_keys())
+        results = file.parent / "results.json"  # of val; not there where nothing is held out
+        ap = json.loads(results.read_text(encoding="utf-8"))["ap"] if results.is_file() else None
+        return file, [{"detector": str(file), "ap": ap}]
+
+    def _stage(self, name: str, module: str, flags: list[str], keys: list[str]) -> Path:
+        """Run a stage, unless it is done, and return the file that it ends with."""
+        run = self.out / name
+        same_as_before(run, ["-m", module, "--out", str(run), *flags, *keys])
+        product = "pretrained" if module == "pretrain.run" else "detector"
+        file = run / f"{product}.safetensors"
+        status = run / "status.json"
+        if not (status.is_file() and json.loads(status.read_text())["state"] == "done"):
+            logger.info("%s of %s", name, self.out)
+            go_on(module, run, flags, keys, launch=self.launch)
+        return file
+
+    def _scored(self, file: Path, run: Path) -> float | None:
+        """Return a detector's AP on what a fine-tuning held out; None where it held nothing out."""
+        data = read_yaml(run / "recipe.yaml")["data"]
+        keys = [f"data.cache={data['cache']}"] if data["cache"] else []
+        if data["holdout"]:
+            keys += [f"data.val={self.root}", f"data.holdout={data['holdout']}"]
+            keys += ["data.split=train"] if has_split(self.root, "train") else []
+            keys += [f"data.train_list={data['train_list']}"] if data["train_list"] else []
+        elif data["val"] or has_split(self.root, "val"):
+            keys.append(f"data.val={data['val'] or self.root}")
+        else:
+            return None
+        out = file.with_suffix("")
+        if not (out / "results.json").is_file():
+            command = [sys.executable, "-m", "finetune.evaluate", str(file), "--out", str(out)]
+            if subprocess.run([*command, *keys], check=False).returncode:
+                raise DataError(f"{file} could not be scored: see above.")
+        return float(json.loads((out / "results.json").read_text(encoding="utf-8"))["ap"])
+
+    def _pretrain_keys(self) -> list[str]:
+        return [f"data.train={self.pictures}", *self.keys, *self.pretrain]
+
+    def _teach_keys(self, teacher: str) -> list[str]:
+        return [f"data.train={self.pictures}", f"task.weights={teacher}", *self.keys, *self.teach]
+
+    def _finetune_keys(self) -> list[str]:
+        # Test pictures choose nothing: they are for the person, at the end.
+        return [f"data.train={self.root}", "eval.test=false", *self.keys, *self.finetune]
+
+
+def _best(told: Sequence[dict[str, Any]]) -> Path:
+    """Return the detector with the best AP; the last where nothing says which is better."""
+    if any(one["ap"] is None for one in told):
+        return Path(told[-1]["detector"])
+    return Path(max(reversed(told), key=lambda one: one["ap"])["detector"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    log_to_standard_output(("groundwork", "pretrain", "finetune"))
+    parser = argparse.ArgumentParser(prog="python -m pretrain.few_labels", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("pictures", help="pictures without labels: shards, or a folder")
+    parser.add_argument("root", help="a labeled data set")
+    parser.add_argument("--recipe", required=True, help="aerial, medical, or a name of your own")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--rounds", type=int, default=1, help="of self-training (%(default)s)")
+    parser.add_argument("--launch", help='such as "accelerate launch --num_processes 8"')
+    for name in _KEYS:
+        of = "every stage" if name == "keys" else f"the stages that {name}"
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="KEY=VALUE", help=of)
+    options = parser.parse_args(arguments)
+    chain = Chain(
+        options.pictures,
+        options.root,
+        options.recipe,
+        options.out,
+        options.rounds,
+        options.launch,
+        *(tuple(vars(options)[name]) for name in _KEYS),
+    )
+    try:
+        chain.check()
+        _tell(chain.run(), chain.out / "detector.safetensors")
+        return 0
+    except GroundworkError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+
+
+def _tell(document: dict[str, Any], kept: Path) -> None:
+    logger.info("AP on val:")
+    for one in document["detectors"]:
+        ap = "nothing held out" if one["ap"] is None else f"{one['ap']:.4f}"
+        logger.info("  %s  %s", ap, one["detector"])
+    logger.info("%s is %s.", kept, document["kept"])
+    logger.info("%s", NEXT.format(file=kept))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""From many pictures and few labels to a detector: all stages in order, once each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from finetune.weights import detector_from_file
+from groundwork.errors import DataError, StoppedError
+from pretrain import few_labels
+from pretrain.few_labels import main
+
+TINY = [
+    "--keys", "threads=1", "data.workers=0", "batch_size=2", "image_size=64", "budget.steps=2",
+    "report=false", "backbone.name=timm/test_resnet", "precision=fp32",
+]  # fmt: skip
+NO_PROBE = ["probe.times=0", "probe.labeled=null"]
+
+
+class Stages:
+    """Stands for the stages: every fine-tuning reaches the next of `reached`."""
+
+    def __init__(self, reached: Sequence[float | None]) -> None:
+        self.reached = list(reached)
+        self.ran: list[tuple[str, list[str]]] = []
+        self.stop_at: str | None = None
+
+    def go_on(
+        self, module: str, run: Path, flags: list[str], keys: list[str], launch: str | None
+    ) -> None:
+        assert launch == "accelerate launch"
+        if run.name == self.stop_at:
+            raise StoppedError("stopped")
+        self.ran.append((run.name, [*flags, *keys]))
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "status.json").write_text(json.dumps({"state": "done"}))
+        for product in ("pretrained", "detector"):
+            (run / f"{product}.safetensors").write_text(run.name)
+        if module == "finetune.run" and (ap := self.reached.pop(0)) is not None:
+            (run / "results.json").write_text(json.dumps({"ap": ap}))
+
+    def average(self, out: Path, files: Sequence[Path], shares: Sequence[float]) -> None:
+        assert list(shares) == [1.0, 1.0]
+        out.write_text("+".join(file.read_text() for file in files))
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    stand_in = Stages([0.3, 0.4, 0.35])
+    means = iter([0.45, 0.44])
+    monkeypatch.setattr(few_labels, "go_on", stand_in.go_on)
+    monkeypatch.setattr(few_labels, "write_average", stand_in.average)
+    monkeypatch.setattr(few_labels, "check", lambda *_: None)
+    monkeypatch.setattr(few_labels.Chain, "_scored", lambda *_: next(means))
+    return stand_in
+
+
+def test_stages_follow_each_other_and_the_best_on_val_is_kept(
+    stages: Stages, labeled: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [
+        "pictures", str(labeled), "--recipe", "aerial", "--out", str(out), "--rounds", "2",
+        "--launch", "accelerate launch", "--keys", "seed=3", "--pretrain", "budget.epochs=7",
+        "--teach", "task.score=0.5", "--finetune", "image_size=128",
+    ]  # fmt: skip
+    stages.stop_at = "4-finetune"
+    assert main(command) == 75
+    assert [name for name, _ in stages.ran] == ["1-pretrain", "2-finetune", "3-teach"]
+    stages.stop_at = None
+    assert main(command) == 0
+    ran = dict(stages.ran)
+    assert list(ran) == [
+        "1-pretrain", "2-finetune", "3-teach", "4-finetune", "5-teach", "6-finetune",
+    ]  # fmt: skip
+    assert len(stages.ran) == len(ran)  # each of them once
+    first, mean = out / "2-finetune" / "detector.safetensors", out / "mean-1.safetensors"
+    assert ran["1-pretrain"] == [
+        "--recipe", "aerial", "data.train=pictures", "seed=3", "budget.epochs=7",
+    ]  # fmt: skip
+    start = ["--recipe", "aerial", "--init", str(out / "1-pretrain" / "pretrained.safetensors")]
+    labels = [f"data.train={labeled}", "eval.test=false", "seed=3", "image_size=128"]
+    assert ran["2-finetune"] == [*start, *labels]
+    assert ran["3-teach"] == [
+        "--recipe", "aerial_taught", "--init", str(first), "data.train=pictures",
+        f"task.weights={first}", "seed=3", "task.score=0.5",
+    ]  # fmt: skip
+    start = ["--recipe", "aerial", "--init", str(out / "3-teach" / "pretrained.safetensors")]
+    assert ran["4-finetune"] == [*start, *labels]
+    assert f"task.weights={mean}" in ran["5-teach"]  # the best so far
+    told = json.loads((out / "few_labels.json").read_text())
+    assert [one["ap"] for one in told["detectors"]] == [0.3, 0.4, 0.45, 0.35, 0.44]
+    assert told["kept"] == str(mean)
+    assert (out / "detector.safetensors").read_text() == "4-finetune+3-teach"
+    # With other keys what is there is not taken for the same.
+    assert main([*command, "--teach", "task.score=0.9"]) == 2
+
+
+def test_where_nothing_is_held_out_the_last_mean_is_kept(
+    stages: Stages, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages.reached = [None, None]
+    monkeypatch.setattr(few_labels.Chain, "_scored", lambda *_: None)
+    out = tmp_path / "out"
+    command = ["pictures", str(labeled), "--recipe", "aerial", "--out", str(out)]
+    assert main([*command, "--launch", "accelerate launch"]) == 0
+    assert (out / "detector.safetensors").read_text() == "4-finetune+3-teach"
+
+
+def test_what_a_later_stage_would_not_take_is_told_before_the_first(
+    labeled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["scenes", str(labeled), "--out", str(out), "--recipe"]
+    assert main([*command, "aerial", "--teach", "task.scoer=0.5"]) == 2
+    assert "task.scoer" in capsys.readouterr().err
+    assert main([*command, "byol"]) == 2
+    assert "byol" in capsys.readouterr().err
+    assert main([*command, "aerial", "--rounds", "-1"]) == 2
+    (labeled / "annotations" / "train.json").write_text("{}")
+    assert main([*command, "aerial"]) == DataError.exit_code
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_the_stages_run(labeled: Path, tmp_path: Path) -> None:
+    for name in ("val", "test"):
+        (labeled / "annotations" / f"{name}.json").unlink()
+    out = tmp_path / "out"
+    command = [
+        str(labeled / "images" / "train"), str(labeled), "--recipe", "medical", "--out", str(out),
+        *TINY, "--pretrain", *NO_PROBE, "--teach", *NO_PROBE, "task.teacher_size=96",
+        "--finetune", "eval.times=1", "data.holdout=0.2",
+    ]  # fmt: skip
+    assert main(command) == 0
+    told = json.loads((out / "few_labels.json").read_text())
+    assert [Path(one["detector"]).name for one in told["detectors"]] == [
+        "detector.safetensors", "detector.safetensors", "mean-1.safetensors",
+    ]  # fmt: skip
+    for scored in ("mean-1", "4-finetune"):  # both by the two that were held out
+        assert json.loads((out / scored / "results.json").read_text())["pictures"] == 2
+    _, about = detector_from_file(out / "detector.safetensors")
+    assert about.names == ("red", "blue") and about.image_size == 64
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
+    assert main(command) == 0  # nothing is run twice
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
