@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from finetune.assign import Targets
 from finetune.augment import Rule
 from finetune.detector import Detections, suppress
-from finetune.weights import about_detector, detector_from_file
+from finetune.weights import About, about_detector, detector_from_file
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour
@@ -56,7 +56,7 @@ class SelfTrainingConfig(OneViewKeys):
     """Ours, but for the loss's weights, which are the second stage's defaults."""
 
     weights: str | None = None  # detector.safetensors of the teacher; must be named
-    score: Share = 0.4  # what is found with less is not taught
+    score: Share | dict[str, Share] = 0.4  # what is found with less is not taught; or by class
     unsure: Share = 0.1  # and down to this not denied either; score: all of it is background
     iou: Share = 0.5  # of two boxes of a class with more in common the better one is taught
     neck: Letter | Literal["auto"] = "auto"  # width of the student's neck and head
@@ -68,8 +68,10 @@ class SelfTrainingConfig(OneViewKeys):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.unsure > self.score:
-            raise ValueError(f"unsure={self.unsure:g} is above score={self.score:g}")
+        scores = self.score if isinstance(self.score, dict) else {"score": self.score}
+        for name, score in scores.items():
+            if self.unsure > score:
+                raise ValueError(f"unsure={self.unsure:g} is above {name}={score:g}")
         return self
 
 
@@ -78,6 +80,7 @@ class SelfTraining(WholeDetector):
 
     Config = SelfTrainingConfig
     metadata_bytes: Tensor
+    scores: Tensor  # of each class, from which on it is taught
 
     def __init__(self, backbone: Backbone, config: SelfTrainingConfig) -> None:
         if config.weights is None:
@@ -95,6 +98,7 @@ class SelfTraining(WholeDetector):
         self.config = config
         self.teacher = teacher.requires_grad_(False)
         self._about = about
+        self.register_buffer("scores", torch.tensor(_by_class(config, about)), persistent=False)
         # With the teacher's weights, in every checkpoint: the file may be another on a resume.
         written = json.dumps({"names": about.names, "image_size": about.image_size}).encode()
         self.register_buffer("metadata_bytes", torch.tensor(list(written), dtype=torch.uint8))
@@ -198,7 +202,22 @@ class SelfTraining(WholeDetector):
 
     def _sure(self, found: Detections) -> Tensor:
         """Tell which boxes are taught; what is too small for the student is not denied either."""
-        return (found.scores >= self.config.score) & (_least_side(found) >= Rule().min_side)
+        return (found.scores >= self.scores[found.classes]) & (
+            _least_side(found) >= Rule().min_side
+        )
+
+
+def _by_class(config: SelfTrainingConfig, about: About) -> list[float]:
+    """Return the score of each of the teacher's classes."""
+    given = config.score
+    if not isinstance(given, dict):
+        return [given] * len(about.names)
+    if sorted(given) != sorted(about.names):
+        raise UsageError(
+            f"task.score names {', '.join(given)}; the classes of task.weights={config.weights} "
+            f"are {', '.join(about.names)}: give each of them a score, or one number for all."
+        )
+    return [given[name] for name in about.names]
 
 
 def _those(found: Detections, which: Tensor) -> Detections:

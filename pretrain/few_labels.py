@@ -109,9 +109,10 @@ class Chain:
         """Fine-tune; return the detector's file and, in a list, its AP on val."""
         flags = ["--recipe", self.recipe, "--init", str(start)]
         file = self._stage(name, "finetune.run", flags, self._finetune_keys())
-        results = file.parent / "results.json"  # of val; not there where nothing is held out
-        ap = json.loads(results.read_text(encoding="utf-8"))["ap"] if results.is_file() else None
-        return file, [{"detector": str(file), "ap": ap}]
+        found = file.parent / "results.json"  # not there where nothing is held out
+        results = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
+        of_val = results if results.get("split") == "val" else results.get("val", {})
+        return file, [{"detector": str(file), "ap": of_val.get("ap")}]
 
     def _stage(self, name: str, module: str, flags: list[str], keys: list[str]) -> Path:
         """Run a stage, unless it is done, and return the file that it ends with."""

@@ -135,6 +135,21 @@ def test_what_is_found_without_being_sure_is_neither_taught_nor_denied(
     assert losses["nothing"] == pytest.approx(0.5 * costs.sum().item(), rel=1e-4)
 
 
+def test_a_class_may_have_a_score_of_its_own(
+    make_task: MakeTask, weights: Path, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = detector_from_file(weights)[1].names
+    task = make_task(score={names[1]: 0.7, names[0]: 0.3}, unsure=0.2)
+    found = [_one(BOX, 0.5, label) for label in (0, 1, 0, 1)]
+    _finding(task, monkeypatch, *found)
+    assert task(batch).metrics["taught"].item() == 0.5
+    assert [bool(task._sure(one)) for one in found] == [True, False, True, False]
+    with pytest.raises(UsageError, match=f"task.score names {names[0]}; the classes of"):
+        make_task(score={names[0]: 0.5})
+    with pytest.raises(UsageError, match=r"unsure=0\.2 is above dog=0\.1"):
+        validate(SelfTrainingConfig, {"score": {"cat": 0.3, "dog": 0.1}, "unsure": 0.2})
+
+
 def test_the_teacher_sees_no_drawn_colours_and_boxes_end_with_the_view(
     make_task: MakeTask, batch: dict[str, Tensor]
 ) -> None:

@@ -40,7 +40,10 @@ class Stages:
         for product in ("pretrained", "detector"):
             (run / f"{product}.safetensors").write_text(run.name)
         if module == "finetune.run" and (ap := self.reached.pop(0)) is not None:
-            (run / "results.json").write_text(json.dumps({"ap": ap}))
+            results = {"split": "test", "ap": 0.99, "val": {"ap": ap}}  # a key asked for test
+            if len(self.reached) % 2:
+                results = {"split": "val", "ap": ap}
+            (run / "results.json").write_text(json.dumps(results))
 
     def average(self, out: Path, files: Sequence[Path], shares: Sequence[float]) -> None:
         assert list(shares) == [1.0, 1.0]
