@@ -8,7 +8,7 @@ PICTURES are without labels (shards, a folder: data.train of pretraining), ROOT 
     1-pretrain    the recipe of recipes/pretrain, which wants no labels
     2-finetune    the recipe of recipes/finetune, on the labels
     3-teach       the recipe NAME_taught: self-training with what that detector finds in PICTURES
-    4-finetune    the labels once more
+    4-finetune    the recipe NAME_taught of recipes/finetune, on the labels once more
 
 and with --rounds 2 a 5-teach and a 6-finetune, taught by the detector of the round before. After
 each round the mean of the weights before and after its fine-tuning is taken (finetune/average.py)
@@ -75,8 +75,9 @@ class Chain:
         check("pretrain.run", ["--recipe", self.recipe], self._pretrain_keys())
         check("finetune.run", ["--recipe", self.recipe], self._finetune_keys())
         if self.rounds:
-            taught = ["--recipe", f"{self.recipe}_taught"]
+            taught = ["--recipe", self._taught]
             check("pretrain.run", taught, self._teach_keys("detector.safetensors"))
+            check("finetune.run", taught, self._finetune_keys())
         open_sets(finetune_recipes.resolve(self.recipe, self._finetune_keys())).close()
 
     def run(self) -> dict[str, Any]:
@@ -85,15 +86,15 @@ class Chain:
         start = self._stage(
             "1-pretrain", "pretrain.run", ["--recipe", self.recipe], self._pretrain_keys()
         )
-        detector, told = self._trained("2-finetune", start)
+        detector, told = self._trained("2-finetune", self.recipe, start)
         for number in range(1, self.rounds + 1):
             # The teacher is the best so far, which is where the student begins.
             start = self._stage(
                 f"{2 * number + 1}-teach", "pretrain.run",
-                ["--recipe", f"{self.recipe}_taught", "--init", str(detector)],
+                ["--recipe", self._taught, "--init", str(detector)],
                 self._teach_keys(str(detector)),
             )  # fmt: skip
-            after, more = self._trained(f"{2 * number + 2}-finetune", start)
+            after, more = self._trained(f"{2 * number + 2}-finetune", self._taught, start)
             mean = self.out / f"mean-{number}.safetensors"
             if not mean.is_file():
                 write_average(mean, [after, start], [1.0, 1.0])
@@ -105,9 +106,9 @@ class Chain:
         write_atomically(self.out / "few_labels.json", json.dumps(document, indent=1) + "\n")
         return document
 
-    def _trained(self, name: str, start: Path) -> tuple[Path, list[dict[str, Any]]]:
+    def _trained(self, name: str, recipe: str, start: Path) -> tuple[Path, list[dict[str, Any]]]:
         """Fine-tune; return the detector's file and, in a list, its AP on val."""
-        flags = ["--recipe", self.recipe, "--init", str(start)]
+        flags = ["--recipe", recipe, "--init", str(start)]
         file = self._stage(name, "finetune.run", flags, self._finetune_keys())
         found = file.parent / "results.json"  # not there where nothing is held out
         results = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
@@ -144,6 +145,11 @@ class Chain:
             if subprocess.run([*command, *keys], check=False).returncode:
                 raise DataError(f"{file} could not be scored: see above.")
         return float(json.loads((out / "results.json").read_text(encoding="utf-8"))["ap"])
+
+    @property
+    def _taught(self) -> str:
+        """The recipe of a round, of either stage."""
+        return f"{self.recipe}_taught"
 
     def _pretrain_keys(self) -> list[str]:
         return [f"data.train={self.pictures}", *self.keys, *self.pretrain]

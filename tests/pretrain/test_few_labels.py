@@ -91,7 +91,7 @@ def test_stages_follow_each_other_and_the_best_on_val_is_kept(
         "--recipe", "aerial_taught", "--init", str(first), "data.train=pictures",
         f"task.weights={first}", "seed=3", "task.score=0.5",
     ]  # fmt: skip
-    start = ["--recipe", "aerial", "--init", str(out / "3-teach" / "pretrained.safetensors")]
+    start = ["--recipe", "aerial_taught", "--init", str(out / "3-teach/pretrained.safetensors")]
     assert ran["4-finetune"] == [*start, *labels]
     assert f"task.weights={mean}" in ran["5-teach"]  # the best so far
     told = json.loads((out / "few_labels.json").read_text())
