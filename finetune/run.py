@@ -72,11 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             recipe, options = _resumed(options)
         recipe = with_backbone_of_init(recipe, options)
-        _check_start(recipe, options)
         check_backbone_name(recipe.backbone.name)
         if options.print_recipe:
             sys.stdout.write(to_yaml(recipe))
             return 0
+        _check_start(recipe, options)
         from finetune.loop import finetune
         from groundwork.run_folder import prepare_run
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,20 +35,27 @@ def go_on(
     `launch` is a launcher that takes `-m module`, such as "accelerate launch --num_processes 8";
     None is this Python. What the stage says goes to `log`, or where ours goes.
 
-    Raises StoppedError where it was asked to stop, UsageError where another process trains in its
-    folder, DataError where it failed.
+    Raises StoppedError where it, or this process, was asked to stop, UsageError where another
+    process trains in its folder, DataError where it failed.
     """
     arguments = ["--out", str(run), *flags, *keys]
-    _check_free(run)
+    if not _is_free(run):
+        raise UsageError(f"Another process trains in {run}: wait for it, or stop it.")
     if any((run / "checkpoints").glob("*/manifest.json")):
         arguments = ["--resume", str(run)]
+        (run / "status.json").unlink(missing_ok=True)  # which tells of the run before
     elif run.is_dir():  # it was stopped before it had saved anything
         shutil.rmtree(run)
     command = [*([sys.executable] if launch is None else shlex.split(launch)), "-m", module]
     logger.info("%s", " ".join(["-m", module, *arguments]))
-    code = _run([*command, *arguments], log)
+    try:
+        code = run_command([*command, *arguments], log)
+    except StoppedError:
+        while not _is_free(run):  # a launcher may end before what it has launched
+            time.sleep(0.5)
+        raise
     said = status_of(run) if code else {}
-    if said.get("state") == "stopped":
+    if code == StoppedError.exit_code or said.get("state") == "stopped":
         raise StoppedError(f"{module} was stopped and has saved: call this again to go on.")
     if code:
         more = "" if log is None else f" See {log}."
@@ -63,10 +71,12 @@ def check(module: str, flags: Sequence[str], keys: Sequence[str]) -> None:
         raise UsageError(f"{module} {' '.join([*flags, *keys])}: {done.stderr.strip()}")
 
 
-def _run(command: list[str], log: Path | None) -> int:
-    """Run a stage and return its exit code; what asks this process to stop is passed on to it.
+def run_command(command: Sequence[str], log: Path | None = None) -> int:
+    """Run a command and return its exit code; what asks this process to stop is passed on to it.
 
-    It stops, too, when this process is killed (groundwork/command.py).
+    A stage of ours stops, too, when this process is killed (groundwork/command.py); under a
+    launcher it is the launcher that such a stage watches.
+    Raises StoppedError when the command has ended, where this process was asked to stop.
     """
     output = None if log is None else log.open("a")
     child = subprocess.Popen(
@@ -75,37 +85,47 @@ def _run(command: list[str], log: Path | None) -> int:
         stderr=None if output is None else subprocess.STDOUT,
         env={**os.environ, LAUNCHER: "stages"},
     )
-    before = {
-        number: signal.signal(number, lambda *_: child.terminate())
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    asked = []
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(number)
+        child.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return child.wait()
+        code = child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         if output is not None:
             output.close()
+    if asked:
+        raise StoppedError("Stopped, as it was asked to: call this again to go on.")
+    return code
 
 
-def _check_free(run: Path) -> None:
-    """Raise UsageError where a process trains in a run folder."""
+def _is_free(run: Path) -> bool:
+    """Tell whether no process trains in a run folder."""
     if not (run / LOCK).is_file():
-        return
+        return True
     with (run / LOCK).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"Another process trains in {run}: wait for it, or stop it."
-            ) from error
+        except BlockingIOError:
+            return False
+    return True
 
 
-def same_as_before(run: Path, command: Sequence[str]) -> None:
-    """Note how a run is made. Raises UsageError where it was made in another way."""
+def same_as_before(run: Path, command: Sequence[str], start: str = "") -> None:
+    """Note how a run is made, and from what (`start`: any text that tells it).
+
+    Raises UsageError where the run is there and was made in another way.
+    """
     note, told = run.parent / f"{run.name}.command.txt", " ".join(["python", *command]) + "\n"
-    if note.is_file() and note.read_text() != told:
+    told += f"# from {start}\n" if start else ""
+    if run.exists() and note.is_file() and note.read_text() != told:
         raise UsageError(
-            f"{run} was made by another command ({note}): name another folder, or remove the run."
+            f"{run} was made by another command, or from another start ({note}): name another "
+            "folder, or remove the run."
         )
     note.write_text(told)

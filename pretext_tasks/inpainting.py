@@ -49,8 +49,8 @@ Differs from the papers:
   pooled by 2 or 4, or the histograms of cells of 16 or 32 px. Of `features` as many values as the
   level that is predicted has channels.
 - data2vec's teacher is an average of the last layers' features, normalised over time; ours is the
-  level (with a neck the neck's) of the stride that predicts, normalised by channel over the batch,
-  and moves as BYOL's target does.
+  level (with a neck the neck's) of the stride that predicts, normalised by channel over a process's
+  part of the batch, and moves as BYOL's target does.
 - Blocks are hidden anywhere alike; with `focus` a share of them is drawn by how strong a block's
   edges are, so that small objects on plain ground are asked for more often.
 """
@@ -241,6 +241,7 @@ class Inpainting(ThroughNeck):
     """The backbone on the filled picture, and a light decoder."""
 
     Config = InpaintingConfig
+    target_begun: Tensor
 
     def __init__(self, backbone: Backbone, config: InpaintingConfig) -> None:
         super().__init__(backbone, config.neck)
@@ -257,6 +258,10 @@ class Inpainting(ThroughNeck):
             self.target_neck = copy.deepcopy(self.neck)
             if self.target_neck is not None:
                 self.target_neck.requires_grad_(False)
+            # A neck gets its first weights after this (--init; of several tasks the first one's),
+            # so that its copy begins with the first batch; 1 from then on, in every checkpoint.
+            self.register_buffer("target_begun", torch.zeros((), dtype=torch.uint8))
+            self._begun = False
         if config.encoder == "sparse":
             check_backbone(backbone)
             # SparK's mask embeddings: what a decoder sees of a hidden cell, at each level.
@@ -374,7 +379,11 @@ class Inpainting(ThroughNeck):
         if config.target == "features":
             whole = self._coloured(batch["image"], batch, hidden, *self._normalisation)
             levels: Pyramid | Features = self.target_backbone(whole)
-            if self.target_neck is not None:
+            if self.target_neck is not None and self.neck is not None:
+                if not self._begun and not self.target_begun:
+                    self.target_neck.load_state_dict(self.neck.state_dict())
+                    self.target_begun.fill_(1)
+                self._begun = True
                 levels = self.target_neck(levels)
             strides = dict(zip(STRIDES, levels, strict=True))
             return Latents(image, {scale: strides[scale] for scale in config.scales})

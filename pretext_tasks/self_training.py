@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from finetune.assign import Targets
 from finetune.augment import Rule
 from finetune.detector import Detections, suppress
-from finetune.weights import About, about_detector, detector_from_file
+from finetune.weights import about_detector, detector_from_file
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour
@@ -80,7 +80,6 @@ class SelfTraining(WholeDetector):
 
     Config = SelfTrainingConfig
     metadata_bytes: Tensor
-    scores: Tensor  # of each class, from which on it is taught
 
     def __init__(self, backbone: Backbone, config: SelfTrainingConfig) -> None:
         if config.weights is None:
@@ -98,10 +97,11 @@ class SelfTraining(WholeDetector):
         self.config = config
         self.teacher = teacher.requires_grad_(False)
         self._about = about
-        self.register_buffer("scores", torch.tensor(_by_class(config, about)), persistent=False)
+        _by_class(config, about.names)  # a wrong name is told here
         # With the teacher's weights, in every checkpoint: the file may be another on a resume.
         written = json.dumps({"names": about.names, "image_size": about.image_size}).encode()
         self.register_buffer("metadata_bytes", torch.tensor(list(written), dtype=torch.uint8))
+        self._scores: Tensor | None = None  # of each class, from which on it is taught
         self._last_told: dict[str, Tensor] = {}  # of the last batch that had a sure box
 
     @classmethod
@@ -202,22 +202,24 @@ class SelfTraining(WholeDetector):
 
     def _sure(self, found: Detections) -> Tensor:
         """Tell which boxes are taught; what is too small for the student is not denied either."""
-        return (found.scores >= self.scores[found.classes]) & (
-            _least_side(found) >= Rule().min_side
-        )
+        if self._scores is None:  # of the checkpoint's classes, whose order may be another
+            names = json.loads(bytes(self.metadata_bytes.tolist()))["names"]
+            self._scores = found.scores.new_tensor(_by_class(self.config, names))
+        enough = found.scores >= self._scores[found.classes]
+        return enough & (_least_side(found) >= Rule().min_side)
 
 
-def _by_class(config: SelfTrainingConfig, about: About) -> list[float]:
+def _by_class(config: SelfTrainingConfig, names: Sequence[str]) -> list[float]:
     """Return the score of each of the teacher's classes."""
     given = config.score
     if not isinstance(given, dict):
-        return [given] * len(about.names)
-    if sorted(given) != sorted(about.names):
+        return [given] * len(names)
+    if sorted(given) != sorted(names):
         raise UsageError(
             f"task.score names {', '.join(given)}; the classes of task.weights={config.weights} "
-            f"are {', '.join(about.names)}: give each of them a score, or one number for all."
+            f"are {', '.join(names)}: give each of them a score, or one number for all."
         )
-    return [given[name] for name in about.names]
+    return [given[name] for name in names]
 
 
 def _those(found: Detections, which: Tensor) -> Detections:

@@ -15,20 +15,23 @@ each round the mean of the weights before and after its fine-tuning is taken (fi
 and scored on val, too. detector.safetensors is what has the best AP on val; where no pictures are
 held out for that, the last mean. few_labels.json tells all figures. A test split is not looked at.
 
-Called again, it goes on where it was stopped, with the same keys. Keys of every stage are given by
+Called again, it goes on where it was stopped, with the same keys; a stage is run anew where its
+folder is removed, and those after it want theirs removed too. Keys of every stage are given by
 --keys, those of one kind of stage by --pretrain, --teach and --finetune. Recipes are for 256 px:
-with another image_size in --finetune, --teach wants its own (docs/tasks.md).
+with another image_size in --finetune, --teach wants its own (docs/tasks.md). NAME is that of four
+recipes: NAME and NAME_taught in recipes/pretrain and recipes/finetune.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
+import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +40,11 @@ from finetune import recipe as finetune_recipes
 from finetune.average import write as write_average
 from finetune.sets import open_sets
 from groundwork.checkpoint import write_atomically
-from groundwork.command import log_to_standard_output
+from groundwork.command import log_to_standard_output, status_of
 from groundwork.config import read_yaml
 from groundwork.data.labels import has_split
 from groundwork.errors import DataError, GroundworkError, UsageError
-from groundwork.stages import check, go_on, same_as_before
+from groundwork.stages import check, go_on, run_command, same_as_before
 
 logger = logging.getLogger("pretrain.few_labels")
 
@@ -92,13 +95,12 @@ class Chain:
             start = self._stage(
                 f"{2 * number + 1}-teach", "pretrain.run",
                 ["--recipe", self._taught, "--init", str(detector)],
-                self._teach_keys(str(detector)),
+                self._teach_keys(str(detector)), detector,
             )  # fmt: skip
             after, more = self._trained(f"{2 * number + 2}-finetune", self._taught, start)
-            mean = self.out / f"mean-{number}.safetensors"
-            if not mean.is_file():
-                write_average(mean, [after, start], [1.0, 1.0])
-            told += [*more, {"detector": str(mean), "ap": self._scored(mean, after.parent)}]
+            told += more
+            if (mean := _mean(after, start)) is not None:
+                told.append({"detector": str(mean), "ap": _scored(mean, after.parent)})
             detector = _best(told)
         kept = self.out / "detector.safetensors"
         shutil.copyfile(detector, kept)
@@ -109,42 +111,31 @@ class Chain:
     def _trained(self, name: str, recipe: str, start: Path) -> tuple[Path, list[dict[str, Any]]]:
         """Fine-tune; return the detector's file and, in a list, its AP on val."""
         flags = ["--recipe", recipe, "--init", str(start)]
-        file = self._stage(name, "finetune.run", flags, self._finetune_keys())
+        file = self._stage(name, "finetune.run", flags, self._finetune_keys(), start)
         found = file.parent / "results.json"  # not there where nothing is held out
         results = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
         of_val = results if results.get("split") == "val" else results.get("val", {})
         return file, [{"detector": str(file), "ap": of_val.get("ap")}]
 
-    def _stage(self, name: str, module: str, flags: list[str], keys: list[str]) -> Path:
+    def _stage(
+        self,
+        name: str,
+        module: str,
+        flags: list[str],
+        keys: list[str],
+        start: Path | None = None,
+    ) -> Path:
         """Run a stage, unless it is done, and return the file that it ends with."""
         run = self.out / name
-        same_as_before(run, ["-m", module, "--out", str(run), *flags, *keys])
+        command = ["-m", module, "--out", str(run), *flags, *keys]
+        # A stage that is run anew ends in another file: what began with the old one is no more.
+        same_as_before(run, command, "" if start is None else _digest(start))
         product = "pretrained" if module == "pretrain.run" else "detector"
         file = run / f"{product}.safetensors"
-        status = run / "status.json"
-        if not (status.is_file() and json.loads(status.read_text())["state"] == "done"):
+        if status_of(run).get("state") != "done":
             logger.info("%s of %s", name, self.out)
             go_on(module, run, flags, keys, launch=self.launch)
         return file
-
-    def _scored(self, file: Path, run: Path) -> float | None:
-        """Return a detector's AP on what a fine-tuning held out; None where it held nothing out."""
-        data = read_yaml(run / "recipe.yaml")["data"]
-        keys = [f"data.cache={data['cache']}"] if data["cache"] else []
-        if data["holdout"]:
-            keys += [f"data.val={self.root}", f"data.holdout={data['holdout']}"]
-            keys += ["data.split=train"] if has_split(self.root, "train") else []
-            keys += [f"data.train_list={data['train_list']}"] if data["train_list"] else []
-        elif data["val"] or has_split(self.root, "val"):
-            keys.append(f"data.val={data['val'] or self.root}")
-        else:
-            return None
-        out = file.with_suffix("")
-        if not (out / "results.json").is_file():
-            command = [sys.executable, "-m", "finetune.evaluate", str(file), "--out", str(out)]
-            if subprocess.run([*command, *keys], check=False).returncode:
-                raise DataError(f"{file} could not be scored: see above.")
-        return float(json.loads((out / "results.json").read_text(encoding="utf-8"))["ap"])
 
     @property
     def _taught(self) -> str:
@@ -162,6 +153,56 @@ class Chain:
         return [f"data.train={self.root}", "eval.test=false", *self.keys, *self.finetune]
 
 
+def _mean(after: Path, before: Path) -> Path | None:
+    """Write the mean of two detectors beside the first; None where they have none."""
+    mean = after.parent / "mean.safetensors"
+    if not mean.is_file():
+        try:
+            write_average(mean, [after, before], [1.0, 1.0])
+        except UsageError as error:
+            logger.warning("The mean is left out: %s", error)
+            return None
+    return mean
+
+
+def _scored(file: Path, run: Path) -> float | None:
+    """Return a detector's AP on val as the fine-tuning of `run` scores; None where it does not."""
+    out = run / "evaluation-mean"
+    keys = evaluation_keys(read_yaml(run / "recipe.yaml"))
+    if keys is None:
+        return None
+    if not (out / "results.json").is_file():
+        command = [sys.executable, "-m", "finetune.evaluate", str(file), "--out", str(out), *keys]
+        if run_command(command):
+            raise DataError(f"{file} could not be scored: see above.")
+    ap = json.loads((out / "results.json").read_text(encoding="utf-8"))["ap"]
+    return None if ap is None else float(ap)
+
+
+def evaluation_keys(recipe: Mapping[str, Any]) -> list[str] | None:
+    """Return what finetune.evaluate must be told to score as a fine-tuning with this recipe does.
+
+    None where nothing is held out.
+    """
+    data, shown = recipe["data"], recipe["eval"]
+    keys = [f"{name}={shown[name]}" for name in ("batch_size", "score", "iou", "most")]
+    keys += [f"image_size={recipe['image_size']}", f"data.max_pixels={data['max_pixels']}"]
+    keys += [f"data.cache={data['cache']}"] if data["cache"] else []
+    if data["holdout"]:
+        keys += [f"data.val={data['train']}", f"data.holdout={data['holdout']}"]
+        keys += ["data.split=train"] if has_split(data["train"], "train") else []
+        keys += [f"data.train_list={data['train_list']}"] if data["train_list"] else []
+        return keys
+    if data["val"] is None and not has_split(data["train"], "val"):
+        return None
+    return [*keys, f"data.val={data['val'] or data['train']}"]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def _best(told: Sequence[dict[str, Any]]) -> Path:
     """Return the detector with the best AP; the last where nothing says which is better."""
     if any(one["ap"] is None for one in told):
@@ -176,13 +217,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("pictures", help="pictures without labels: shards, or a folder")
     parser.add_argument("root", help="a labeled data set")
-    parser.add_argument("--recipe", required=True, help="aerial, medical, or a name of your own")
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="aerial or medical")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--rounds", type=int, default=1, help="of self-training (%(default)s)")
     parser.add_argument("--launch", help='such as "accelerate launch --num_processes 8"')
     for name in _KEYS:
         of = "every stage" if name == "keys" else f"the stages that {name}"
-        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="KEY=VALUE", help=of)
+        parser.add_argument(
+            f"--{name}", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=of
+        )
     options = parser.parse_args(arguments)
     chain = Chain(
         options.pictures,
@@ -194,6 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *(tuple(vars(options)[name]) for name in _KEYS),
     )
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                "This command starts the stages itself: call it once, by python, with --launch "
+                '"accelerate launch ..." for several processes.'
+            )
         chain.check()
         _tell(chain.run(), chain.out / "detector.safetensors")
         return 0
@@ -205,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tell(document: dict[str, Any], kept: Path) -> None:
     logger.info("AP on val:")
     for one in document["detectors"]:
-        ap = "nothing held out" if one["ap"] is None else f"{one['ap']:.4f}"
+        ap = "     -" if one["ap"] is None else f"{one['ap']:.4f}"
         logger.info("  %s  %s", ap, one["detector"])
     logger.info("%s is %s.", kept, document["kept"])
     logger.info("%s", NEXT.format(file=kept))

@@ -495,6 +495,32 @@ def test_the_copy_that_says_the_features_follows_slowly_and_is_not_kept(
             assert torch.allclose(value, before[name] + 0.1, atol=1e-5), name
 
 
+def test_the_copy_of_a_neck_begins_with_the_weights_that_the_neck_got(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    """--init loads a neck after the task is made; a resumed run has its copy in the checkpoint."""
+    task = make_task(target="features", neck="n")
+    neck = task.product()["neck"]
+    with torch.no_grad():
+        for parameter in neck.parameters():
+            parameter.add_(1.0)
+    batch = make_batch(Inpainting, task.config)
+    task.eval()(batch)
+    assert task.target_neck is not None
+    begun = {name: value.clone() for name, value in task.target_neck.state_dict().items()}
+    assert all(torch.equal(value, neck.state_dict()[name]) for name, value in begun.items())
+    state = {name: value.clone() for name, value in task.state_dict().items()}
+    twin = make_task(target="features", neck="n").eval()
+    state = {
+        name: value + 1 if name.startswith("neck.") else value for name, value in state.items()
+    }
+    twin.load_state_dict(state)
+    twin(batch)
+    assert twin.target_neck is not None
+    for name, value in twin.target_neck.state_dict().items():
+        assert torch.equal(value, begun[name]), name
+
+
 def test_a_network_that_says_the_same_everywhere_has_nothing_to_predict() -> None:
     image = torch.rand(2, 3, 64, 64)
     target = Latents(image, {8: torch.full((2, 5, 8, 8), 3.0)})

@@ -144,6 +144,12 @@ def test_a_class_may_have_a_score_of_its_own(
     _finding(task, monkeypatch, *found)
     assert task(batch).metrics["taught"].item() == 0.5
     assert [bool(task._sure(one)) for one in found] == [True, False, True, False]
+    # The classes' order is the checkpoint's, whatever the file that is named on a resume says.
+    other = make_task(score={names[1]: 0.7, names[0]: 0.3}, unsure=0.2)
+    about = json.loads(bytes(other.metadata_bytes.tolist()))
+    turned = json.dumps({**about, "names": [names[1], names[0]]}).encode()
+    other.metadata_bytes.copy_(torch.tensor(list(turned), dtype=torch.uint8))
+    assert [bool(other._sure(one)) for one in found] == [False, True, False, True]
     with pytest.raises(UsageError, match=f"task.score names {names[0]}; the classes of"):
         make_task(score={names[0]: 0.5})
     with pytest.raises(UsageError, match=r"unsure=0\.2 is above dog=0\.1"):

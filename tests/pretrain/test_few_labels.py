@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from finetune import recipe as finetune_recipes
 from finetune.weights import detector_from_file
-from groundwork.errors import DataError, StoppedError
+from groundwork.config import to_yaml
+from groundwork.errors import DataError, StoppedError, UsageError
 from pretrain import few_labels
-from pretrain.few_labels import main
+from pretrain.few_labels import evaluation_keys, main
 
 TINY = [
     "--keys", "threads=1", "data.workers=0", "batch_size=2", "image_size=64", "budget.steps=2",
@@ -27,6 +32,7 @@ class Stages:
         self.reached = list(reached)
         self.ran: list[tuple[str, list[str]]] = []
         self.stop_at: str | None = None
+        self.product = ""  # what is written
 
     def go_on(
         self, module: str, run: Path, flags: list[str], keys: list[str], launch: str | None
@@ -38,7 +44,7 @@ class Stages:
         run.mkdir(parents=True, exist_ok=True)
         (run / "status.json").write_text(json.dumps({"state": "done"}))
         for product in ("pretrained", "detector"):
-            (run / f"{product}.safetensors").write_text(run.name)
+            (run / f"{product}.safetensors").write_text(self.product or run.name)
         if module == "finetune.run" and (ap := self.reached.pop(0)) is not None:
             results = {"split": "test", "ap": 0.99, "val": {"ap": ap}}  # a key asked for test
             if len(self.reached) % 2:
@@ -57,12 +63,12 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     monkeypatch.setattr(few_labels, "go_on", stand_in.go_on)
     monkeypatch.setattr(few_labels, "write_average", stand_in.average)
     monkeypatch.setattr(few_labels, "check", lambda *_: None)
-    monkeypatch.setattr(few_labels.Chain, "_scored", lambda *_: next(means))
+    monkeypatch.setattr(few_labels, "_scored", lambda *_: next(means))
     return stand_in
 
 
 def test_stages_follow_each_other_and_the_best_on_val_is_kept(
-    stages: Stages, labeled: Path, tmp_path: Path
+    stages: Stages, labeled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     command = [
@@ -80,7 +86,7 @@ def test_stages_follow_each_other_and_the_best_on_val_is_kept(
         "1-pretrain", "2-finetune", "3-teach", "4-finetune", "5-teach", "6-finetune",
     ]  # fmt: skip
     assert len(stages.ran) == len(ran)  # each of them once
-    first, mean = out / "2-finetune" / "detector.safetensors", out / "mean-1.safetensors"
+    first, mean = out / "2-finetune/detector.safetensors", out / "4-finetune/mean.safetensors"
     assert ran["1-pretrain"] == [
         "--recipe", "aerial", "data.train=pictures", "seed=3", "budget.epochs=7",
     ]  # fmt: skip
@@ -98,15 +104,68 @@ def test_stages_follow_each_other_and_the_best_on_val_is_kept(
     assert [one["ap"] for one in told["detectors"]] == [0.3, 0.4, 0.45, 0.35, 0.44]
     assert told["kept"] == str(mean)
     assert (out / "detector.safetensors").read_text() == "4-finetune+3-teach"
-    # With other keys what is there is not taken for the same.
-    assert main([*command, "--teach", "task.score=0.9"]) == 2
+    # With other keys what is there is not taken for the same, and not what followed from it.
+    other = [*command, "--teach", "task.unsure=0.2"]  # beside the one that was given
+    assert main(other) == 2
+    shutil.rmtree(out / "3-teach")
+    stages.product = "another"
+    assert main(other) == 2
+    assert stages.ran[-1][0] == "3-teach"
+    assert {"task.score=0.5", "task.unsure=0.2"} <= set(stages.ran[-1][1])
+    assert "4-finetune was made by another command, or from another" in capsys.readouterr().err
+
+
+def test_a_mean_that_cannot_be_is_left_out(
+    stages: Stages, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def average(*_: object) -> None:
+        raise UsageError("they see other bands or values")
+
+    monkeypatch.setattr(few_labels, "write_average", average)
+    out = tmp_path / "out"
+    command = ["pictures", str(labeled), "--recipe", "aerial", "--out", str(out)]
+    assert main([*command, "--launch", "accelerate launch"]) == 0
+    assert len(json.loads((out / "few_labels.json").read_text())["detectors"]) == 2
+
+
+def test_a_mean_is_scored_as_its_rivals_are(labeled: Path) -> None:
+    def recipe(*keys: str) -> dict[str, Any]:
+        resolved = finetune_recipes.resolve(
+            "aerial", [f"data.train={labeled}", "eval.score=0.01", "eval.iou=0.6", *keys]
+        )
+        document = yaml.safe_load(to_yaml(resolved))
+        assert isinstance(document, dict)
+        return document
+
+    shared = [
+        "batch_size=16", "score=0.01", "iou=0.6", "most=300", "image_size=256",
+        "data.max_pixels=9",
+    ]  # fmt: skip
+    val = f"data.val={labeled}"
+    assert evaluation_keys(recipe("data.max_pixels=9")) == [*shared, val]
+    for name in ("val", "test"):
+        (labeled / "annotations" / f"{name}.json").unlink()
+    assert evaluation_keys(recipe("data.max_pixels=9")) is None
+    other = evaluation_keys(recipe("data.max_pixels=9", "data.val=else", "data.cache=there"))
+    assert other == [*shared, "data.cache=there", "data.val=else"]
+    held = recipe("data.max_pixels=9", "data.holdout=0.2", "data.train_list=names.txt")
+    more = ["data.holdout=0.2", "data.split=train", "data.train_list=names.txt"]
+    assert evaluation_keys(held) == [*shared, val, *more]
+
+
+def test_processes_are_started_by_the_command_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["scenes", "scenes", "--recipe", "aerial", "--out", str(tmp_path / "out")]) == 2
+    assert "with --launch" in capsys.readouterr().err
 
 
 def test_where_nothing_is_held_out_the_last_mean_is_kept(
     stages: Stages, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages.reached = [None, None]
-    monkeypatch.setattr(few_labels.Chain, "_scored", lambda *_: None)
+    monkeypatch.setattr(few_labels, "_scored", lambda *_: None)
     out = tmp_path / "out"
     command = ["pictures", str(labeled), "--recipe", "aerial", "--out", str(out)]
     assert main([*command, "--launch", "accelerate launch"]) == 0
@@ -141,9 +200,9 @@ def test_the_stages_run(labeled: Path, tmp_path: Path) -> None:
     assert main(command) == 0
     told = json.loads((out / "few_labels.json").read_text())
     assert [Path(one["detector"]).name for one in told["detectors"]] == [
-        "detector.safetensors", "detector.safetensors", "mean-1.safetensors",
+        "detector.safetensors", "detector.safetensors", "mean.safetensors",
     ]  # fmt: skip
-    for scored in ("mean-1", "4-finetune"):  # both by the two that were held out
+    for scored in ("4-finetune/evaluation-mean", "4-finetune"):  # by the two that were held out
         assert json.loads((out / scored / "results.json").read_text())["pictures"] == 2
     _, about = detector_from_file(out / "detector.safetensors")
     assert about.names == ("red", "blue") and about.image_size == 64
