@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import cycle, groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -139,19 +139,23 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """Draw AP on val over steps and over minutes, one PNG for each set and fraction."""
     files = []
     for (dataset, fraction), cells in _by(results, "dataset", "fraction"):
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        figure = Figure(figsize=(13, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        for (init,), found in _by(cells, "init"):
+        # Ten colours, and from the eleventh init on the same ones dashed.
+        styles = cycle(product(("-", "--", ":"), (f"C{n}" for n in range(10))))
+        for ((init,), found), (dashes, colour) in zip(_by(cells, "init"), styles, strict=False):
             curves = _curves(found)
             if not curves.size:
                 continue
             steps, minutes, ap = curves[0, :, 0], curves[:, :, 1].mean(0), curves[:, :, 2]
             for axes, x in ((left, steps), (right, minutes + found[0]["pretrain_minutes"])):
-                [line] = axes.plot(x, ap.mean(0), marker=".", label=f"{init} ({len(ap)})")
-                axes.fill_between(x, ap.min(0), ap.max(0), alpha=0.15, color=line.get_color())
+                label = f"{init} ({len(ap)})"
+                axes.plot(x, ap.mean(0), dashes, color=colour, marker=".", label=label)
+                axes.fill_between(x, ap.min(0), ap.max(0), alpha=0.15, color=colour)
         left.set(xlabel="steps of fine-tuning", ylabel="AP on val")
         right.set(xlabel="minutes, pretraining counted")
-        left.legend(title="init (seeds)")
+        lines, labels = left.get_legend_handles_labels()
+        figure.legend(lines, labels, title="init (seeds)", loc="outside right upper")
         for axes in (left, right):
             axes.grid(alpha=0.3)
         figure.suptitle(f"{dataset}, {fraction:g} % of the labels")
