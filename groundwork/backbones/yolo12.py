@@ -152,19 +152,21 @@ class SplitStage(nn.Module):
         return out
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention, scale 32^-0.5; on a CPU in float32.
+def _in_float32_on_cpu(work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Call `work`; where a CPU's autocast is to bfloat16, in float32, and give bfloat16 back.
 
-    The fused kernel's backward is slower there in bfloat16: 4 to 6 times for 64 positions, 1.5
-    times for 400 (LOG.md).
+    For what is slower there in bfloat16, in its backward (LOG.md): the fused attention kernel, 4 to
+    6 times for 64 positions and 1.5 times for 400, and depthwise 7x7 convolutions, 3 to 5 times.
     """
-    if query.dtype != torch.bfloat16 or query.device.type != "cpu":
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    first = tensors[0]
+    if (
+        first.dtype != torch.bfloat16
+        or first.device.type != "cpu"
+        or not torch.is_autocast_enabled("cpu")
+    ):
+        return work(*tensors)
     with torch.autocast("cpu", enabled=False):
-        mixed = functional.scaled_dot_product_attention(
-            query.float(), key.float(), value.float(), attn_mask=mask
-        )
-    return mixed.to(query.dtype)
+        return work(*(tensor.float() for tensor in tensors)).to(torch.bfloat16)
 
 
 class AreaAttention(nn.Module):
@@ -204,12 +206,16 @@ class AreaAttention(nn.Module):
         tokens = tokens.reshape(batch * self.area, -1, self.heads, 3 * HEAD_WIDTH).transpose(1, 2)
         query, key, value = tokens.split(HEAD_WIDTH, -1)  # (N area) heads (H W / area) 32
         mask = self._mask(batch, height, width)
-        mixed = _attend(query, key, value, mask)
+        mixed = _in_float32_on_cpu(
+            # Its scale is HEAD_WIDTH ** -0.5.
+            lambda *of: functional.scaled_dot_product_attention(*of, attn_mask=mask),
+            query, key, value,
+        )  # fmt: skip
         mixed, value = (
             part.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
             for part in (mixed, value)
         )
-        out: Tensor = self.proj(mixed + self.pe(value))
+        out: Tensor = self.proj(mixed + _in_float32_on_cpu(self.pe, value))
         return out
 
     def _mask(self, batch: int, height: int, width: int) -> Tensor | None:

@@ -335,6 +335,21 @@ def test_autocast_to_bfloat16_runs_and_is_near(nano: YOLO12) -> None:
         assert (output.float() - wanted).abs().max().item() < 0.2 * max(spread, 1e-3)
 
 
+def test_what_is_slow_in_bfloat16_on_a_cpu_is_done_in_float32() -> None:
+    attention = AreaAttention(64, 1)
+    seen: list[torch.dtype] = []
+    attention.pe.register_forward_hook(lambda _, given, out: seen.extend((given[0].dtype, out.dtype)))
+    picture = torch.rand(2, 64, 8, 8)
+    expected = attention(picture)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attention(picture)
+    assert seen == [torch.float32] * 4 and output.dtype is torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.05)
+    # Weights that are bfloat16 themselves want no autocast, and have none.
+    assert attention.bfloat16()(picture.bfloat16()).dtype is torch.bfloat16
+    assert seen[4:] == [torch.bfloat16] * 2
+
+
 def test_every_parameter_has_a_gradient(nano: YOLO12) -> None:
     nano.train()
     nano.zero_grad(set_to_none=True)
