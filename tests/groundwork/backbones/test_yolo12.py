@@ -338,7 +338,9 @@ def test_autocast_to_bfloat16_runs_and_is_near(nano: YOLO12) -> None:
 def test_what_is_slow_in_bfloat16_on_a_cpu_is_done_in_float32() -> None:
     attention = AreaAttention(64, 1)
     seen: list[torch.dtype] = []
-    attention.pe.register_forward_hook(lambda _, given, out: seen.extend((given[0].dtype, out.dtype)))
+    attention.pe.register_forward_hook(
+        lambda _, given, out: seen.extend((given[0].dtype, out.dtype))
+    )
     picture = torch.rand(2, 64, 8, 8)
     expected = attention(picture)
     with torch.autocast("cpu", torch.bfloat16):
