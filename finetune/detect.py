@@ -18,7 +18,8 @@ import torch
 import torch.distributed
 
 from finetune.detector import Detector
-from finetune.finder import STRIDE, DetectorFinder, Frame, frame_of, show, whole_of
+from finetune.finder import STRIDE, Frame, frame_of, show, whole_of
+from finetune.looks import looking
 from finetune.metrics import Found, Truth
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import open_picture
@@ -69,6 +70,7 @@ def detect_all(
     score: float = 0.001,
     iou: float = 0.7,
     most: int = 300,
+    looks: int = 1,
     rank: int = 0,
     world: int = 1,
     group: torch.distributed.ProcessGroup | None = None,
@@ -82,11 +84,11 @@ def detect_all(
     """
     if image_size % STRIDE:
         raise UsageError(f"image_size={image_size} is not a multiple of {STRIDE}.")
-    finder = DetectorFinder(detector, score=score, iou=iou, most=most)
+    finder = looking(detector, looks, score=score, iou=iou, most=most)
     windows = _windows(_places(labeled), batch_size)[rank::world]
     # On a CPU decoding would only take the cores that the detector computes on, so it gets them all
     # between two windows; beside another device it goes on meanwhile.
-    on_cpu = finder.device.type == "cpu"
+    on_cpu = next(detector.parameters()).device.type == "cpu"
     threads = max(workers, torch.get_num_threads()) if on_cpu else max(workers, 1)
     rows: list[_Row] = []
     failure: DataError | None = None

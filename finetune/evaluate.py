@@ -51,6 +51,7 @@ def evaluate(
     score: float = 0.001,
     iou: float = 0.7,
     most: int = 300,
+    looks: int = 1,
     rank: int = 0,
     world: int = 1,
     group: torch.distributed.ProcessGroup | None = None,
@@ -58,14 +59,14 @@ def evaluate(
     """Score a detector on all of `labeled`; None on every process but the first.
 
     `image_size` is the longer side of what the detector sees, in pixels; `workers` how many threads
-    decode. `group` is a gloo group of all ranks where there are several. The detector is copied and
-    stays as it is.
+    decode; `looks` how often a picture is looked at (finetune/looks.py). `group` is a gloo group of
+    all ranks where there are several. The detector is copied and stays as it is.
 
     Raises DataError naming a picture that cannot be read, on every process.
     """
     found = detect_all(
         detector, labeled, image_size=image_size, batch_size=batch_size, workers=workers,
-        score=score, iou=iou, most=most, rank=rank, world=world, group=group,
+        score=score, iou=iou, most=most, looks=looks, rank=rank, world=world, group=group,
     )  # fmt: skip
     return None if found is None else measure(found, labeled.names)
 
@@ -105,6 +106,7 @@ class Keys(Section):
     score: Fraction = 0.001
     iou: Fraction = 0.7
     most: Count = 300
+    looks: Literal[1, 2, 4, 8] = 1  # mirrored, upside down, turned, too: finetune/looks.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,6 +154,7 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
         seen = detect_all(
             detector, labeled, image_size=keys.image_size or about.image_size,
             batch_size=keys.batch_size, score=keys.score, iou=keys.iou, most=keys.most,
+            looks=keys.looks,
             workers=cores if keys.data.workers is None else keys.data.workers,
             numbers=class_numbers(source, labeled.names, about.names),
         )  # fmt: skip

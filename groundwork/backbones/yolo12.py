@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -206,11 +207,8 @@ class AreaAttention(nn.Module):
         tokens = tokens.reshape(batch * self.area, -1, self.heads, 3 * HEAD_WIDTH).transpose(1, 2)
         query, key, value = tokens.split(HEAD_WIDTH, -1)  # (N area) heads (H W / area) 32
         mask = self._mask(batch, height, width)
-        mixed = _in_float32_on_cpu(
-            # Its scale is HEAD_WIDTH ** -0.5.
-            lambda *of: functional.scaled_dot_product_attention(*of, attn_mask=mask),
-            query, key, value,
-        )  # fmt: skip
+        attend = partial(functional.scaled_dot_product_attention, attn_mask=mask)
+        mixed = _in_float32_on_cpu(attend, query, key, value)  # its scale is 32 ** -0.5
         mixed, value = (
             part.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
             for part in (mixed, value)
