@@ -94,6 +94,29 @@ def draw_turn(flip: float, rotate: float, generator: np.random.Generator) -> Tur
     return Turn(mirrored, int(generator.integers(1, 4)) if turned else 0)
 
 
+def in_view(
+    boxes: npt.NDArray[np.float32],
+    width: int,
+    height: int,
+    view: tuple[float, float, float, float],
+    turn: Turn,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return where boxes of a width x height picture lie in a turned view of it.
+
+    `boxes` (K 4) are shares of the picture's sides, and become shares of the view's, clipped to it;
+    beside them K shares of their areas that the view shows.
+    """
+    sides = np.array([width, height], np.float32)
+    corner, size = np.array(view[:2], np.float32), np.array(view[2:], np.float32) - view[:2]
+    points = (boxes.reshape(-1, 2, 2) * sides - corner) / size  # in shares of the view
+    seen = points.clip(0, 1)
+    whole = (points[:, 1] - points[:, 0]).prod(1)
+    shown = (seen[:, 1] - seen[:, 0]).prod(1) / np.maximum(whole, np.finfo(np.float32).tiny)
+    turned = turn.of_points(seen.reshape(-1, 2)).reshape(-1, 2, 2)
+    ends = np.concatenate((turned.min(1), turned.max(1)), 1)
+    return ends.astype(np.float32), shown.astype(np.float32)
+
+
 def check_side(image_size: int, who: str) -> None:
     """Raise UsageError where no backbone takes this side; `who` is "<task> needs", for a person."""
     if image_size < 32 or image_size % 32:

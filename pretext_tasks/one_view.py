@@ -15,7 +15,8 @@ from groundwork import colour
 from groundwork.colour import Colour, Probability
 from groundwork.config import Section
 from groundwork.data.decode import Picture
-from pretext_tasks.crops import AreaRange, RatioRange, draw_crop, draw_turn
+from groundwork.data.resize import Box
+from pretext_tasks.crops import AreaRange, RatioRange, Turn, draw_crop, draw_turn
 
 
 class OneViewKeys(Section):
@@ -40,9 +41,18 @@ class OneView:
         self, picture: Picture, generator: np.random.Generator
     ) -> dict[str, npt.NDArray[Any]]:
         """Return view (uint8 H W C) and colour (float32); teacher_view where it has a size."""
+        return self.at(picture, *self.place(picture, generator), generator)
+
+    def place(self, picture: Picture, generator: np.random.Generator) -> tuple[Box, Turn]:
+        """Draw where the view lies in the picture, and how it is turned."""
         keys = self.keys
         box = draw_crop(picture.width, picture.height, keys.crop_scale, keys.crop_ratio, generator)
-        turn = draw_turn(keys.flip, keys.rotate, generator)
+        return box, draw_turn(keys.flip, keys.rotate, generator)
+
+    def at(
+        self, picture: Picture, box: Box, turn: Turn, generator: np.random.Generator
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Cut the view that lies there, and draw its colours."""
 
         def of_side(side: int) -> npt.NDArray[np.uint8]:
             [view] = picture.cut([box], side)
@@ -50,7 +60,7 @@ class OneView:
 
         views: dict[str, npt.NDArray[Any]] = {
             "view": of_side(self.image_size),
-            "colour": colour.draw(keys.colour, generator),
+            "colour": colour.draw(self.keys.colour, generator),
         }
         if self.teacher_size is not None:
             views["teacher_view"] = of_side(self.teacher_size)

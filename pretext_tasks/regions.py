@@ -41,7 +41,15 @@ from groundwork.data.decode import Picture
 from groundwork.data.memory import Memory
 from groundwork.data.resize import Box
 from pretext_tasks.contract import StepOutput, Views
-from pretext_tasks.crops import AreaRange, RatioRange, Turn, check_side, draw_crop, draw_turn
+from pretext_tasks.crops import (
+    AreaRange,
+    RatioRange,
+    Turn,
+    check_side,
+    draw_crop,
+    draw_turn,
+    in_view,
+)
 from pretext_tasks.stable_regions import (
     KINDS,
     Boxes,
@@ -140,15 +148,9 @@ class RegionsViews:
 
 def _in_view(regions: Boxes, picture: Picture, box: Box, turn: Turn, side: int) -> Boxes:
     """Return those regions that a view shows, K 4 in its pixels."""
-    sides = np.array([picture.width, picture.height], np.float32)
-    corner, size = np.array(box[:2], np.float32), np.array(box[2:], np.float32) - box[:2]
-    points = (regions.reshape(-1, 2, 2) * sides - corner) / size  # in shares of the view
-    seen = points.clip(0, 1)
-    shown = (seen[:, 1] - seen[:, 0]).prod(1) >= _VISIBLE * (points[:, 1] - points[:, 0]).prod(1)
-    shown &= (seen[:, 1] - seen[:, 0]).min(1) >= _LEAST
-    turned = turn.of_points(seen[shown].reshape(-1, 2)).reshape(-1, 2, 2)
-    ends = np.concatenate((turned.min(1), turned.max(1)), 1)
-    return (ends * side).astype(np.float32)
+    seen, shown = in_view(regions, picture.width, picture.height, box, turn)
+    kept = (shown >= _VISIBLE) & ((seen[:, 2:] - seen[:, :2]).min(1) >= _LEAST)
+    return np.asarray(seen[kept] * np.float32(side))
 
 
 class Regions(WholeDetector):

@@ -8,7 +8,9 @@ al. 2020, arXiv 1911.04252); for detectors STAC (Sohn et al. 2020, arXiv 2005.04
 `task.weights` is the detector's file, which fine-tuning wrote (detector.safetensors); its weights
 are in every checkpoint. Teacher and student see the same view, the teacher in its own colours and,
 with `task.teacher_size`, larger: a detector of small pictures finds more in larger ones, and the
-student is taught to find it in small ones. What the teacher finds without being sure is neither
+student is taught to find it in small ones. With `task.find=picture` the teacher looks once at every
+whole picture instead, several times where `task.looks` says so, and what it finds is remembered
+(pretext_tasks/found_once.py). What the teacher finds without being sure is neither
 taught as an object nor as background. The student learns backbone, neck and all of the head, the
 class branch too: its classes are the detector's, and the product's file says them. So the file is
 a detector's as it is.
@@ -43,11 +45,10 @@ from groundwork.data.reading import Reading
 from groundwork.errors import CheckpointError, UsageError
 from pretext_tasks.contract import StepOutput, Views
 from pretext_tasks.crops import AreaRange, check_side
+from pretext_tasks.found_once import MOST, FoundOnce, Teacher, digest_of
 from pretext_tasks.one_view import OneView, OneViewKeys
 from pretext_tasks.through_neck import Letter
 from pretext_tasks.whole_detector import COLOUR, WholeDetector
-
-_MOST = 1000  # boxes of a view: what is found and left out would be taught as background
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -61,7 +62,13 @@ class SelfTrainingConfig(OneViewKeys):
     iou: Share = 0.5  # of two boxes of a class with more in common the better one is taught
     neck: Letter | Literal["auto"] = "auto"  # width of the student's neck and head
     crop_scale: AreaRange = (0.5, 1.0)  # part of the picture's area
-    # Side in pixels of what the teacher sees; None: the student's, image_size.
+    # Where the teacher looks: at every view, on the device; or once at each whole picture, on the
+    # data workers' CPUs, which is for pictures that are seen in many epochs.
+    find: Literal["view", "picture"] = "view"
+    # 2: also mirrored; 4: also upside down; 8: also turned by quarters; of pictures alone.
+    looks: Literal[1, 2, 4, 8] = 1
+    # Side in pixels of what the teacher sees; None: the student's, image_size. Of whole pictures it
+    # is the longer side; None: as in the teacher's training.
     teacher_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = None
     colour: Annotated[Colour, starting_from(COLOUR)] = COLOUR
     boxes: Literal["score", "equal", "class"] = "class"  # as the second stage's loss.boxes
@@ -72,6 +79,8 @@ class SelfTrainingConfig(OneViewKeys):
         for name, score in scores.items():
             if self.unsure > score:
                 raise ValueError(f"unsure={self.unsure:g} is above {name}={score:g}")
+        if self.looks > 1 and self.find == "view":
+            raise ValueError("looks is about find=picture: a view is looked at once")
         return self
 
 
@@ -80,6 +89,7 @@ class SelfTraining(WholeDetector):
 
     Config = SelfTrainingConfig
     metadata_bytes: Tensor
+    teacher_digest: Tensor
 
     def __init__(self, backbone: Backbone, config: SelfTrainingConfig) -> None:
         if config.weights is None:
@@ -95,7 +105,11 @@ class SelfTraining(WholeDetector):
             )
         super().__init__(backbone, config.neck, teacher.head.num_classes, config.boxes)
         self.config = config
-        self.teacher = teacher.requires_grad_(False)
+        # Where pictures are looked at once, the data workers have it.
+        self.teacher = None if config.find == "picture" else teacher.requires_grad_(False)
+        if self.teacher is None:
+            digest = list(digest_of(Path(config.weights)))
+            self.register_buffer("teacher_digest", torch.tensor(digest, dtype=torch.uint8))
         self._about = about
         _by_class(config, about.names)  # a wrong name is told here
         # With the teacher's weights, in every checkpoint: the file may be another on a resume.
@@ -110,12 +124,36 @@ class SelfTraining(WholeDetector):
         check_side(image_size, "self-training needs")
         if config.weights is None:
             raise UsageError(_NO_WEIGHTS)
-        return OneView(config, image_size, config.teacher_size)
+        if config.find == "view":
+            return OneView(config, image_size, config.teacher_size)
+        file = Path(config.weights)
+        side = config.teacher_size or detector_from_file(file)[1].image_size
+        teacher = Teacher(
+            file.absolute(), digest_of(file), side, config.looks, config.unsure, config.iou
+        )
+        return FoundOnce(OneView(config, image_size), teacher)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any, **named: Any
+    ) -> None:
+        """Raise CheckpointError where the teacher's file is not the one that a run began with."""
+        began = state_dict.get(f"{prefix}teacher_digest")
+        if (
+            self.teacher is None
+            and began is not None
+            and bytes(began.tolist()) != bytes(self.teacher_digest.tolist())
+        ):
+            raise CheckpointError(
+                f"task.weights={self.config.weights} is another file than the one that this run "
+                "began with: put that one back, or start a new run."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *others, **named)
 
     def train(self, mode: bool = True) -> Self:
         """Leave the teacher in eval mode."""
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
@@ -162,10 +200,13 @@ class SelfTraining(WholeDetector):
         side, key = image_size, "image_size"
         if self.config.teacher_size is not None:
             side, key = self.config.teacher_size, "task.teacher_size"
+        elif self.config.find == "picture":
+            side = about.image_size
         if not 0.5 <= side / about.image_size <= 2:
             found.append(
-                f"task.weights={file} was trained at {about.image_size} px and sees views of "
-                f"{key}={side}: things look larger or smaller than it knows them."
+                f"task.weights={file} was trained at {about.image_size} px and sees "
+                f"{self.config.find}s of {key}={side}: things look larger or smaller than it "
+                "knows them."
             )
         if about.reading().mapping != reading.mapping:
             found.append(
@@ -185,6 +226,12 @@ class SelfTraining(WholeDetector):
     @torch.no_grad()
     def _found(self, batch: dict[str, Tensor]) -> list[Detections]:
         """Return what the teacher finds, its boxes within the student's view, down to `unsure`."""
+        if self.teacher is None:
+            entries = ("boxes", "scores", "classes")
+            return [
+                Detections(*(batch[entry][row, :count] for entry in entries))
+                for row, count in enumerate(batch["count"].tolist())
+            ]
         backbone, config = self.teacher.backbone, self.config
         view = batch["view" if config.teacher_size is None else "teacher_view"]
         image = colour.normalise(view, backbone.mean, backbone.std)
@@ -194,7 +241,7 @@ class SelfTraining(WholeDetector):
         with torch.autocast(image.device.type, enabled=False):
             boxes, scores = self.teacher.read(raw, side, side)
         found = [
-            suppress(*one, score=config.unsure, iou=config.iou, most=_MOST)
+            suppress(*one, score=config.unsure, iou=config.iou, most=MOST)
             for one in zip(boxes.clamp(0, side) * (own / side), scores, strict=True)
         ]
         # Of what lies outside the view the view's edge is left.
