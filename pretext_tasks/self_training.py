@@ -126,11 +126,12 @@ class SelfTraining(WholeDetector):
             raise UsageError(_NO_WEIGHTS)
         if config.find == "view":
             return OneView(config, image_size, config.teacher_size)
-        file = Path(config.weights)
-        side = config.teacher_size or detector_from_file(file)[1].image_size
-        teacher = Teacher(
-            file.absolute(), digest_of(file), side, config.looks, config.unsure, config.iou
-        )
+        file, side = Path(config.weights), config.teacher_size
+        there = file.is_file()  # not yet, maybe, where a recipe is only checked: __init__ wants it
+        if side is None:
+            side = detector_from_file(file)[1].image_size if there else image_size
+        digest = digest_of(file) if there else b""
+        teacher = Teacher(file.absolute(), digest, side, config.looks, config.unsure, config.iou)
         return FoundOnce(OneView(config, image_size), teacher)
 
     def _load_from_state_dict(

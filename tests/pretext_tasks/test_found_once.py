@@ -193,8 +193,15 @@ def test_another_file_on_a_resume_is_refused(
 def test_keys_that_do_not_go_together_are_refused(weights: Path) -> None:
     with pytest.raises(UsageError, match="looks is about find=picture"):
         validate(SelfTrainingConfig, {"weights": str(weights), "looks": 4})
-    with pytest.raises(CheckpointError, match=r"no\.safetensors"):
-        SelfTraining.views(_config(weights.with_name("no.safetensors"), teacher_size=64), 64)
+
+
+def test_a_recipe_may_name_a_file_that_is_made_later(
+    weights: Path, tiny_backbone: Callable[[], Backbone]
+) -> None:
+    keys = _config(weights.with_name("later.safetensors"))
+    assert isinstance(SelfTraining.views(keys, 64), FoundOnce)
+    with pytest.raises(CheckpointError, match=r"later\.safetensors"):
+        SelfTraining(tiny_backbone(), keys)
 
 
 def _png() -> bytes:
