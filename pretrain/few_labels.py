@@ -12,8 +12,11 @@ PICTURES are without labels (shards, a folder: data.train of pretraining), ROOT 
 
 and with --rounds 2 a 5-teach and a 6-finetune, taught by the detector of the round before. After
 each round the mean of the weights before and after its fine-tuning is taken (finetune/average.py)
-and scored on val, too. detector.safetensors is what has the best AP on val; where no pictures are
-held out for that, the last mean. few_labels.json tells all figures. A test split is not looked at.
+and scored on val, too. Where the teacher looks at whole pictures (task.find=picture), it is scored
+on val as it will look, and each class is taught from the score on that is best there (--teach
+task.score=... says another). detector.safetensors is what has the best AP on val; where no pictures
+are held out for that, the last mean. few_labels.json tells all figures. A test split is not looked
+at.
 
 Called again, it goes on where it was stopped, with the same keys; a stage is run anew where its
 folder is removed, and those after it want theirs removed too. Keys of every stage are given by
@@ -45,6 +48,9 @@ from groundwork.config import read_yaml
 from groundwork.data.labels import has_split
 from groundwork.errors import DataError, GroundworkError, UsageError
 from groundwork.stages import check, go_on, run_command, same_as_before
+from pretext_tasks import load_task
+from pretext_tasks.self_training import SelfTrainingConfig
+from pretrain import recipe as pretrain_recipes
 
 logger = logging.getLogger("pretrain.few_labels")
 
@@ -92,10 +98,10 @@ class Chain:
         detector, told = self._trained("2-finetune", self.recipe, start)
         for number in range(1, self.rounds + 1):
             # The teacher is the best so far, which is where the student begins.
+            keys = [*self._teach_keys(str(detector)), *self._scores(detector)]
             start = self._stage(
                 f"{2 * number + 1}-teach", "pretrain.run",
-                ["--recipe", self._taught, "--init", str(detector)],
-                self._teach_keys(str(detector)), detector,
+                ["--recipe", self._taught, "--init", str(detector)], keys, detector,
             )  # fmt: skip
             after, more = self._trained(f"{2 * number + 2}-finetune", self._taught, start)
             told += more
@@ -137,6 +143,34 @@ class Chain:
             go_on(module, run, flags, keys, launch=self.launch)
         return file
 
+    def _scores(self, teacher: Path) -> list[str]:
+        """Return the key that says from which score on what a teacher finds is taught.
+
+        Of each class that with the best F1 on val, of pictures looked at as the teacher will look.
+        None where it looks at views, where nothing is held out, and where the score is given.
+        """
+        if any(key.startswith("task.score") for key in (*self.keys, *self.teach)):
+            return []
+        recipe = pretrain_recipes.resolve(None, self._taught, self._teach_keys(str(teacher)))
+        _, task = pretrain_recipes.with_task_defaults(recipe, load_task(recipe.task_name).Config)
+        own = evaluation_keys(read_yaml(self.out / "2-finetune" / "recipe.yaml"))
+        if own is None or not isinstance(task, SelfTrainingConfig) or task.find == "view":
+            return []
+        looks: dict[str, Any] = {"looks": task.looks, "iou": task.iou}
+        if task.teacher_size is not None:
+            looks["image_size"] = task.teacher_size
+        keys = [key for key in own if key.partition("=")[0] not in looks]
+        out = teacher.parent / f"scores-{teacher.stem}"
+        results = _evaluated(teacher, out, [*keys, *(f"{k}={v}" for k, v in looks.items())])
+        found = {name: one["f1_score"] for name, one in results["per_class"].items()}
+        best = [score for score in found.values() if score is not None]
+        if not best:
+            return []  # it finds nothing that is right
+        # A class of which nothing is found there must be as sure as the surest of the others.
+        scores = {n: max(max(best) if s is None else s, task.unsure) for n, s in found.items()}
+        logger.info("Taught from these scores on, which are best on val: %s", scores)
+        return [f"task.score={json.dumps(scores)}"]
+
     @property
     def _taught(self) -> str:
         """The recipe of a round, of either stage."""
@@ -167,16 +201,22 @@ def _mean(after: Path, before: Path) -> Path | None:
 
 def _scored(file: Path, run: Path) -> float | None:
     """Return a detector's AP on val as the fine-tuning of `run` scores; None where it does not."""
-    out = run / "evaluation-mean"
     keys = evaluation_keys(read_yaml(run / "recipe.yaml"))
     if keys is None:
         return None
-    if not (out / "results.json").is_file():
+    ap = _evaluated(file, run / "evaluation-mean", keys)["ap"]
+    return None if ap is None else float(ap)
+
+
+def _evaluated(file: Path, out: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Return what finetune.evaluate says of a detector; what is there is not done again."""
+    results = out / "results.json"
+    if not results.is_file():
         command = [sys.executable, "-m", "finetune.evaluate", str(file), "--out", str(out), *keys]
         if run_command(command):
             raise DataError(f"{file} could not be scored: see above.")
-    ap = json.loads((out / "results.json").read_text(encoding="utf-8"))["ap"]
-    return None if ap is None else float(ap)
+    told: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
+    return told
 
 
 def evaluation_keys(recipe: Mapping[str, Any]) -> list[str] | None:

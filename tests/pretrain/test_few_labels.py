@@ -13,8 +13,9 @@ import yaml
 
 from finetune import recipe as finetune_recipes
 from finetune.weights import detector_from_file
-from groundwork.config import to_yaml
+from groundwork.config import parse_overrides, to_yaml, validate
 from groundwork.errors import DataError, StoppedError, UsageError
+from pretext_tasks.self_training import SelfTrainingConfig
 from pretrain import few_labels
 from pretrain.few_labels import evaluation_keys, main
 
@@ -115,6 +116,50 @@ def test_stages_follow_each_other_and_the_best_on_val_is_kept(
     assert "4-finetune was made by another command, or from another" in capsys.readouterr().err
 
 
+def test_classes_are_taught_from_the_score_that_is_best_on_val(
+    stages: Stages, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ["image_size=64", "score=0.001", "iou=0.7", "data.val=ROOT"]
+    classes = {"red": 0.31, "blue": 0.05, "never seen": None}
+    asked: list[tuple[Path, Path, list[str]]] = []
+
+    def evaluated(file: Path, out: Path, keys: list[str]) -> dict[str, Any]:
+        asked.append((file, out, keys))
+        return {"per_class": {name: {"f1_score": score} for name, score in classes.items()}}
+
+    monkeypatch.setattr(few_labels, "read_yaml", lambda path: {})
+    monkeypatch.setattr(few_labels, "evaluation_keys", lambda recipe: own)
+    monkeypatch.setattr(few_labels, "_evaluated", evaluated)
+    out, first = tmp_path / "out", tmp_path / "out" / "2-finetune" / "detector.safetensors"
+    command = ["pictures", str(labeled), "--recipe", "medical", "--launch", "accelerate launch"]
+    looks = ["task.find=picture", "task.looks=4", "task.teacher_size=448", "task.iou=0.6"]
+    assert main([*command, "--out", str(out), "--teach", *looks]) == 0
+    [(file, folder, keys)] = asked
+    assert file == first and folder == first.parent / "scores-detector"
+    assert set(keys) == {
+        "image_size=448", "looks=4", "iou=0.6", "score=0.001", "data.val=ROOT",
+    }  # fmt: skip
+    [told] = [key for key in dict(stages.ran)["3-teach"] if key.startswith("task.score")]
+    # Not below task.unsure, and what val does not show as sure as the surest.
+    score = validate(SelfTrainingConfig, parse_overrides([told])["task"]).score
+    assert score == {"red": 0.31, "blue": 0.1, "never seen": 0.31}
+    # Not where it is given, the teacher looks at views, or it finds nothing that is right.
+    for number, (more, found) in enumerate(
+        [
+            ([*looks, "task.score=0.4"], classes),
+            (["task.find=view"], classes),
+            (looks, {"red": None, "blue": None}),
+        ]
+    ):
+        stages.reached += [0.3, 0.4]
+        monkeypatch.setattr(few_labels, "_scored", lambda *_: 0.5)
+        classes = found
+        assert main([*command, "--out", str(tmp_path / str(number)), "--teach", *more]) == 0
+        told = [key for key in stages.ran[-2][1] if key.startswith("task.score")]
+        assert told == [key for key in more if key.startswith("task.score")]
+    assert len(asked) == 2
+
+
 def test_a_mean_that_cannot_be_is_left_out(
     stages: Stages, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +240,7 @@ def test_the_stages_run(labeled: Path, tmp_path: Path) -> None:
     command = [
         str(labeled / "images" / "train"), str(labeled), "--recipe", "medical", "--out", str(out),
         *TINY, "--pretrain", *NO_PROBE, "--teach", *NO_PROBE, "task.teacher_size=96",
-        "--finetune", "eval.times=1", "data.holdout=0.2",
+        "task.find=picture", "task.looks=2", "--finetune", "eval.times=1", "data.holdout=0.2",
     ]  # fmt: skip
     assert main(command) == 0
     told = json.loads((out / "few_labels.json").read_text())
