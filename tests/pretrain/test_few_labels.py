@@ -46,6 +46,9 @@ class Stages:
         (run / "status.json").write_text(json.dumps({"state": "done"}))
         for product in ("pretrained", "detector"):
             (run / f"{product}.safetensors").write_text(self.product or run.name)
+        if module == "finetune.run":
+            recipe = finetune_recipes.resolve("aerial", keys)
+            (run / "recipe.yaml").write_text(to_yaml(recipe))
         if module == "finetune.run" and (ap := self.reached.pop(0)) is not None:
             results = {"split": "test", "ap": 0.99, "val": {"ap": ap}}  # a key asked for test
             if len(self.reached) % 2:
@@ -65,6 +68,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     monkeypatch.setattr(few_labels, "write_average", stand_in.average)
     monkeypatch.setattr(few_labels, "check", lambda *_: None)
     monkeypatch.setattr(few_labels, "_scored", lambda *_: next(means))
+    monkeypatch.setattr(few_labels, "_evaluated", lambda *_: {"per_class": {}})
     return stand_in
 
 
@@ -127,7 +131,6 @@ def test_classes_are_taught_from_the_score_that_is_best_on_val(
         asked.append((file, out, keys))
         return {"per_class": {name: {"f1_score": score} for name, score in classes.items()}}
 
-    monkeypatch.setattr(few_labels, "read_yaml", lambda path: {})
     monkeypatch.setattr(few_labels, "evaluation_keys", lambda recipe: own)
     monkeypatch.setattr(few_labels, "_evaluated", evaluated)
     out, first = tmp_path / "out", tmp_path / "out" / "2-finetune" / "detector.safetensors"
