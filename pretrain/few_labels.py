@@ -11,12 +11,12 @@ PICTURES are without labels (shards, a folder: data.train of pretraining), ROOT 
     4-finetune    the recipe NAME_taught of recipes/finetune, on the labels once more
 
 and with --rounds 2 a 5-teach and a 6-finetune, taught by the detector of the round before. After
-each round the mean of the weights before and after its fine-tuning is taken (finetune/average.py)
-and scored on val, too. Where the teacher looks at whole pictures (task.find=picture), it is scored
-on val as it will look, and each class is taught from the score on that is best there (--teach
-task.score=... says another). detector.safetensors is what has the best AP on val; where no pictures
-are held out for that, the last mean. few_labels.json tells all figures. A test split is not looked
-at.
+each round the student as it was before its fine-tuning, and the mean of the weights before and
+after (finetune/average.py), are scored on val, too. Where the teacher looks at whole pictures
+(task.find=picture), it is scored on val as it will look, and each class is taught from the score on
+that is best there (--teach task.score=... says another). detector.safetensors is what has the best
+AP on val; where no pictures are held out for that, the last mean. few_labels.json tells all
+figures. A test split is not looked at.
 
 Called again, it goes on where it was stopped, with the same keys; a stage is run anew where its
 folder is removed, and those after it want theirs removed too. Keys of every stage are given by
@@ -106,7 +106,10 @@ class Chain:
             after, more = self._trained(f"{2 * number + 2}-finetune", self._taught, start)
             told += more
             if (mean := _mean(after, start)) is not None:
-                told.append({"detector": str(mean), "ap": _scored(mean, after.parent)})
+                # Very few labels may make the student worse, and the mean with it.
+                for name, file in (("start", start), ("mean", mean)):
+                    ap = _scored(file, after.parent, name)
+                    told.append({"detector": str(file), "ap": ap})
             detector = _best(told)
         kept = self.out / "detector.safetensors"
         shutil.copyfile(detector, kept)
@@ -199,12 +202,12 @@ def _mean(after: Path, before: Path) -> Path | None:
     return mean
 
 
-def _scored(file: Path, run: Path) -> float | None:
+def _scored(file: Path, run: Path, name: str) -> float | None:
     """Return a detector's AP on val as the fine-tuning of `run` scores; None where it does not."""
     keys = evaluation_keys(read_yaml(run / "recipe.yaml"))
     if keys is None:
         return None
-    ap = _evaluated(file, run / "evaluation-mean", keys)["ap"]
+    ap = _evaluated(file, run / f"evaluation-{name}", keys)["ap"]
     return None if ap is None else float(ap)
 
 

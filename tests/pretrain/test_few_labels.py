@@ -63,11 +63,11 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     stand_in = Stages([0.3, 0.4, 0.35])
-    means = iter([0.45, 0.44])
+    scored = iter([0.42, 0.45, 0.43, 0.44])  # of each round the student and the mean
     monkeypatch.setattr(few_labels, "go_on", stand_in.go_on)
     monkeypatch.setattr(few_labels, "write_average", stand_in.average)
     monkeypatch.setattr(few_labels, "check", lambda *_: None)
-    monkeypatch.setattr(few_labels, "_scored", lambda *_: next(means))
+    monkeypatch.setattr(few_labels, "_scored", lambda *_: next(scored))
     monkeypatch.setattr(few_labels, "_evaluated", lambda *_: {"per_class": {}})
     return stand_in
 
@@ -106,7 +106,7 @@ def test_stages_follow_each_other_and_the_best_on_val_is_kept(
     assert ran["4-finetune"] == [*start, *labels]
     assert f"task.weights={mean}" in ran["5-teach"]  # the best so far
     told = json.loads((out / "few_labels.json").read_text())
-    assert [one["ap"] for one in told["detectors"]] == [0.3, 0.4, 0.45, 0.35, 0.44]
+    assert [one["ap"] for one in told["detectors"]] == [0.3, 0.4, 0.42, 0.45, 0.35, 0.43, 0.44]
     assert told["kept"] == str(mean)
     assert (out / "detector.safetensors").read_text() == "4-finetune+3-teach"
     # With other keys what is there is not taken for the same, and not what followed from it.
@@ -248,9 +248,14 @@ def test_the_stages_run(labeled: Path, tmp_path: Path) -> None:
     assert main(command) == 0
     told = json.loads((out / "few_labels.json").read_text())
     assert [Path(one["detector"]).name for one in told["detectors"]] == [
-        "detector.safetensors", "detector.safetensors", "mean.safetensors",
+        "detector.safetensors", "detector.safetensors", "pretrained.safetensors",
+        "mean.safetensors",
     ]  # fmt: skip
-    for scored in ("4-finetune/evaluation-mean", "4-finetune"):  # by the two that were held out
+    for scored in (
+        "4-finetune/evaluation-mean",
+        "4-finetune/evaluation-start",
+        "4-finetune",
+    ):  # by the two that were held out
         assert json.loads((out / scored / "results.json").read_text())["pictures"] == 2
     _, about = detector_from_file(out / "detector.safetensors")
     assert about.names == ("red", "blue") and about.image_size == 64
