@@ -105,7 +105,7 @@ class Measures:
 
 def row_of(study: Study, init: Init, fraction: float, measures: Measures) -> dict[str, Any]:
     """Fine-tune unless it is done, measure, and return a row of the results."""
-    val = {steps: study.outcome(init, fraction, 0, steps)[1] for steps in init.steps}
+    val = {steps: study.outcome(init, fraction, 0, steps).ap for steps in init.steps}
     weights = study.weights(init, fraction, 0)
     recipe = read_yaml(study.train(init, fraction, 0, init.steps[0]) / "recipe.yaml")
     torch.manual_seed(recipe["seed"])

@@ -26,7 +26,8 @@ A `teacher` is another init: its detector of the same labels after its longest f
 pretraining's task.weights, and where it starts. That pretraining is done for each fraction and
 seed, and its minutes count the teacher's. An init with `steps` has these lengths instead of
 --steps; with `average: 0.5`, its detector is the mean of the fine-tuned one and of the one that it
-began with (finetune/average.py), here in equal shares.
+began with (finetune/average.py), here in equal shares; of several, `average: [0, 0.5, 1]` (0: the
+fine-tuned one, 1: the one that it began with), the one that is best on val, for each seed.
 
 The labeled pictures of a fraction are those of --lists/<set>-<NN>pct-seed<S>.txt, or where there is
 no such file, drawn from the set's training pictures by the seed. Every figure is written to
@@ -35,8 +36,7 @@ again, and a run that was cut off goes on where its last checkpoint is. Studies 
 inits may write the same --results at the same time. With --no-test nothing is scored on test and
 nothing written: this is for choices, which are made on val.
 
-Each pretraining has a cache of its own, so that what one works out of the pictures (`regions`) is
-in no other's minutes.
+Each pretraining has a cache of its own: what one works out of pictures is in no other's minutes.
 """
 
 from __future__ import annotations
@@ -46,16 +46,15 @@ import hashlib
 import json
 import logging
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.label_efficiency_results import read, update
+from benchmarks.label_efficiency_results import read, settings_of, update
 from benchmarks.runs import curve, go_on, noted, val_ap
 from finetune.average import write as write_average
 from finetune.evaluate import evaluate
@@ -70,10 +69,6 @@ from groundwork.stages import same_as_before
 logger = logging.getLogger(__name__)
 
 RESULTS = Path("docs/results/label_efficiency.json")
-# Of a command: where things are, how long and by which seed it trains.
-_NO_SETTING = re.compile(
-    r" (--out|--init) \S+| (data\.(train|train_list|cache)|budget\.steps|seed)=\S+"
-)
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,15 @@ class Init:
     finetune: tuple[str, ...] = ()
     teacher: Init | None = None  # whose detector the pretraining learns from
     steps: tuple[int, ...] = ()  # lengths of its fine-tuning
-    average: float = 0.0  # the share of its start in what is scored
+    averages: tuple[float, ...] = (0.0,)  # shares of its start in what is scored: the best on val
+
+
+class Outcome(NamedTuple):
+    """What is scored of a fine-tuning, its AP on val, and the share of its start in it."""
+
+    file: Path
+    ap: float
+    average: float
 
 
 @dataclass
@@ -128,7 +131,7 @@ class Study:
             *init.pretrain,
         ]
         if init.teacher is not None:
-            teacher = str(self.outcome(init.teacher, fraction, seed, max(init.teacher.steps))[0])
+            teacher = str(self.outcome(init.teacher, fraction, seed, max(init.teacher.steps)).file)
             keys.append(f"task.weights={teacher}")
             flags += ["--init", teacher]
         same_as_before(run, ["-m", "pretrain.run", "--out", str(run), *flags, *keys])
@@ -178,21 +181,27 @@ class Study:
             go_on("finetune.run", run, flags, keys)
         return run
 
-    def outcome(self, init: Init, fraction: float, seed: int, steps: int) -> tuple[Path, float]:
-        """Fine-tune, unless it is done; return what is scored, and its AP on val."""
+    def outcome(self, init: Init, fraction: float, seed: int, steps: int) -> Outcome:
+        """Fine-tune, unless it is done; return what is scored, which is the best on val."""
         run = self.train(init, fraction, seed, steps)
+        found = (self._averaged(init, run, fraction, seed, share) for share in init.averages)
+        return max(found, key=lambda one: one.ap)
+
+    def _averaged(self, init: Init, run: Path, fraction: float, seed: int, share: float) -> Outcome:
+        """Take the mean of a run's detector and what it began with, unless it is there."""
         file = run / "detector.safetensors"
-        if not init.average:
-            return file, val_ap(run)
-        mean = run / f"average-{init.average:g}.safetensors"
-        told = mean.with_suffix(".json")
+        if share == 0:
+            return Outcome(file, val_ap(run), share)
+        start = self.weights(init, fraction, seed)
+        if start is None:
+            raise UsageError(f"{init.name}: average is about a start, and there is none.")
+        mean = start if share == 1 else run / f"average-{share:g}.safetensors"
+        told = run / f"average-{share:g}.json"
         if not told.is_file():
-            start = self.weights(init, fraction, seed)
-            if start is None:
-                raise UsageError(f"{init.name}: average is about a start, and there is none.")
-            write_average(mean, [file, start], [1 - init.average, init.average])
+            if share != 1:
+                write_average(mean, [file, start], [1 - share, share])
             write_atomically(told, json.dumps({"ap": self.score(mean, "val").ap}))
-        return mean, float(json.loads(told.read_text())["ap"])
+        return Outcome(mean, float(json.loads(told.read_text())["ap"]), share)
 
     def score(self, file: Path, split: str) -> Results:
         """Score a detector's file on a split."""
@@ -220,24 +229,24 @@ class Study:
     ) -> dict[str, Any]:
         """Train at these lengths, score the best on test, and return its row of the results."""
         outcomes = {steps: self.outcome(init, fraction, seed, steps) for steps in lengths}
-        found = {steps: ap for steps, (_, ap) in outcomes.items()}
+        found = {steps: one.ap for steps, one in outcomes.items()}
         best = max(found, key=lambda steps: (found[steps], -steps))
         where = {"dataset": self.data.name, "init": init.name, "fraction": fraction, "seed": seed}
-        run = self.train(init, fraction, seed, best)  # it is there
-        command = noted(run)
-        settings = _settings({"command": command, "average": init.average})
+        command = noted(run := self.train(init, fraction, seed, best))  # it is there
+        several = {"averages": list(init.averages)} if len(init.averages) > 1 else {}
+        shares = {"average": outcomes[best].average, **several}
+        settings = settings_of({"command": command, **shares})
         by_steps = {str(steps): ap for steps, ap in found.items()}
         for one in self.results:
             if not where.items() <= one.items():
                 continue
-            if _settings(one) != settings:
+            if settings_of(one) != settings:
                 continue  # of a plan with other keys
             by_steps = one["val_ap_by_steps"] | by_steps
             if (one["val_ap"], -one["steps"]) >= (found[best], -best):
                 one["val_ap_by_steps"] = by_steps
                 return one
-        file, _ = outcomes[best]
-        scored = self.score(file, "test")
+        scored = self.score(file := outcomes[best].file, "test")
         # Other seeds' rows of another length, or of other settings, are not comparable.
         mine = {key: where[key] for key in ("dataset", "init", "fraction")}
         self.results[:] = [
@@ -245,14 +254,14 @@ class Study:
             for one in self.results
             if not where.items() <= one.items()
             and not (
-                mine.items() <= one.items() and (one["steps"], _settings(one)) != (best, settings)
+                mine.items() <= one.items() and (one["steps"], settings_of(one)) != (best, settings)
             )
         ]
         pretrained = self.pretraining(init, fraction, seed)
         row = {
             **where,
             "steps": best,
-            "average": init.average,
+            **shares,
             "ap": scored.ap,
             "ap50": scored.ap50,
             "val_ap": found[best],
@@ -265,11 +274,6 @@ class Study:
         }
         self.results.append(row)
         return row
-
-
-def _settings(row: dict[str, Any]) -> tuple[str, float]:
-    """Return of a row what makes its figures others, whatever the seed and length."""
-    return _NO_SETTING.sub("", row["command"]), row.get("average", 0.0)
 
 
 def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
@@ -287,7 +291,10 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
                         f"{data.name}: add it, or give one value for all sets."
                     )
                 entry[key] = value[data.name]
-        unknown = set(entry) - {key.name for key in fields(Init) if key.name != "name"}
+        averages = entry.pop("average", 0.0)
+        unknown = set(entry) - {key.name for key in fields(Init)} | {"name", "averages"} & set(
+            entry
+        )
         if unknown:
             raise UsageError(f"{options.plan}: {name} has unknown key(s) {', '.join(unknown)}.")
         teacher = entry.get("teacher")
@@ -305,7 +312,7 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
             common + tuple(entry.get("finetune", ())),
             None if teacher is None else init_of(teacher, (*pupils, name)),
             tuple(entry.get("steps", options.steps)),
-            float(entry.get("average", 0.0)),
+            tuple(map(float, averages if isinstance(averages, list) else [averages])),
         )
 
     return [init_of(name) for name in options.inits]
@@ -341,7 +348,7 @@ def _row(study: Study, init: Init, fraction: float) -> None:
     lengths: Sequence[int] = init.steps
     for seed in range(options.seeds):
         if options.no_test:
-            found = {n: study.outcome(init, fraction, seed, n)[1] for n in lengths}
+            found = {n: study.outcome(init, fraction, seed, n).ap for n in lengths}
             shown = ", ".join(f"{steps} steps {ap:.4f}" for steps, ap in found.items())
             logger.info("%s %s %g %% seed %d, val AP: %s", name, init.name, fraction, seed, shown)
             continue

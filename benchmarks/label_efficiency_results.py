@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from itertools import cycle, groupby, product
 from pathlib import Path
@@ -19,6 +20,17 @@ from groundwork.checkpoint import write_atomically
 
 Results = Sequence[dict[str, Any]]
 Curve = npt.NDArray[np.float64]
+
+# Of a command: where things are, how long and by which seed it trains.
+_NO_SETTING = re.compile(
+    r" (--out|--init) \S+| (data\.(train|train_list|cache)|budget\.steps|seed)=\S+"
+)
+
+
+def settings_of(row: dict[str, Any]) -> tuple[str, list[float]]:
+    """Return of a row what makes its figures others, whatever the seed and length."""
+    averages = row.get("averages", [row.get("average", 0.0)])
+    return _NO_SETTING.sub("", row["command"]), averages
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.label_efficiency import Init, Study, _settings, inits_of, main, parser
-from benchmarks.label_efficiency_results import draw, read, table, update
+from benchmarks.label_efficiency import Init, Study, inits_of, main, parser
+from benchmarks.label_efficiency_results import draw, read, settings_of, table, update
 from benchmarks.runs import go_on
 from finetune.detector import build_detector
 from finetune.weights import parts_of, save_detector
@@ -96,10 +96,13 @@ def test_what_makes_figures_comparable() -> None:
         "python -m finetune.run --out a-5pct-seed0-500 data.train=x budget.steps=500 seed=0 lr=1"
     )
     other = first.replace("500", "2000").replace("seed0", "seed1").replace("seed=0", "seed=1")
-    settings = _settings({"command": first})
-    assert settings == _settings({"command": other}) == ("python -m finetune.run lr=1", 0.0)
-    assert settings != _settings({"command": first.replace("lr=1", "lr=2")})
-    assert settings != _settings({"command": first, "average": 0.5})
+    settings = settings_of({"command": first})
+    assert settings == settings_of({"command": other}) == ("python -m finetune.run lr=1", [0.0])
+    assert settings != settings_of({"command": first.replace("lr=1", "lr=2")})
+    assert settings != settings_of({"command": first, "average": 0.5})
+    among = {"averages": [0.0, 0.5]}
+    chosen = [settings_of({"command": first, "average": n, **among}) for n in (0.0, 0.5)]
+    assert chosen[0] == chosen[1] != settings
 
 
 def test_a_folder_that_another_process_trains_in_is_left_alone(tmp_path: Path) -> None:
@@ -257,21 +260,29 @@ def test_an_average_with_the_start_is_what_is_scored(
         made.append((out.name, files, shares))
 
     def score(file: Path, split: str) -> object:
-        assert file.parent == run and split == "val"
-        return SimpleNamespace(ap=0.6)
+        assert split == "val"
+        return SimpleNamespace(ap={start: start_ap}.get(file, 0.6))
+
+    start_ap = 0.4
 
     monkeypatch.setattr("benchmarks.label_efficiency.write_average", write)
     monkeypatch.setattr(study, "score", score)
     monkeypatch.setattr(study, "train", lambda *_: run)
     plain = Init("x", weights=start)
-    assert study.outcome(plain, 5, 0, 9) == (run / "detector.safetensors", 0.5)
-    mean = Init("x", weights=start, average=0.25)
+    assert study.outcome(plain, 5, 0, 9) == (run / "detector.safetensors", 0.5, 0)
+    mean = Init("x", weights=start, averages=(0.25,))
     for _ in range(2):  # and once is enough
-        assert study.outcome(mean, 5, 0, 9) == (run / "average-0.25.safetensors", 0.6)
+        assert study.outcome(mean, 5, 0, 9) == (run / "average-0.25.safetensors", 0.6, 0.25)
     files = [run / "detector.safetensors", start]
     assert made == [("average-0.25.safetensors", files, [0.75, 0.25])]
+    # Of several it is the best on val, and the start may be.
+    several = Init("x", weights=start, averages=(0.0, 0.25, 1.0))
+    assert study.outcome(several, 5, 0, 9) == (run / "average-0.25.safetensors", 0.6, 0.25)
+    (run / "average-1.json").unlink()
+    start_ap = 0.7
+    assert study.outcome(several, 5, 0, 9) == (start, 0.7, 1)
     # And it is what teaches another.
-    teacher = Init("x", weights=start, average=0.25, steps=(9,))
+    teacher = Init("x", weights=start, averages=(0.25,), steps=(9,))
     pupil = Init("pupil", recipe="self_training", teacher=teacher)
     ran: list[Any] = []
     monkeypatch.setattr("benchmarks.label_efficiency.go_on", lambda *command: ran.append(command))
@@ -280,7 +291,7 @@ def test_an_average_with_the_start_is_what_is_scored(
     assert f"task.weights={run / 'average-0.25.safetensors'}" in keys
     assert flags[-2:] == ["--init", str(run / "average-0.25.safetensors")]
     with pytest.raises(UsageError, match="average is about a start"):
-        study.outcome(Init("scratch", average=0.5), 5, 0, 9)
+        study.outcome(Init("scratch", averages=(0.5,)), 5, 0, 9)
 
 
 @pytest.mark.slow
