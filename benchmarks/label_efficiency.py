@@ -45,7 +45,6 @@ import argparse
 import hashlib
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -55,7 +54,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.label_efficiency_results import read, settings_of, update
-from benchmarks.runs import curve, go_on, noted, val_ap
+from benchmarks.runs import curve, drawn, go_on, noted, val_ap
 from finetune.average import write as write_average
 from finetune.evaluate import evaluate
 from finetune.metrics import Results
@@ -65,6 +64,7 @@ from groundwork.config import read_yaml
 from groundwork.data.labels import open_labeled
 from groundwork.errors import DataError, GroundworkError, UsageError
 from groundwork.stages import same_as_before
+from pretrain.few_labels import score_keys, taught_from_val
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Study:
         ]
         if init.teacher is not None:
             teacher = str(self.outcome(init.teacher, fraction, seed, max(init.teacher.steps)).file)
-            keys.append(f"task.weights={teacher}")
+            keys += [f"task.weights={teacher}", *self.scores(Path(teacher), init, keys)]
             flags += ["--init", teacher]
         same_as_before(run, ["-m", "pretrain.run", "--out", str(run), *flags, *keys])
         if not file.is_file():
@@ -148,16 +148,8 @@ class Study:
             return Path(given)
         made = self.work / name
         if not made.is_file():
-            samples = open_labeled(str(self.data), "train", cache=self.work, cache_bytes=10**9)
-            stems = sorted(
-                Path(samples.read(shard, index).source).name
-                for shard, size in enumerate(samples.shard_sizes)
-                for index in range(int(size))
-            )
-            samples.close()
-            stems.sort(key=lambda stem: hashlib.sha256(f"{seed}/{stem}".encode()).digest())
-            count = max(1, math.floor(len(stems) * fraction / 100))
-            made.write_text("".join(f"{stem}\n" for stem in sorted(stems[:count])))
+            stems = drawn(self.data, self.work, fraction, seed)
+            made.write_text("".join(f"{stem}\n" for stem in stems))
         return made
 
     def train(self, init: Init, fraction: float, seed: int, steps: int) -> Path:
@@ -203,15 +195,27 @@ class Study:
             write_atomically(told, json.dumps({"ap": self.score(mean, "val").ap}))
         return Outcome(mean, float(json.loads(told.read_text())["ap"]), share)
 
-    def score(self, file: Path, split: str) -> Results:
-        """Score a detector's file on a split."""
+    def scores(self, teacher: Path, init: Init, keys: Sequence[str]) -> list[str]:
+        """Return the key of the scores that are best on val, where none is given (few_labels)."""
+        task = taught_from_val(str(init.recipe), [*keys, f"task.weights={teacher}"])
+        if task is None:
+            return []
+        size, looks = task.teacher_size or self.options.image_size, task.looks
+        told = teacher.with_name(f"{teacher.stem}-scores-{size}-{looks}.json")
+        if not told.is_file():
+            found = self.score(teacher, "val", image_size=size, looks=looks, iou=task.iou)
+            write_atomically(told, json.dumps(found.to_json()["per_class"]))
+        return score_keys(json.loads(told.read_text()), task.unsure)
+
+    def score(self, file: Path, split: str, **otherwise: Any) -> Results:
+        """Score a detector's file on a split, as fine-tuning does but for what is said."""
         detector, about = detector_from_file(file)
         labeled = open_labeled(
             str(self.data), split, cache=self.work, cache_bytes=10**9, reading=about.reading()
         )
         scored = evaluate(
-            detector.to(memory_format=torch.channels_last), labeled,
-            image_size=self.options.image_size, workers=1,
+            detector.to(memory_format=torch.channels_last), labeled, workers=1,
+            **{"image_size": self.options.image_size, **otherwise},
         )  # fmt: skip
         labeled.close()
         assert scored is not None

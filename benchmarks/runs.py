@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from pathlib import Path
 
 from groundwork import stages
 from groundwork.config import read_yaml
+from groundwork.data.labels import open_labeled
 
 
 def noted(run: Path) -> str:
@@ -36,3 +39,16 @@ def val_ap(run: Path) -> float:
 def go_on(module: str, run: Path, flags: list[str], keys: list[str]) -> None:
     """Run a stage to its end; what it says is in a file beside its folder."""
     stages.go_on(module, run, flags, keys, log=run.parent / f"{run.name}.txt")
+
+
+def drawn(root: Path, cache: Path, fraction: float, seed: int) -> list[str]:
+    """Draw so many percent of a set's training pictures by a seed, one at least; sorted names."""
+    samples = open_labeled(str(root), "train", cache=cache, cache_bytes=10**9)
+    names = sorted(
+        Path(samples.read(shard, index).source).name
+        for shard, size in enumerate(samples.shard_sizes)
+        for index in range(int(size))
+    )
+    samples.close()
+    names.sort(key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    return sorted(names[: max(1, math.floor(len(names) * fraction / 100))])

@@ -152,27 +152,17 @@ class Chain:
         Of each class that with the best F1 on val, of pictures looked at as the teacher will look.
         None where it looks at views, where nothing is held out, and where the score is given.
         """
-        if any(key.startswith("task.score") for key in (*self.keys, *self.teach)):
-            return []
-        recipe = pretrain_recipes.resolve(None, self._taught, self._teach_keys(str(teacher)))
-        _, task = pretrain_recipes.with_task_defaults(recipe, load_task(recipe.task_name).Config)
+        task = taught_from_val(self._taught, self._teach_keys(str(teacher)))
         own = evaluation_keys(read_yaml(self.out / "2-finetune" / "recipe.yaml"))
-        if own is None or not isinstance(task, SelfTrainingConfig) or task.find == "view":
+        if task is None or own is None:
             return []
         looks: dict[str, Any] = {"looks": task.looks, "iou": task.iou}
         if task.teacher_size is not None:
             looks["image_size"] = task.teacher_size
         keys = [key for key in own if key.partition("=")[0] not in looks]
-        out = teacher.parent / f"scores-{teacher.stem}"
-        results = _evaluated(teacher, out, [*keys, *(f"{k}={v}" for k, v in looks.items())])
-        found = {name: one["f1_score"] for name, one in results["per_class"].items()}
-        best = [score for score in found.values() if score is not None]
-        if not best:
-            return []  # it finds nothing that is right
-        # A class of which nothing is found there must be as sure as the surest of the others.
-        scores = {n: max(max(best) if s is None else s, task.unsure) for n, s in found.items()}
-        logger.info("Taught from these scores on, which are best on val: %s", scores)
-        return [f"task.score={json.dumps(scores)}"]
+        keys += [f"{key}={value}" for key, value in looks.items()]
+        results = _evaluated(teacher, teacher.parent / f"scores-{teacher.stem}", keys)
+        return score_keys(results["per_class"], task.unsure)
 
     @property
     def _taught(self) -> str:
@@ -188,6 +178,33 @@ class Chain:
     def _finetune_keys(self) -> list[str]:
         # Test pictures choose nothing: they are for the person, at the end.
         return [f"data.train={self.root}", "eval.test=false", *self.keys, *self.finetune]
+
+
+def taught_from_val(recipe: str, keys: Sequence[str]) -> SelfTrainingConfig | None:
+    """Return the keys of self-training where its scores are to be those that are best on val.
+
+    None where the teacher looks at views, which val has none of, and where keys give a score.
+    """
+    if any(key.startswith("task.score") for key in keys):
+        return None
+    found = pretrain_recipes.resolve(None, recipe, keys)
+    _, task = pretrain_recipes.with_task_defaults(found, load_task(found.task_name).Config)
+    return task if isinstance(task, SelfTrainingConfig) and task.find == "picture" else None
+
+
+def score_keys(per_class: Mapping[str, Mapping[str, float | None]], least: float) -> list[str]:
+    """Return the key of self-training's scores: of each class that with the best F1, or `least`.
+
+    A class of which val shows nothing must be as sure as the surest of the others. No key where
+    nothing right is found at all.
+    """
+    found = {name: one["f1_score"] for name, one in per_class.items()}
+    best = [score for score in found.values() if score is not None]
+    if not best:
+        return []
+    scores = {name: max(max(best) if s is None else s, least) for name, s in found.items()}
+    logger.info("Taught from these scores on, which are best on val: %s", scores)
+    return [f"task.score={json.dumps(scores)}"]
 
 
 def _mean(after: Path, before: Path) -> Path | None:

@@ -294,6 +294,30 @@ def test_an_average_with_the_start_is_what_is_scored(
         study.outcome(Init("scratch", averages=(0.5,)), 5, 0, 9)
 
 
+def test_a_teacher_of_whole_pictures_is_asked_on_val_how_sure_it_must_be(
+    labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(parser().parse_args(_options(labeled, tmp_path, "--inits", "x")), labeled)
+    asked: list[Any] = []
+
+    def score(file: Path, split: str, **otherwise: Any) -> object:
+        asked.append((file.name, split, otherwise))
+        told = {"per_class": {"red": {"f1_score": 0.35}, "blue": {"f1_score": 0.03}}}
+        return SimpleNamespace(to_json=lambda: told)
+
+    monkeypatch.setattr(study, "score", score)
+    init, teacher = Init("x", recipe="self_training"), tmp_path / "mean.safetensors"
+    looks = ["task.find=picture", "task.looks=2", "task.teacher_size=96", "task.unsure=0.05"]
+    for _ in range(2):  # and once is enough
+        told = study.scores(teacher, init, looks)
+        assert told == ['task.score={"red": 0.35, "blue": 0.05}']
+    otherwise = {"image_size": 96, "looks": 2, "iou": 0.5}
+    assert asked == [("mean.safetensors", "val", otherwise)]
+    assert study.scores(teacher, init, [*looks, "task.score=0.4"]) == []
+    assert study.scores(teacher, init, []) == []  # which looks at views
+    assert len(asked) == 1
+
+
 @pytest.mark.slow
 def test_the_study_runs_chooses_on_val_and_goes_on(labeled: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
