@@ -34,6 +34,7 @@ import torch
 from benchmarks import label_efficiency
 from benchmarks.cells_knn import Crops, read_crops
 from benchmarks.label_efficiency import Init, Study
+from benchmarks.runs import told
 from finetune.detector import Detector, build_detector
 from finetune.weights import load_init
 from groundwork.checkpoint import write_atomically
@@ -201,4 +202,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(label_efficiency.told(main))
+    sys.exit(told(main))

@@ -46,7 +46,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.label_efficiency_results import read, settings_of, update
-from benchmarks.runs import curve, drawn, go_on, noted, val_ap
+from benchmarks.runs import curve, drawn, go_on, noted, told, val_ap
 from finetune.average import write as write_average
 from finetune.evaluate import evaluate
 from finetune.metrics import Results
@@ -62,7 +62,7 @@ from finetune.weights import detector_from_file
 from groundwork.checkpoint import write_atomically
 from groundwork.config import read_yaml
 from groundwork.data.labels import open_labeled
-from groundwork.errors import DataError, GroundworkError, UsageError
+from groundwork.errors import DataError, UsageError
 from groundwork.stages import same_as_before
 from pretrain.few_labels import score_keys, taught_from_val
 
@@ -389,15 +389,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=RESULTS, help="(%(default)s)")
     parser.add_argument("--no-test", action="store_true", help="val alone; nothing is written")
     return parser
-
-
-def told(command: Callable[[], int]) -> int:
-    """Run a command and return its exit code, with one sentence for what stopped it."""
-    try:
-        return command()
-    except GroundworkError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from groundwork import stages
 from groundwork.config import read_yaml
 from groundwork.data.labels import open_labeled
+from groundwork.errors import GroundworkError
 
 
 def noted(run: Path) -> str:
@@ -52,3 +55,12 @@ def drawn(root: Path, cache: Path, fraction: float, seed: int) -> list[str]:
     samples.close()
     names.sort(key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     return sorted(names[: max(1, math.floor(len(names) * fraction / 100))])
+
+
+def told(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code, with one sentence for what stopped it."""
+    try:
+        return command()
+    except GroundworkError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code

@@ -283,7 +283,7 @@ def test_an_average_with_the_start_is_what_is_scored(
     assert study.outcome(several, 5, 0, 9) == (start, 0.7, 1)
     # And it is what teaches another.
     teacher = Init("x", weights=start, averages=(0.25,), steps=(9,))
-    pupil = Init("pupil", recipe="self_training", teacher=teacher)
+    pupil = Init("pupil", recipe="self_training", minutes=1, teacher=teacher)
     ran: list[Any] = []
     monkeypatch.setattr("benchmarks.label_efficiency.go_on", lambda *command: ran.append(command))
     study.weights(pupil, 5, 0)
