@@ -45,6 +45,7 @@ import argparse
 import hashlib
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -54,7 +55,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.label_efficiency_results import read, settings_of, update
-from benchmarks.runs import curve, drawn, go_on, noted, told, val_ap
+from benchmarks.runs import curve, digest_of, drawn, go_on, noted, told, val_ap
 from finetune.average import write as write_average
 from finetune.evaluate import evaluate
 from finetune.metrics import Results
@@ -120,22 +121,25 @@ class Study:
             return init.weights
         if init.recipe is None:
             return None
-        run = self.pretraining(init, fraction, seed)
-        file = run / "pretrained.safetensors"
+        run, teacher = self.pretraining(init, fraction, seed), None
+        file, cache = run / "pretrained.safetensors", self.work / f"cache-{run.name}"
         flags = ["--task" if "+" in init.recipe else "--recipe", init.recipe]
         keys = [
             f"data.train={self.options.unlabeled or self.data / 'images' / 'train'}",
-            f"data.cache={self.work / f'cache-{init.name}'}",
+            f"data.cache={cache}",
             f"budget.minutes={init.minutes}",
             "probe.labeled=null",
             *init.pretrain,
         ]
         if init.teacher is not None:
-            teacher = str(self.outcome(init.teacher, fraction, seed, max(init.teacher.steps)).file)
-            keys += [f"task.weights={teacher}", *self.scores(Path(teacher), init, keys)]
-            flags += ["--init", teacher]
-        same_as_before(run, ["-m", "pretrain.run", "--out", str(run), *flags, *keys])
+            teacher = self.outcome(init.teacher, fraction, seed, max(init.teacher.steps)).file
+            keys += [f"task.weights={teacher}", *self.scores(teacher, init, keys)]
+            flags += ["--init", str(teacher)]
+        command = ["-m", "pretrain.run", "--out", str(run), *flags, *keys]
+        same_as_before(run, command, digest_of(teacher))
         if not file.is_file():
+            if not any(run.glob("checkpoints/*/manifest.json")):
+                shutil.rmtree(cache, ignore_errors=True)  # it begins anew, with all its minutes
             go_on("pretrain.run", run, flags, keys)
         return file
 
@@ -168,7 +172,8 @@ class Study:
             "eval.test=false",
             *init.finetune,
         ]
-        same_as_before(run, ["-m", "finetune.run", "--out", str(run), *flags, *keys])
+        command = ["-m", "finetune.run", "--out", str(run), *flags, *keys]
+        same_as_before(run, command, digest_of(weights))
         if not (run / "results.json").is_file():
             go_on("finetune.run", run, flags, keys)
         return run
@@ -185,8 +190,7 @@ class Study:
         if share == 0:
             return Outcome(file, val_ap(run), share)
         start = self.weights(init, fraction, seed)
-        if start is None:
-            raise UsageError(f"{init.name}: average is about a start, and there is none.")
+        assert start is not None  # inits_of has seen to it
         mean = start if share == 1 else run / f"average-{share:g}.safetensors"
         told = run / f"average-{share:g}.json"
         if not told.is_file():
@@ -200,10 +204,10 @@ class Study:
         task = taught_from_val(str(init.recipe), [*keys, f"task.weights={teacher}"])
         if task is None:
             return []
-        size, looks = task.teacher_size or self.options.image_size, task.looks
-        told = teacher.with_name(f"{teacher.stem}-scores-{size}-{looks}.json")
+        size = task.teacher_size or detector_from_file(teacher)[1].image_size
+        told = teacher.with_name(f"{teacher.stem}-scores-{size}-{task.looks}-{task.iou:g}.json")
         if not told.is_file():
-            found = self.score(teacher, "val", image_size=size, looks=looks, iou=task.iou)
+            found = self.score(teacher, "val", image_size=size, looks=task.looks, iou=task.iou)
             write_atomically(told, json.dumps(found.to_json()["per_class"]))
         return score_keys(json.loads(told.read_text()), task.unsure)
 
@@ -295,11 +299,10 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
                         f"{data.name}: add it, or give one value for all sets."
                     )
                 entry[key] = value[data.name]
-        averages = entry.pop("average", 0.0)
-        unknown = set(entry) - {key.name for key in fields(Init)} | {"name", "averages"} & set(
-            entry
-        )
-        if unknown:
+        given = entry.pop("average", 0.0)
+        averages = tuple(map(float, given if isinstance(given, list) else [given])) or (0.0,)
+        known = {key.name for key in fields(Init)} - {"name", "averages"}
+        if unknown := set(entry) - known:
             raise UsageError(f"{options.plan}: {name} has unknown key(s) {', '.join(unknown)}.")
         teacher = entry.get("teacher")
         if teacher in (*pupils, name):
@@ -307,6 +310,8 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
         scratch = name.startswith("scratch")
         weights = Path(entry["weights"]) if "weights" in entry else None
         minutes = float(entry.get("minutes", 0.0 if scratch else options.pretrain_minutes))
+        if scratch and any(averages):
+            raise UsageError(f"{options.plan}: {name}: average is about a start, it has none.")
         return Init(
             name,
             None if scratch or weights is not None else str(entry.get("recipe", name)),
@@ -316,7 +321,7 @@ def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
             common + tuple(entry.get("finetune", ())),
             None if teacher is None else init_of(teacher, (*pupils, name)),
             tuple(entry.get("steps", options.steps)),
-            tuple(map(float, averages if isinstance(averages, list) else [averages])),
+            averages,
         )
 
     return [init_of(name) for name in options.inits]

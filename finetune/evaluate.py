@@ -149,10 +149,10 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
             "The detector was trained on pictures of this set: as far as these are among them, the "
             "figures do not say what it is worth on others."
         )
-    cores = len(os.sched_getaffinity(0))
+    cores, size = len(os.sched_getaffinity(0)), keys.image_size or about.image_size
     try:
         seen = detect_all(
-            detector, labeled, image_size=keys.image_size or about.image_size,
+            detector, labeled, image_size=size,
             batch_size=keys.batch_size, score=keys.score, iou=keys.iou, most=keys.most,
             looks=keys.looks,
             workers=cores if keys.data.workers is None else keys.data.workers,
@@ -164,7 +164,9 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     results = measure(seen, about.names)
     for reason, count in labeled.defects.counts().most_common():
         logger.warning("Labels: %d x %s.", count, reason)
-    document = {"weights": str(weights), "data": source, "split": split, **results.to_json()}
+    how = {"image_size": size, **keys.model_dump(include={"score", "iou", "most", "looks"})}
+    document = {"weights": str(weights), "data": source, "split": split, **how}
+    document |= results.to_json()
     write_atomically(folder / "results.json", json.dumps(document, indent=1) + "\n")
     write_atomically(folder / "detections.json", json.dumps(to_rows(seen.found)) + "\n")
     truth = to_coco(seen.truth, about.names, seen.keys)

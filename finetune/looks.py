@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torchvision.ops import batched_nms
 
 from finetune.detector import Detector
 from finetune.finder import DetectorFinder, Finder
@@ -50,20 +52,22 @@ def looking(
     if looks == 1:
         return DetectorFinder(detector, score=score, iou=iou, most=most)
     finder = DetectorFinder(detector, score=min(score, _LEAST), iou=iou, most=most)
-    return LooksFinder(finder, looks, score, most)
+    return LooksFinder(finder, looks, score=score, iou=iou, most=most)
 
 
 @dataclass(frozen=True)
 class LooksFinder:
     """A Finder that asks another one several times; see `looking`.
 
-    Boxes whose mean score is `score` or less are left out, and at most `most` stay in a frame. Two
-    boxes of a class are of one thing where they have more than `common` in common.
+    Boxes of two looks are of one thing where they are of one class and have more than `common` in
+    common. Of what this gives, boxes whose score is `score` or less are left out, of two of a class
+    with more than `iou` in common the better one stays, and at most `most` of a frame.
     """
 
     finder: Finder
     looks: int
     score: float = 0.001
+    iou: float = 0.7
     most: int = 300
     common: float = 0.55  # the paper's
 
@@ -84,7 +88,9 @@ class LooksFinder:
 
     def _fused(self, looks: Sequence[Found]) -> Found:
         found = fuse(looks, self.common)
-        kept = slice(0, min(self.most, int((found.scores > self.score).sum())))
+        boxes, scores, classes = (torch.from_numpy(part) for part in found)
+        kept = batched_nms(boxes, scores, classes, self.iou).numpy()
+        kept = kept[found.scores[kept] > self.score][: self.most]
         return Found(found.boxes[kept], found.scores[kept], found.classes[kept])
 
 

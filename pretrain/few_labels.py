@@ -59,6 +59,7 @@ What next:
   score it on other pictures   python -m finetune.evaluate {file} data.test=ROOT
   use it                       python -m finetune.predict {file} PICTURES --out found"""
 
+_LEAST = 0.01  # a score that teaches
 _KEYS = ("keys", "pretrain", "teach", "finetune")  # the last fields of Chain
 
 
@@ -156,11 +157,10 @@ class Chain:
         own = evaluation_keys(read_yaml(self.out / "2-finetune" / "recipe.yaml"))
         if task is None or own is None:
             return []
-        looks: dict[str, Any] = {"looks": task.looks, "iou": task.iou}
-        if task.teacher_size is not None:
-            looks["image_size"] = task.teacher_size
+        # Without a size it is the file's own.
+        looks = {"looks": task.looks, "iou": task.iou, "image_size": task.teacher_size}
         keys = [key for key in own if key.partition("=")[0] not in looks]
-        keys += [f"{key}={value}" for key, value in looks.items()]
+        keys += [f"{key}={value}" for key, value in looks.items() if value is not None]
         results = _evaluated(teacher, teacher.parent / f"scores-{teacher.stem}", keys)
         return score_keys(results["per_class"], task.unsure)
 
@@ -192,19 +192,23 @@ def taught_from_val(recipe: str, keys: Sequence[str]) -> SelfTrainingConfig | No
     return task if isinstance(task, SelfTrainingConfig) and task.find == "picture" else None
 
 
-def score_keys(per_class: Mapping[str, Mapping[str, float | None]], least: float) -> list[str]:
-    """Return the key of self-training's scores: of each class that with the best F1, or `least`.
+def score_keys(per_class: Mapping[str, Mapping[str, float | None]], unsure: float) -> list[str]:
+    """Return the keys of self-training's scores: of each class that with the best F1 on val.
 
-    A class of which val shows nothing must be as sure as the surest of the others. No key where
-    nothing right is found at all.
+    A class of which val shows nothing must be as sure as the surest of the others. Where a score is
+    not above `unsure`, as it was meant, what is unsure begins at half of it: nothing that is found
+    may be denied. No keys where nothing right is found at all.
     """
     found = {name: one["f1_score"] for name, one in per_class.items()}
     best = [score for score in found.values() if score is not None]
     if not best:
         return []
-    scores = {name: max(max(best) if s is None else s, least) for name, s in found.items()}
+    scores = {name: max(max(best) if s is None else s, _LEAST) for name, s in found.items()}
     logger.info("Taught from these scores on, which are best on val: %s", scores)
-    return [f"task.score={json.dumps(scores)}"]
+    keys = [f"task.score={json.dumps(scores)}"]
+    if (least := min(scores.values())) <= unsure:
+        keys.append(f"task.unsure={least / 2:.4f}")
+    return keys
 
 
 def _mean(after: Path, before: Path) -> Path | None:
@@ -230,11 +234,13 @@ def _scored(file: Path, run: Path, name: str) -> float | None:
 
 def _evaluated(file: Path, out: Path, keys: Sequence[str]) -> dict[str, Any]:
     """Return what finetune.evaluate says of a detector; what is there is not done again."""
-    results = out / "results.json"
-    if not results.is_file():
+    results, asked = out / "results.json", out / "keys.txt"
+    if not (results.is_file() and asked.is_file() and asked.read_text() == " ".join(keys)):
+        results.unlink(missing_ok=True)
         command = [sys.executable, "-m", "finetune.evaluate", str(file), "--out", str(out), *keys]
         if run_command(command):
             raise DataError(f"{file} could not be scored: see above.")
+        write_atomically(asked, " ".join(keys))
     told: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
     return told
 

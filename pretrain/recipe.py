@@ -199,7 +199,7 @@ FIXED = (
     "task", "backbone", "seed", "image_size", "optim.name", "data.window_shards", "data.bands",
     "data.value_range", "ema",
 )  # fmt: skip
-# A teacher's file may have moved: its weights are in the checkpoint.
+# A teacher's file may have moved: its weights are in the checkpoint, or what tells it from others.
 FREE = ("task.weights", "task.distill.weights", "task.self_training.weights")
 
 

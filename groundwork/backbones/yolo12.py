@@ -154,17 +154,15 @@ class SplitStage(nn.Module):
 
 
 def _in_float32_on_cpu(work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Call `work`; where a CPU's autocast is to bfloat16, in float32, and give bfloat16 back.
+    """Call `work`; with bfloat16 on a CPU in float32, and give bfloat16 back.
 
     For what is slower there in bfloat16, in its backward (LOG.md): the fused attention kernel, 4 to
     6 times for 64 positions and 1.5 times for 400, and depthwise 7x7 convolutions, 3 to 5 times.
     """
     first = tensors[0]
-    if (
-        first.dtype != torch.bfloat16
-        or first.device.type != "cpu"
-        or not torch.is_autocast_enabled("cpu")
-    ):
+    if first.dtype != torch.bfloat16 or first.device.type != "cpu":
+        return work(*tensors)
+    if isinstance(work, nn.Module) and next(work.parameters()).dtype != torch.float32:
         return work(*tensors)
     with torch.autocast("cpu", enabled=False):
         return work(*(tensor.float() for tensor in tensors)).to(torch.bfloat16)

@@ -208,6 +208,7 @@ def test_a_teacher_is_trained_on_the_same_labels_and_its_minutes_count(
         "  base: {recipe: regions, minutes: 5}\n"
         "  taught: {recipe: self_training, teacher: base, minutes: 3, steps: [1]}\n"
         "  ring: {recipe: self_training, teacher: ring}\n"
+        "  scratch-mean: {average: [0, 0.5]}\n  none: {average: []}\n"
     )
     ran: list[list[str]] = []
 
@@ -245,6 +246,11 @@ def test_a_teacher_is_trained_on_the_same_labels_and_its_minutes_count(
     options.inits = ["ring"]
     with pytest.raises(UsageError, match="ring is taught by itself"):
         inits_of(options, labeled)
+    options.inits = ["scratch-mean"]
+    with pytest.raises(UsageError, match="scratch-mean: average is about a start"):
+        inits_of(options, labeled)
+    options.inits = ["none"]
+    assert inits_of(options, labeled)[0].averages == (0.0,)
 
 
 def test_an_average_with_the_start_is_what_is_scored(
@@ -258,6 +264,7 @@ def test_an_average_with_the_start_is_what_is_scored(
 
     def write(out: Path, files: list[Path], shares: list[float]) -> None:
         made.append((out.name, files, shares))
+        out.write_bytes(b"mean")
 
     def score(file: Path, split: str) -> object:
         assert split == "val"
@@ -290,8 +297,6 @@ def test_an_average_with_the_start_is_what_is_scored(
     [(_, _, flags, keys)] = ran
     assert f"task.weights={run / 'average-0.25.safetensors'}" in keys
     assert flags[-2:] == ["--init", str(run / "average-0.25.safetensors")]
-    with pytest.raises(UsageError, match="average is about a start"):
-        study.outcome(Init("scratch", averages=(0.5,)), 5, 0, 9)
 
 
 def test_a_teacher_of_whole_pictures_is_asked_on_val_how_sure_it_must_be(
@@ -310,7 +315,7 @@ def test_a_teacher_of_whole_pictures_is_asked_on_val_how_sure_it_must_be(
     looks = ["task.find=picture", "task.looks=2", "task.teacher_size=96", "task.unsure=0.05"]
     for _ in range(2):  # and once is enough
         told = study.scores(teacher, init, looks)
-        assert told == ['task.score={"red": 0.35, "blue": 0.05}']
+        assert told == ['task.score={"red": 0.35, "blue": 0.03}', "task.unsure=0.0150"]
     otherwise = {"image_size": 96, "looks": 2, "iou": 0.5}
     assert asked == [("mean.safetensors", "val", otherwise)]
     assert study.scores(teacher, init, [*looks, "task.score=0.4"]) == []

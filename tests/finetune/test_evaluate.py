@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 
 from finetune.detector import build_detector
 from finetune.evaluate import detect_all, evaluate, main
-from finetune.weights import parts_of, save_detector
+from finetune.weights import detector_from_file, parts_of, save_detector
 from groundwork.data.labels import LabeledSamples, open_labeled
 from groundwork.errors import DataError
 from tests.pretrain.commands import ROOT, environment, free_port
@@ -172,6 +172,23 @@ def test_the_command_writes_figures_boxes_and_pictures(
     theirs.accumulate()
     theirs.summarize()
     assert theirs.stats[0] == pytest.approx(results["ap"], abs=1e-6)
+    # The file says how the pictures were looked at, and they are looked at so.
+    how = ("image_size", "score", "iou", "most", "looks")
+    assert [results[key] for key in how] == [64, 0.001, 0.7, 300, 1]
+    command = [str(weights), f"data.val={root}", "looks=2", "image_size=96", "--out"]
+    assert main([*command, str(tmp_path / "twice")]) == 0
+    twice = json.loads((tmp_path / "twice" / "results.json").read_text())
+    assert [twice[key] for key in how] == [96, 0.001, 0.7, 300, 2]
+    detector, _ = detector_from_file(weights)
+    seen = detect_all(detector, opened(root), image_size=96, looks=2)
+    assert seen is not None
+    once, again = (
+        json.loads((tmp_path / folder / "detections.json").read_text())
+        for folder in ("out", "twice")
+    )
+    scores = np.concatenate([found.scores for found in seen.found])
+    assert sorted(row["score"] for row in again) == pytest.approx(sorted(scores), abs=1e-6)
+    assert again != once
 
 
 def test_scoring_the_pictures_of_training_is_told(

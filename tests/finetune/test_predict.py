@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.detector import Detector, build_detector
-from finetune.finder import frame_of
+from finetune.finder import Finder, frame_of
+from finetune.looks import looking
 from finetune.metrics import Found
 from finetune.predict import Predictor, main
 from finetune.weights import parts_of, save_detector
@@ -99,6 +100,26 @@ def test_the_command_as_a_person_types_it(weights: Path, pictures: Path, tmp_pat
     with Image.open(out / "pictures" / "a.jpg") as image:
         assert image.size == (200, 120)
     assert not list(out.glob(".*"))
+
+
+def test_looks_are_as_many_as_are_asked_for(
+    weights: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def watched(detector: Detector, looks: int, **keys: Any) -> Finder:
+        asked.append((looks, keys["score"]))
+        return looking(detector, looks, **keys)
+
+    monkeypatch.setattr("finetune.predict.looking", watched)
+    command = [str(weights), str(pictures / "a.jpg"), "--no-pictures", "--out"]
+    assert main([*command, str(tmp_path / "once"), "--score", "0.1"]) == 0
+    assert main([*command, str(tmp_path / "twice"), "--looks", "2", "--score", "0.1"]) == 0
+    assert asked == [(1, 0.1), (2, 0.1)]
+    once, twice = (read(tmp_path / name)["annotations"] for name in ("once", "twice"))
+    assert twice and twice != once
+    with pytest.raises(SystemExit):
+        main([*command, str(tmp_path / "x"), "--looks", "3"])
 
 
 def test_shards_a_list_a_picture_and_none_drawn(

@@ -14,11 +14,13 @@ import torch
 from PIL import Image, ImageDraw
 
 from finetune.augment import Rule
+from finetune.detect import detect_all
 from finetune.weights import detector_from_file
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour
 from groundwork.config import validate
 from groundwork.data.decode import Picture, open_picture
+from groundwork.data.labels import open_labeled
 from groundwork.data.memory import Memory
 from groundwork.errors import CheckpointError, UsageError
 from pretext_tasks.crops import Turn, in_view
@@ -145,14 +147,42 @@ def test_a_picture_is_looked_at_once(
 
 
 @pytest.mark.parametrize("looks", [1, 4])
-def test_what_is_found_is_what_evaluation_would_find(
-    weights: Path, picture: Picture, looks: int
+def test_what_is_found_is_what_evaluation_finds(
+    weights: Path, picture: Picture, labeled: Path, looks: int
 ) -> None:
+    detector, _ = detector_from_file(weights)
+    samples = open_labeled(str(labeled), "val", cache=labeled, cache_bytes=10**9)
+    how = {"image_size": 96, "looks": looks, "score": 0.1, "iou": 0.5}
+    seen = detect_all(detector, samples, **how, most=MOST)
+    assert seen is not None
+    teacher = _teacher(weights, **how)
+    for number, wanted in enumerate(seen.found):
+        one = open_picture(samples.read(number, 0).image)
+        got = teacher.find(one)
+        sides = np.array([one.width, one.height] * 2)
+        kept = (wanted.boxes[:, 2:] > wanted.boxes[:, :2]).all(1)
+        assert len(got) == kept.sum() > 0
+        np.testing.assert_allclose(got[:, :4] * sides, wanted.boxes[kept], atol=0.05)
+        np.testing.assert_allclose(got[:, 4], wanted.scores[kept], atol=1e-3)
+    samples.close()
     found = _teacher(weights, looks=looks).find(picture)
     assert found.dtype == np.float32 and found.shape[1] == 6 and len(found) > 0
     assert (found[:, :2] < found[:, 2:4]).all() and found[:, :4].min() >= 0
     assert found[:, :4].max() <= 1 and found[:, 4].min() > 0.1
     assert set(found[:, 5].tolist()) <= {0.0, 1.0}
+
+
+def test_where_nothing_is_found_nothing_is_kept(
+    weights: Path, picture: Picture, tmp_path: Path, tiny_backbone: Callable[[], Backbone]
+) -> None:
+    teacher = _teacher(weights, score=0.99)
+    views = FoundOnce(OneView(_config(weights), 64), teacher).with_memory(Memory(tmp_path))
+    for _ in range(2):
+        made = views(picture, np.random.default_rng(0))
+        assert made["count"] == 0 and not made["scores"].any()
+    batch = {name: torch.from_numpy(value[None]) for name, value in made.items()}
+    output = SelfTraining(tiny_backbone(), _config(weights))(batch)
+    assert output.metrics["taught"] == 0 and output.loss.isfinite()
 
 
 def test_the_task_teaches_it(

@@ -143,9 +143,10 @@ def test_classes_are_taught_from_the_score_that_is_best_on_val(
         "image_size=448", "looks=4", "iou=0.6", "score=0.001", "data.val=ROOT",
     }  # fmt: skip
     [told] = [key for key in dict(stages.ran)["3-teach"] if key.startswith("task.score")]
-    # Not below task.unsure, and what val does not show as sure as the surest.
-    score = validate(SelfTrainingConfig, parse_overrides([told])["task"]).score
-    assert score == {"red": 0.31, "blue": 0.1, "never seen": 0.31}
+    # What val does not show as sure as the surest; and nothing that is found is denied.
+    score = validate(SelfTrainingConfig, parse_overrides([told, "task.unsure=0.01"])["task"]).score
+    assert score == {"red": 0.31, "blue": 0.05, "never seen": 0.31}
+    assert "task.unsure=0.0250" in dict(stages.ran)["3-teach"]
     # Not where it is given, the teacher looks at views, or it finds nothing that is right.
     for number, (more, found) in enumerate(
         [

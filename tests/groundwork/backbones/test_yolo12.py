@@ -347,9 +347,12 @@ def test_what_is_slow_in_bfloat16_on_a_cpu_is_done_in_float32() -> None:
         output = attention(picture)
     assert seen == [torch.float32] * 4 and output.dtype is torch.bfloat16
     torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.05)
-    # Weights that are bfloat16 themselves want no autocast, and have none.
-    assert attention.bfloat16()(picture.bfloat16()).dtype is torch.bfloat16
-    assert seen[4:] == [torch.bfloat16] * 2
+    # Weights that are bfloat16 themselves stay so, under autocast or not.
+    attention.bfloat16()
+    assert attention(picture.bfloat16()).dtype is torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(picture).dtype is torch.bfloat16
+    assert seen[4:] == [torch.bfloat16] * 4
 
 
 def test_every_parameter_has_a_gradient(nano: YOLO12) -> None:
