@@ -6,20 +6,21 @@ colours, and whose fine-tuning on the true labels starts from there. Sources: No
 al. 2020, arXiv 1911.04252); for detectors STAC (Sohn et al. 2020, arXiv 2005.04757).
 
 `task.weights` is the detector's file, which fine-tuning wrote (detector.safetensors); where the
-teacher looks at views, its weights are in every checkpoint. Teacher and student see the same view, the teacher in its own colours and,
-with `task.teacher_size`, larger: a detector of small pictures finds more in larger ones, and the
-student is taught to find it in small ones. With `task.find=picture` the teacher looks once at every
-whole picture instead, several times where `task.looks` says so, and what it finds is remembered
-(pretext_tasks/found_once.py); then the file itself must be there when a run goes on. What the teacher finds without being sure is neither
-taught as an object nor as background. The student learns backbone, neck and all of the head, the
-class branch too: its classes are the detector's, and the product's file says them. So the file is
-a detector's as it is.
+teacher looks at views, its weights are in every checkpoint. Teacher and student see the same view,
+the teacher in its own colours and, with `task.teacher_size`, larger: a detector of small pictures
+finds more in larger ones, and the student is taught to find it in small ones. With
+`task.find=picture` the teacher looks once at every whole picture instead, several times where
+`task.looks` says so, and what it finds is remembered (pretext_tasks/found_once.py); then the file
+itself must be there when a run goes on. What the teacher finds without being sure is neither taught
+as an object nor as background. The student learns backbone, neck and all of the head, the class
+branch too: its classes are the detector's, and the product's file says them. So the file is a
+detector's as it is.
 
 Differs from the papers: labels are made as the views are, or as the pictures are first seen (not
-before training), and true labels have no part: they are fine-tuning's. Scores are a dense detector's, which are lower than
-those of STAC's two stages: the threshold is ours. Efficient Teacher (Xu et al. 2023, arXiv
-2302.07577) has a place for uncertain labels too; it teaches their scores softly, here the points
-inside them are passed over.
+before training), and true labels have no part: they are fine-tuning's. Scores are a dense
+detector's, which are lower than those of STAC's two stages: the threshold is ours. Efficient
+Teacher (Xu et al. 2023, arXiv 2302.07577) has a place for uncertain labels too; it teaches their
+scores softly, here the points inside them are passed over.
 """
 
 from __future__ import annotations

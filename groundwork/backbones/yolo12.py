@@ -160,9 +160,8 @@ def _in_float32_on_cpu(work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     6 times for 64 positions and 1.5 times for 400, and depthwise 7x7 convolutions, 3 to 5 times.
     """
     first = tensors[0]
-    if first.dtype != torch.bfloat16 or first.device.type != "cpu":
-        return work(*tensors)
-    if isinstance(work, nn.Module) and next(work.parameters()).dtype != torch.float32:
+    weights = next(work.parameters()).dtype if isinstance(work, nn.Module) else torch.float32
+    if first.dtype != torch.bfloat16 or first.device.type != "cpu" or weights != torch.float32:
         return work(*tensors)
     with torch.autocast("cpu", enabled=False):
         return work(*(tensor.float() for tensor in tensors)).to(torch.bfloat16)

@@ -152,7 +152,7 @@ def test_what_is_found_is_what_evaluation_finds(
 ) -> None:
     detector, _ = detector_from_file(weights)
     samples = open_labeled(str(labeled), "val", cache=labeled, cache_bytes=10**9)
-    how = {"image_size": 96, "looks": looks, "score": 0.1, "iou": 0.5}
+    how: dict[str, Any] = {"image_size": 96, "looks": looks, "score": 0.1, "iou": 0.5}
     seen = detect_all(detector, samples, **how, most=MOST)
     assert seen is not None
     teacher = _teacher(weights, **how)

@@ -124,7 +124,7 @@ def test_classes_are_taught_from_the_score_that_is_best_on_val(
     stages: Stages, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = ["image_size=64", "score=0.001", "iou=0.7", "data.val=ROOT"]
-    classes = {"red": 0.31, "blue": 0.05, "never seen": None}
+    classes: dict[str, float | None] = {"red": 0.31, "blue": 0.05, "never seen": None}
     asked: list[tuple[Path, Path, list[str]]] = []
 
     def evaluated(file: Path, out: Path, keys: list[str]) -> dict[str, Any]:
@@ -148,19 +148,18 @@ def test_classes_are_taught_from_the_score_that_is_best_on_val(
     assert score == {"red": 0.31, "blue": 0.05, "never seen": 0.31}
     assert "task.unsure=0.0250" in dict(stages.ran)["3-teach"]
     # Not where it is given, the teacher looks at views, or it finds nothing that is right.
-    for number, (more, found) in enumerate(
-        [
-            ([*looks, "task.score=0.4"], classes),
-            (["task.find=view"], classes),
-            (looks, {"red": None, "blue": None}),
-        ]
-    ):
+    cases: list[tuple[list[str], dict[str, float | None]]] = [
+        ([*looks, "task.score=0.4"], classes),
+        (["task.find=view"], classes),
+        (looks, {"red": None, "blue": None}),
+    ]
+    for number, (more, found) in enumerate(cases):
         stages.reached += [0.3, 0.4]
         monkeypatch.setattr(few_labels, "_scored", lambda *_: 0.5)
         classes = found
         assert main([*command, "--out", str(tmp_path / str(number)), "--teach", *more]) == 0
-        told = [key for key in stages.ran[-2][1] if key.startswith("task.score")]
-        assert told == [key for key in more if key.startswith("task.score")]
+        given = [key for key in stages.ran[-2][1] if key.startswith("task.score")]
+        assert given == [key for key in more if key.startswith("task.score")]
     assert len(asked) == 2
 
 
