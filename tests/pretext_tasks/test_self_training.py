@@ -71,6 +71,7 @@ NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=tor
 
 def test_the_teacher_does_not_change(make_task: MakeTask, batch: dict[str, Tensor]) -> None:
     task = make_task().train()
+    assert task.teacher is not None
     before = {name: value.clone() for name, value in task.teacher.state_dict().items()}
     task(batch).loss.backward()
     assert not any(module.training for module in task.teacher.modules())
@@ -257,6 +258,7 @@ def test_fine_tuning_starts_from_the_whole_student(
     detector = build_detector("yolo12n", 2)
     begun = load_init(detector, file, classes=("a", "b"))
     assert "head's class branch" in begun.loaded
+    assert task.teacher is not None
     mine, taught = task.head.state_dict(), task.teacher.head.state_dict()
     last = "classes.0.2.weight"
     assert torch.equal(detector.head.state_dict()[last], mine[last])
@@ -288,6 +290,7 @@ def test_half_precision_does_not_move_the_boxes(
 ) -> None:
     """Only the network is run in it: of the same logits come the same boxes, to the last bit."""
     task = make_task().eval()
+    assert task.teacher is not None
     raw = task.teacher(torch.rand(4, 3, 64, 64))
     task.teacher.register_forward_hook(lambda *_: raw)
     whole = task._found(batch)
