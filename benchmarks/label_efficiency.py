@@ -55,7 +55,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.label_efficiency_results import read, settings_of, update
-from benchmarks.runs import curve, digest_of, drawn, go_on, noted, told, val_ap
+from benchmarks.runs import curve, drawn, go_on, noted, told, val_ap
 from finetune.average import write as write_average
 from finetune.evaluate import evaluate
 from finetune.metrics import Results
@@ -136,7 +136,7 @@ class Study:
             keys += [f"task.weights={teacher}", *self.scores(teacher, init, keys)]
             flags += ["--init", str(teacher)]
         command = ["-m", "pretrain.run", "--out", str(run), *flags, *keys]
-        same_as_before(run, command, digest_of(teacher))
+        same_as_before(run, command, teacher)
         if not file.is_file():
             if not any(run.glob("checkpoints/*/manifest.json")):
                 shutil.rmtree(cache, ignore_errors=True)  # it begins anew, with all its minutes
@@ -173,7 +173,7 @@ class Study:
             *init.finetune,
         ]
         command = ["-m", "finetune.run", "--out", str(run), *flags, *keys]
-        same_as_before(run, command, digest_of(weights))
+        same_as_before(run, command, weights)
         if not (run / "results.json").is_file():
             go_on("finetune.run", run, flags, keys)
         return run

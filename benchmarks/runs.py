@@ -44,11 +44,6 @@ def go_on(module: str, run: Path, flags: list[str], keys: list[str]) -> None:
     stages.go_on(module, run, flags, keys, log=run.parent / f"{run.name}.txt")
 
 
-def digest_of(file: Path | None) -> str:
-    """Tell a file that a run starts from; nothing where there is none."""
-    return "" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 def drawn(root: Path, cache: Path, fraction: float, seed: int) -> list[str]:
     """Draw so many percent of a set's training pictures by a seed, one at least; sorted names."""
     samples = open_labeled(str(root), "train", cache=cache, cache_bytes=10**9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import shlex
@@ -116,13 +117,15 @@ def _is_free(run: Path) -> bool:
     return True
 
 
-def same_as_before(run: Path, command: Sequence[str], start: str = "") -> None:
-    """Note how a run is made, and from what (`start`: any text that tells it).
+def same_as_before(run: Path, command: Sequence[str], start: Path | None = None) -> None:
+    """Note how a run is made, and from which file it starts, by its content.
 
     Raises UsageError where the run is there and was made in another way.
     """
     note, told = run.parent / f"{run.name}.command.txt", " ".join(["python", *command]) + "\n"
-    told += f"# from {start}\n" if start else ""
+    if start is not None:
+        with start.open("rb") as opened:
+            told += f"# from {hashlib.file_digest(opened, 'sha256').hexdigest()}\n"
     if run.exists() and note.is_file() and note.read_text() != told:
         raise UsageError(
             f"{run} was made by another command, or from another start ({note}): name another "

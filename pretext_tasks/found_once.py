@@ -136,8 +136,7 @@ class FoundOnce:
         if self.memory is None:
             return self.teacher.find(picture)
         key = picture.digest(also=self.teacher.signature())
-        kept = self.memory.get(key)
-        if kept is None:
-            kept = self.teacher.find(picture).astype("<f4").tobytes()
-            self.memory.put(key, kept)
+        kept = self.memory.remembered(
+            key, lambda: self.teacher.find(picture).astype("<f4").tobytes()
+        )
         return np.frombuffer(kept, "<f4").reshape(-1, 6)

@@ -129,10 +129,7 @@ class RegionsViews:
             found = self._found(picture)
         else:
             key = picture.digest(also=signature(self.config.regions))
-            kept = self.memory.get(key)
-            found = self._found(picture) if kept is None else kept
-            if kept is None:
-                self.memory.put(key, found)
+            found = self.memory.remembered(key, lambda: self._found(picture))
         steps = np.frombuffer(found, "<u2").reshape(-1, 4)
         return steps.astype(np.float32) / np.float32(_STEPS)
 

@@ -28,7 +28,6 @@ recipes: NAME and NAME_taught in recipes/pretrain and recipes/finetune.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -139,7 +138,7 @@ class Chain:
         run = self.out / name
         command = ["-m", module, "--out", str(run), *flags, *keys]
         # A stage that is run anew ends in another file: what began with the old one is no more.
-        same_as_before(run, command, "" if start is None else _digest(start))
+        same_as_before(run, command, start)
         product = "pretrained" if module == "pretrain.run" else "detector"
         file = run / f"{product}.safetensors"
         if status_of(run).get("state") != "done":
@@ -262,11 +261,6 @@ def evaluation_keys(recipe: Mapping[str, Any]) -> list[str] | None:
     if data["val"] is None and not has_split(data["train"], "val"):
         return None
     return [*keys, f"data.val={data['val'] or data['train']}"]
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _best(told: Sequence[dict[str, Any]]) -> Path:

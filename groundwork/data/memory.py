@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ class Memory:
     def put(self, key: bytes, value: bytes) -> None:
         """Keep a value."""
         self._execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", key, value)
+
+    def remembered(self, key: bytes, work: Callable[[], bytes]) -> bytes:
+        """Return what is kept of a key; where nothing is, do the work and keep what it gives."""
+        kept = self.get(key)
+        if kept is None:
+            kept = work()
+            self.put(key, kept)
+        return kept
 
     def close(self) -> None:
         """Close the file, as is necessary before a fork; the next call opens it again."""
