@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 
+from finetune.recipe import Recipe
 from groundwork.backbones import build_backbone
 from groundwork.backbones.product import read_product, save_product
 from groundwork.checkpoint import Checkpoint
-from groundwork.run_folder import BEST, Run, bring_best
+from groundwork.errors import UsageError
+from groundwork.run_folder import BEST, Run, bring_best, prepare_run
 from groundwork.settings import Guard
 
 
@@ -66,3 +69,15 @@ def test_before_the_first_score_there_is_nothing_to_bring(tmp_path: Path) -> Non
     _best(tmp_path / "a", 3)
     assert bring_best(_saved(tmp_path / "a", 40), _run(tmp_path / "b"), -1.0) == -1
     assert not (tmp_path / "b" / BEST).exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_not_compiled_on_a_cpu(precision: str, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    recipe = Recipe.model_validate(
+        {"data": {"train": "here"}, "budget": {"steps": 1}, "precision": precision, "compile": True}
+    )
+    with pytest.raises(UsageError, match="precision=fp32"):
+        prepare_run(recipe, "test", tmp_path / "run", resumed=False)
+    assert not (tmp_path / "run").exists()
