@@ -60,6 +60,9 @@ class PretextTask(nn.Module, ABC):
     """A pretext task around a backbone. `Config` holds the paper's values, each with its source."""
 
     Config: ClassVar[type[Section]]
+    # Whether features of few directions are a collapse. Where boxes are given, telling one kind of
+    # thing from all else may want no more.
+    rank_matters: bool = True
 
     @classmethod
     @abstractmethod

@@ -68,6 +68,7 @@ class Together(PretextTask):
         self.tasks = nn.ModuleDict(
             {name: kind(backbone, getattr(config, name)) for name, kind in self.kinds.items()}
         )
+        self.rank_matters = any(task.rank_matters for _, task in self._tasks())
         self._share_the_neck()
         heads = [name for name, task in self._tasks() if "head" in task.product()]
         if len(heads) > 1:

@@ -37,6 +37,8 @@ _SCORE = 0.1
 class WholeDetector(ThroughNeck):
     """Backbone, neck (`neck`: its width; auto: the backbone's own) and a head of `classes`."""
 
+    rank_matters = False
+
     def __init__(
         self, backbone: Backbone, neck: Letter | Literal["auto"], classes: int, boxes: Boxes
     ) -> None:

@@ -94,11 +94,13 @@ class CollapseAlarm:
     """Says so when features have collapsed, compared with the first values it was shown.
 
     A measurement is bad where less than SPREAD_LEFT of the spread or RANK_LEFT of the centred rank
-    is left, or FEW directions; `patience` bad ones in a row are an alarm.
+    is left, or FEW directions; `patience` bad ones in a row are an alarm. Without `rank` the spread
+    alone counts.
     """
 
-    def __init__(self, patience: int = 2) -> None:
+    def __init__(self, patience: int = 2, *, rank: bool = True) -> None:
         self.patience = patience
+        self.rank = rank
         self._start: dict[str, float] | None = None
         self._bad = 0
 
@@ -111,7 +113,8 @@ class CollapseAlarm:
         spread_gone = not now["spread"] > max(SPREAD_LEFT * start["spread"], NO_SPREAD)
         rank = start["rankme_centred"]
         rank_gone = not now["rankme_centred"] >= max(RANK_LEFT * rank, min(FEW, rank / 2))
-        self._bad = self._bad + 1 if spread_gone or rank_gone else 0
+        bad = spread_gone or (self.rank and rank_gone)
+        self._bad = self._bad + 1 if bad else 0
         if self._bad < self.patience:
             return None
         values = ", ".join(f"{name} {now[name]:.3g} (was {start[name]:.3g})" for name in now)

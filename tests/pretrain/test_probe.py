@@ -188,6 +188,17 @@ def test_random_backbones_do_not_alarm(name: str) -> None:
         assert alarm.check(measured(values)) is None
 
 
+def test_few_directions_are_no_collapse_where_boxes_are_learned() -> None:
+    start, constant = noise(64, 256, 0), torch.ones(64, 256)
+    few = noise(64, 2, 1) @ noise(2, 256, 2)
+    assert measured(few)["probe/rankme_centred"] < 3
+    for rank in (False, True):
+        alarm = CollapseAlarm(patience=1, rank=rank)
+        assert alarm.check(measured(start)) is None
+        assert (alarm.check(measured(few)) is None) is not rank
+        assert alarm.check(measured(constant)) is not None
+
+
 @pytest.mark.parametrize("columns", [16, 64, 256, 1024])
 def test_small_healthy_batches_do_not_alarm(columns: int) -> None:
     alarm = CollapseAlarm(patience=1)
