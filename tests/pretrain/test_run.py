@@ -92,14 +92,18 @@ def test_the_literal_command_trains_and_keeps_the_backbone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize(
+    ("task", "more"),
+    [(task, []) for task in sorted(TASKS)]
+    + [("self_training", ["task.find=picture", "task.looks=2"])],
+)
 def test_a_run_stopped_twice_in_an_epoch_and_in_the_next_is_bit_exact(
-    task: str, pictures: Path, tmp_path: Path
+    task: str, more: list[str], pictures: Path, tmp_path: Path
 ) -> None:
     # 22 pictures, batches of 8: steps 1, 2 and part of 3 are epoch one; 4 lies in epoch two.
     keys = [f"data.train={pictures}", "budget.steps=8", "checkpoint.every_steps=1", *TINY]
     keys += ["checkpoint.keep=20", "ema.enabled=true", "log.samples=true"]
-    keys += keys_of(task, tmp_path)
+    keys += keys_of(task, tmp_path) + more
     whole = tmp_path / "whole"
     done = run(1, tmp_path, "--task", task, "--out", str(whole), *keys)
     assert done.returncode == 0, done.stderr
