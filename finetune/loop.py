@@ -69,7 +69,7 @@ from groundwork.run_folder import (
 )
 from groundwork.schedule import multiplier
 from groundwork.tracking import Tracking, Window
-from groundwork.training_state import Trained
+from groundwork.training_state import Trained, copy_all
 
 logger = logging.getLogger(__name__)
 
@@ -260,11 +260,18 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             share_statistics(kept().values())
         found = score(sets.val, Detector(**kept()))  # type: ignore[arg-type]
         # Every rank learns what the main process found, since it decides when to stop.
-        ap = told_by_main(group, -1.0 if found is None else found.ap)
-        if ap > position.best:
-            position.best, position.best_step, position.worse = ap, position.step, 0
+        there = found is not None and found.figures["ap"] is not None
+        ap = told_by_main(group, found.ap if found is not None and there else -1.0)
+        if ap < 0:  # no picture has a box: there is nothing to choose weights by
+            return {}
+        better = ap > position.best
+        # Of weights that find nothing yet, the last have learned most.
+        if better or ap == position.best == 0:
+            position.best, position.best_step = ap, position.step
             if accelerator.is_main_process:
                 write(run.folder / BEST, {"val_ap": ap})
+        if better:
+            position.worse = 0
         elif clock.progress(position.step) >= recipe.eval.patience_from:
             position.worse += 1
         if found is None:
@@ -315,7 +322,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 batchnorm=recipe.batchnorm == "freeze",
             )
             torch.manual_seed(step_seed(recipe.seed, position.step, accelerator.process_index))
-            torch._foreach_copy_(kept_buffers, buffers)
+            copy_all(kept_buffers, buffers)
 
             # Step 1. Forward and backward over the micro-batches of this rank.
             replaced = 0
@@ -361,7 +368,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 window.add("gradient_norm", norm)
                 window.add("counted", 1.0)
             else:
-                torch._foreach_copy_(buffers, kept_buffers)
+                copy_all(buffers, kept_buffers)
                 position.skipped += 1
                 position.skipped_in_a_row += 1
                 logger.warning(

@@ -16,7 +16,7 @@ from finetune.recipe import Recipe
 from groundwork.checkpoint import write_atomically
 from groundwork.data.label_policy import Defect
 from groundwork.data.label_table import HeldOut
-from groundwork.data.labels import LabeledSamples, has_split, open_labeled
+from groundwork.data.labels import LabeledSamples, has_split, open_labeled, training_split
 from groundwork.errors import DataError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def open_sets(recipe: Recipe) -> Sets:
     data = recipe.data
     cache, cache_bytes = data.cache_folder(), int(data.cache_gb * 1e9)
     names_in = None if data.train_list is None else Path(data.train_list)
-    split = "train" if has_split(data.train, "train") else None
+    split = training_split(data.train, "fine-tuning (data.train)")
     where: dict[str, Any] = {
         "cache": cache, "cache_bytes": cache_bytes, "reading": data.reading(),
     }  # fmt: skip

@@ -125,11 +125,13 @@ def prepare_run(
     train a part only.
 
     Raises UsageError where the launcher and Accelerate disagree on the number of processes, a
-    tracker is not installed, or half precision is to be compiled on a CPU.
+    tracker is not installed, or a CPU is to run in fp16 or to compile half precision.
     """
     assert isinstance(recipe, BaseModel)
     check_trackers(recipe.log.trackers)
     state = PartialState(cpu=not torch.cuda.is_available())
+    if recipe.precision == "fp16" and state.device.type == "cpu":
+        raise UsageError("precision=fp16 wants a GPU: set precision=bf16 or fp32 on a CPU.")
     if recipe.compile and recipe.precision != "fp32" and state.device.type == "cpu":
         # Measured (LOG.md): box logits of a compiled head in bf16 were NaN, others at every call.
         raise UsageError(

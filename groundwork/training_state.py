@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from groundwork import checkpoint as checkpoints
 from groundwork.checkpoint import Checkpoint
@@ -54,6 +54,12 @@ class Pictures(Protocol):
 
     def __len__(self) -> int:
         """How many pictures there are."""
+
+
+def copy_all(into: list[Tensor], tensors: list[Tensor]) -> None:
+    """Copy tensors into others of their shapes; of a network without buffers there are none."""
+    if into:
+        torch._foreach_copy_(into, tensors)
 
 
 @dataclass(frozen=True)

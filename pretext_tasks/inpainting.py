@@ -259,7 +259,7 @@ class Inpainting(ThroughNeck):
             if self.target_neck is not None:
                 self.target_neck.requires_grad_(False)
             # A neck gets its first weights after this (--init; of several tasks the first one's),
-            # so that its copy begins with the first batch; 1 from then on, in every checkpoint.
+            # so that its copy begins with the first step; 1 from then on, in every checkpoint.
             self.register_buffer("target_begun", torch.zeros((), dtype=torch.uint8))
             self._begun = False
         if config.encoder == "sparse":
@@ -320,6 +320,11 @@ class Inpainting(ThroughNeck):
         """Move the slow copy towards the network (BYOL, section 3.3)."""
         if self.config.target == "features":
             momentum = self.config.momentum
+            if not self._begun:
+                # Not as soon as the copy is made: the main process alone draws pictures before the
+                # first step, and DDP hands its buffers to all.
+                self.target_begun.fill_(1)
+                self._begun = True
             follow([self.target_backbone], [self.backbone], momentum, progress)
             if self.target_neck is not None and self.neck is not None:
                 follow([self.target_neck], [self.neck], momentum, progress)
@@ -382,8 +387,6 @@ class Inpainting(ThroughNeck):
             if self.target_neck is not None and self.neck is not None:
                 if not self._begun and not self.target_begun:
                     self.target_neck.load_state_dict(self.neck.state_dict())
-                    self.target_begun.fill_(1)
-                self._begun = True
                 levels = self.target_neck(levels)
             strides = dict(zip(STRIDES, levels, strict=True))
             return Latents(image, {scale: strides[scale] for scale in config.scales})

@@ -30,7 +30,7 @@ from finetune.recipe import LossKeys
 from groundwork.backbones.contract import Backbone
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import open_picture
-from groundwork.data.labels import LabeledSamples, has_split, open_labeled
+from groundwork.data.labels import LabeledSamples, has_split, open_labeled, training_split
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shards import evenly
 from groundwork.errors import DataError
@@ -207,12 +207,7 @@ def open_detection_probe(
     if settings.data is None:
         return None
     names = None if settings.train_list is None else Path(settings.train_list)
-    split = "train" if has_split(settings.data, "train") else None
-    if split is None and any(has_split(settings.data, other) for other in ("val", "test")):
-        raise DataError(
-            f"{settings.data} has no train split for the detection probe, which must not learn "
-            "from the others: name data that has one as probe.detection.data."
-        )
+    split = training_split(settings.data, "the detection probe (probe.detection.data)")
     if settings.val is None and not has_split(settings.data, "val"):
         raise DataError(
             f"{settings.data} has no validation split for the detection probe: give one as "

@@ -53,7 +53,7 @@ from groundwork.run_folder import (
 )
 from groundwork.schedule import multiplier
 from groundwork.tracking import Tracking, Window
-from groundwork.training_state import Trained
+from groundwork.training_state import Trained, copy_all
 from pretext_tasks.contract import PretextTask, Views, backbone_of, remembering
 from pretrain.console import announce, tell_end, tell_probe
 from pretrain.probe import CollapseAlarm, open_probe
@@ -254,7 +254,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             factor = multiplier(recipe.schedule, progress) * 0.5**position.rollbacks
             set_learning_rate(optimizer, recipe.optim.lr * factor)
             torch.manual_seed(step_seed(recipe.seed, position.step, accelerator.process_index))
-            torch._foreach_copy_(kept_buffers, buffers)
+            copy_all(kept_buffers, buffers)
 
             # Step 1. Forward and backward over the micro-batches of this rank.
             replaced = 0
@@ -298,7 +298,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 window.add("gradient_norm", norm)
                 window.add("counted", 1.0)
             else:
-                torch._foreach_copy_(buffers, kept_buffers)
+                copy_all(buffers, kept_buffers)
                 position.skipped += 1
                 position.skipped_in_a_row += 1
                 logger.warning(

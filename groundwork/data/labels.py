@@ -137,6 +137,21 @@ def has_split(data: str, split: str) -> bool:
     return split in splits_of(data)
 
 
+def training_split(data: str, needed_by: str) -> str | None:
+    """Return the split to learn from: train, or None where data is not split.
+
+    Raises DataError where the root has others and no train: pictures for validation and test would
+    be learned.
+    """
+    splits = splits_of(data)
+    if splits and "train" not in splits:
+        raise DataError(
+            f"{data} has no train split for {needed_by}, which must not learn from "
+            f"{' and '.join(sorted(splits))}: name data that has one, or that is not split."
+        )
+    return "train" if splits else None
+
+
 def open_labeled(
     data: str,
     split: str | None,

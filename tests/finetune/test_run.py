@@ -108,6 +108,21 @@ def test_a_run_stopped_twice_in_an_epoch_and_in_the_next_is_bit_exact(
 
 
 @pytest.mark.slow
+def test_where_validation_has_no_box_the_last_weights_are_kept(
+    labeled: Path, tmp_path: Path
+) -> None:
+    file = labeled / "annotations" / "val.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
+    done = run(
+        1, tmp_path, "--out", "out", f"data.train={labeled}", "budget.steps=4", *TINY,
+        "eval.times=4", "eval.patience=1", "eval.patience_from=0", "backbone.name=timm/test_resnet",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(tmp_path / "out")) == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["step"] == 4
+
+
+@pytest.mark.slow
 def test_several_sizes_go_on_with_other_batches(labeled: Path, tmp_path: Path) -> None:
     """After five batches of two, batches of four do not begin where one of them would."""
     keys = [f"data.train={labeled}", "image_sizes=[64,96,128]", "augment.close=0", *TINY]

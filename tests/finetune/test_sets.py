@@ -57,6 +57,20 @@ def test_a_share_is_held_out_and_stays_so(root: Path) -> None:
         one.close()
 
 
+@pytest.mark.parametrize("splits", [("val",), ("val", "test")])
+def test_a_root_without_a_train_split_is_not_trained_on_whole(
+    splits: tuple[str, ...], root: Path
+) -> None:
+    """Its validation pictures would be learned, and their AP would be of known pictures."""
+    for folder in ("images", "labels"):
+        for split in splits:
+            (root / folder / split).mkdir()
+        for number, file in enumerate(sorted((root / folder).glob("*.*"))):
+            file.rename(root / folder / splits[number % len(splits)] / file.name)
+    with pytest.raises(DataError, match=r"no train split for fine-tuning \(data.train\)"):
+        open_sets(resolve(None, [f"data.train={root}"]))
+
+
 def test_of_a_list_a_share_is_held_out(root: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("".join(f"{number}.png\n" for number in range(4)))

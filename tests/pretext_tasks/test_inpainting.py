@@ -448,6 +448,7 @@ def test_the_copy_of_a_neck_begins_with_the_weights_that_the_neck_got(
             parameter.add_(1.0)
     batch = make_batch(Inpainting, task.config)
     task.eval()(batch)
+    task.after_step(0.0)
     assert task.target_neck is not None
     begun = {name: value.clone() for name, value in task.target_neck.state_dict().items()}
     assert all(torch.equal(value, neck.state_dict()[name]) for name, value in begun.items())
@@ -461,3 +462,25 @@ def test_the_copy_of_a_neck_begins_with_the_weights_that_the_neck_got(
     assert twin.target_neck is not None
     for name, value in twin.target_neck.state_dict().items():
         assert torch.equal(value, begun[name]), name
+
+
+def test_pictures_before_the_first_step_do_not_begin_the_copy_of_a_neck(
+    make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    """The main process alone draws them, and hands its buffers to all others."""
+    task = make_task(target="features", neck="n")
+    batch = make_batch(Inpainting, task.config)
+    task.eval().pictures(batch)
+    assert not task.target_begun
+    other = make_task(target="features", neck="n").eval()
+    other.target_begun.copy_(task.target_begun)
+    neck = other.product()["neck"]
+    with torch.no_grad():
+        for parameter in neck.parameters():
+            parameter.add_(1.0)
+    other(batch)
+    assert other.target_neck is not None
+    for name, value in other.target_neck.state_dict().items():
+        assert torch.equal(value, neck.state_dict()[name]), name
+    other.after_step(0.0)
+    assert other.target_begun

@@ -114,7 +114,7 @@ def test_nothing_named_is_no_probe_and_a_missing_split_is_told(labeled: Path) ->
     train = labeled / "annotations" / "train.json"
     train.rename(labeled / "train.away")
     settings = DetectionProbeSettings(data=str(labeled))
-    with pytest.raises(DataError, match=r"no train split .* must not learn from the others"):
+    with pytest.raises(DataError, match=r"no train split .* must not learn from test and val"):
         open_detection_probe(settings, cache=labeled, cache_bytes=10**6)
     (labeled / "train.away").rename(train)
     (labeled / "annotations" / "val.json").unlink()

@@ -92,6 +92,17 @@ def test_the_literal_command_trains_and_keeps_the_backbone(
 
 
 @pytest.mark.slow
+def test_a_network_without_buffers_trains(pictures: Path, tmp_path: Path) -> None:
+    """ConvNeXt has no BatchNorm, and inpainting adds none."""
+    done = run(
+        1, tmp_path, "--task", "inpainting", "--out", "out", f"data.train={pictures}",
+        "budget.steps=2", *TINY, "backbone.name=timm/test_convnext",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(tmp_path / "out")) == [1, 2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "more"),
     [(task, []) for task in sorted(TASKS)]
