@@ -8,9 +8,10 @@ boxes do not outweigh the others; of several processes, and of several micro-bat
 - classification, every point and class against its target score: `bce` (binary cross-entropy),
   `focal` (arXiv 1708.02002, equation 5, torchvision's), `varifocal` (arXiv 2008.13367, equation 2)
   or `quality_focal` (arXiv 2006.04388, equation 6).
-- localisation, positive points weighted by their target score (or every box the same, with
-  `boxes=equal`, from which small and rare ones may gain): `iou`, `giou` (arXiv 1902.09630),
-  `diou` or `ciou` (arXiv 1911.08287), torchvision's.
+- localisation, positive points weighted by their target score (`boxes=score`), so that every box
+  weighs the same (`boxes=equal`), or by score within their class, and each class by how many of the
+  boxes are of it (`boxes=class`, the default): small and rare ones are not left behind. `iou`,
+  `giou` (arXiv 1902.09630), `diou` or `ciou` (arXiv 1911.08287), torchvision's.
 - distribution, part of localisation with a weight of its own: distribution focal loss (arXiv
   2006.04388, equation 7) of the two bins beside a side's distance.
 - objectness, where the detector has that branch: binary cross-entropy with the overlap of the
@@ -190,9 +191,9 @@ def classification_loss(logits: Tensor, wanted: Tensor, config: ClassificationKe
     entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     if config.kind == "bce":
         return entropy
-    score = logits.sigmoid().detach()
+    score = logits.sigmoid()
     if config.kind == "quality_focal":
-        return (wanted - logits.sigmoid()).abs() ** config.gamma * entropy
+        return (wanted - score).abs() ** config.gamma * entropy
     alpha = 0.75 if config.alpha is None else config.alpha  # VarifocalNet, section 4.2
     negative = alpha * score**config.gamma
     own = (wanted > 0) & (wanted == wanted.amax(-1, keepdim=True))  # others are smoothed to above 0

@@ -130,7 +130,7 @@ def scale_learning_rates(detector: Detector, optim: Optim) -> None:
 def measure_batchnorm(
     detector: Detector, samples: LabeledSamples, order: Order, image_size: int
 ) -> None:
-    """Give BatchNorm of backbone and neck the statistics of the labeled pictures, as shown.
+    """Give BatchNorm of backbone and neck the statistics of the labeled pictures, in grey squares.
 
     What they were pretrained on (views, masked pictures, another size) has other statistics. Every
     rank measures the same pictures and gets the same numbers.
@@ -159,7 +159,7 @@ def measure_batchnorm(
 
 @dataclass(frozen=True)
 class _Whole:
-    """A whole picture in a grey square, as evaluation shows it."""
+    """A whole picture in a grey square, so that all are of one size (evaluation has less grey)."""
 
     image_size: int
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 def measured_statistics(network: nn.Module, run: Callable[[], object]) -> Iterator[None]:
     """Give every BatchNorm the statistics of what it sees while `run` runs; old ones come back.
 
-    Each batch is normalised by itself, and mean and variance are averaged over the pictures. `run`
+    Each batch is normalised by itself; mean and variance are those of all pictures together. `run`
     is to call the network in eval mode: hooks measure, since SyncBatchNorm in train mode would wait
     for ranks that do not measure.
     """
@@ -46,9 +46,9 @@ def measure_statistics(network: nn.Module, run: Callable[[], object]) -> None:
         values = inputs[0].detach().float()
         axes = [axis for axis in range(values.ndim) if axis != 1]
         variance, mean = torch.var_mean(values, dim=axes, correction=0)
-        moments = torch.stack([mean, variance])
-        _put(norm, moments)
-        total += len(values) * moments.double().cpu()
+        _put(norm, mean, variance)
+        mean, variance = mean.double().cpu(), variance.double().cpu()
+        total += len(values) * torch.stack([mean, variance + mean**2])
         count += len(values)
 
     hooks = [
@@ -64,7 +64,8 @@ def measure_statistics(network: nn.Module, run: Callable[[], object]) -> None:
             hook.remove()
     for norm, total, count in zip(norms, sums, counts, strict=True):
         if count:
-            _put(norm, total / count)
+            mean, square = total / count
+            _put(norm, mean, square - mean**2)
 
 
 def _norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -76,6 +77,6 @@ def _norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 @torch.no_grad()
-def _put(norm: nn.Module, moments: Tensor) -> None:
-    norm.get_buffer("running_mean").copy_(moments[0])
-    norm.get_buffer("running_var").copy_(moments[1])
+def _put(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
+    norm.get_buffer("running_mean").copy_(mean)
+    norm.get_buffer("running_var").copy_(variance)

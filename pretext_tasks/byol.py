@@ -20,7 +20,7 @@ state_dict, never copied from the online network, and no loss depends on them.
 Differs from the paper:
 - The representation is C5 averaged over its cells; the paper's ResNet ends in the same pooling.
 - A backbone of a detector, not ResNet-50; widths of the heads are settings with the paper's values.
-- Colours are clamped once, and hue turns in YIQ: groundwork/colour.py says how that differs.
+- Colours are clamped once, and hue turns about RGB's grey axis: groundwork/colour.py.
 - `window_scale` may cut both views from a random part of the picture; off by default.
 - `rotate` may turn views by quarter turns (pictures without an up); 0, as in the paper, by default.
 - BatchNorm statistics are per process unless the loop converts to SyncBatchNorm.

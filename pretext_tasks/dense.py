@@ -16,7 +16,8 @@ Differs from VICRegL:
 - `whole` weighs the pooled term, and is small: a detector reads cells. The paper's alpha of 0.75 is
   for its global term.
 - Three levels of a pyramid instead of one map; each has its own projector. The loss is the mean.
-- Widths of the projectors are settings; the paper's are 8192 (global) and 512 (local).
+- Projectors have two linear layers instead of three, with BatchNorm at every level. Their widths
+  are settings; the paper's are 8192 (global) and 512 (local).
 """
 
 from __future__ import annotations

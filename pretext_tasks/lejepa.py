@@ -11,7 +11,7 @@ Differs from the paper:
 - The representation is C5 averaged over its cells; a backbone of a detector, not a transformer.
 - The random directions are drawn with the views, 16 with each picture, so that a run that is
   resumed draws the same; of the global batch's all processes use the same first `directions`.
-- Colours are clamped once, and hue turns in YIQ: groundwork/colour.py says how that differs.
+- Colours are clamped once, and hue turns about RGB's grey axis: groundwork/colour.py.
 - `window_scale` may cut all views from a random part of the picture; off by default.
 - `rotate` may turn views by quarter turns (pictures without an up); 0 by default.
 - BatchNorm statistics are those of the large and of the small views, each by themselves, and per

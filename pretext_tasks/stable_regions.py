@@ -54,7 +54,9 @@ class RegionKeys(Section):
     # Pixels of the picture's longer side at which regions are looked for; a smaller picture stays
     # as it is. All values in pixels are at these sizes, and the time is as their squares.
     resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (384, 256)
-    votes: float = Field(default=5.0, ge=0)  # other boxes that agree, at least
+    # A box's score, at least: how many others agree, and what `larger` adds. At these values that
+    # alone is 6.4 for the smallest box, so no box is left out for want of votes.
+    votes: float = Field(default=5.0, ge=0)
     larger: float = Field(default=4.0, ge=0)  # votes for being e times as large: outer outlines win
     agree: Share = 0.7  # intersection over union from which on two boxes are the same
     apart: Share = 0.4  # and up to which two that are kept may overlap

@@ -102,6 +102,17 @@ def test_focal_losses_by_hand() -> None:
     assert values("focal") == pytest.approx(expected)  # RetinaNet's alpha, and not varifocal's
 
 
+def test_the_slope_of_varifocal_loss_counts_its_weight() -> None:
+    """-alpha p^gamma log(1 - p) of a negative falls with p^gamma, too (equation 2)."""
+    logits = torch.tensor([-2.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    config = ClassificationKeys(kind="varifocal")
+    loss = classification_loss(logits, torch.zeros_like(logits), config).sum()
+    (slope,) = torch.autograd.grad(loss, logits)
+    p = logits.detach().sigmoid()
+    by_hand = 0.75 * p**2 * (2 * (1 - p) * -torch.log(1 - p) + p)
+    torch.testing.assert_close(slope, by_hand)
+
+
 @pytest.mark.parametrize("kind", ["bce", "varifocal", "quality_focal"])
 def test_smoothing_still_punishes_a_wrong_class(kind: str) -> None:
     found = Assignment(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([0.8]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from groundwork.precise_batchnorm import measured_statistics
+from groundwork.precise_batchnorm import measure_statistics, measured_statistics
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -26,3 +26,16 @@ def test_every_measurement_finds_the_pictures_statistics(compiled: bool) -> None
                 torch.testing.assert_close(norm.running_mean, expected)
             assert norm.running_mean.abs().max() == 0
     torch.compiler.reset()
+
+
+def test_the_variance_is_that_of_all_pictures_together() -> None:
+    """Of batches that each are of one kind, too (arXiv 2105.07576, section 3)."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm2d(2)).eval()
+    pictures = torch.rand(10, 2, 5, 5) + torch.arange(10.0).view(10, 1, 1, 1)
+    measure_statistics(network, lambda: [network(part) for part in pictures.split(4)])
+    norm = network[0]
+    assert isinstance(norm, nn.BatchNorm2d)
+    variance, mean = torch.var_mean(pictures, (0, 2, 3), correction=0)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
