@@ -33,7 +33,7 @@ def test_the_variance_is_that_of_all_pictures_together() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.BatchNorm2d(2)).eval()
     pictures = torch.rand(10, 2, 5, 5) + torch.arange(10.0).view(10, 1, 1, 1)
-    measure_statistics(network, lambda: [network(part) for part in pictures.split(4)])
+    measure_statistics(network, lambda: [network(part) for part in torch.split(pictures, 4)])
     norm = network[0]
     assert isinstance(norm, nn.BatchNorm2d)
     variance, mean = torch.var_mean(pictures, (0, 2, 3), correction=0)
