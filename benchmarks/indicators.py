@@ -192,12 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if any(asked == set(one["val_ap_by_steps"]) for one in done):
                     continue
                 rows[:] = [one for one in rows if one not in done]
-                rows.append(row_of(study, init, fraction, measures))
+                row = row_of(study, init, fraction, measures)
+                rows.append(row)
                 rows.sort(key=lambda one: (one["dataset"], one["fraction"], one["init"]))
                 options.results.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(options.results, json.dumps(rows, indent=1) + "\n")
                 write_atomically(options.results.with_suffix(".md"), table(rows))
-                logger.info("%s: %s", init.name, rows[-1]["indicators"])
+                logger.info("%s: %s", init.name, row["indicators"])
     return 0
 
 
