@@ -103,8 +103,9 @@ class ProbeSettings(Section):
     labeled: str | None = None
     val: str | None = None
     detection: DetectionProbeSettings = DetectionProbeSettings()
-    # Which weights are kept: the last, or those with the best measurement of one of these.
-    select: Literal["last", "ap", "linear", "knn"] = "last"
+    # Which weights are kept: the last, or those with the best measurement of one of these. auto: ap
+    # where detection.data is set and there are times, else the last.
+    select: Literal["auto", "last", "ap", "linear", "knn"] = "auto"
     # Measurements without a better one after which the run ends; null: it never does.
     patience: int | None = Field(default=None, ge=1)
     # The run ends with exit code 5 when the features collapse; else it is told and goes on.
@@ -118,14 +119,17 @@ class ProbeSettings(Section):
             raise ValueError("select=ap needs boxes: set detection.data")
         if self.select in ("linear", "knn") and self.labeled is None:
             raise ValueError(f"select={self.select} needs labels: set labeled")
-        if self.patience is not None and self.select == "last":
+        if self.patience is not None and self.indicator() is None:
             raise ValueError("patience needs select: what a better measurement is")
-        if self.select != "last" and self.times == 0:
+        if self.select not in ("auto", "last") and self.times == 0:
             raise ValueError("select needs times above 0: nothing is measured")
         return self
 
     def indicator(self) -> str | None:
         """Return the metric by which weights are chosen, or None for the last ones."""
+        if self.select == "auto":
+            measured = self.detection.data is not None and self.times > 0
+            return "probe/ap" if measured else None
         return None if self.select == "last" else f"probe/{self.select}"
 
 

@@ -126,7 +126,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         logger.info("Going on from %s: step %d.", saved.path, position.step)
     clock = Clock(recipe.budget, len(samples), recipe.batch_size, position.seconds)
     alarm = CollapseAlarm(rank=task.rank_matters)
-    indicator = recipe.probe.indicator() if recipe.probe.times else None
+    indicator = recipe.probe.indicator()
     if saved is not None and indicator is not None:
         position.best = bring_best(saved, run, position.best, indicator)
         position.worse = 0 if position.best < 0 else position.worse

@@ -427,6 +427,8 @@ def test_the_copy_that_says_the_features_follows_slowly_and_is_not_kept(
             parameter.add_(1.0)
     before = {name: value.clone() for name, value in task.state_dict().items()}
     task.after_step(1.0)  # at the end it stands still
+    assert task.target_begun and not before["target_begun"]
+    before["target_begun"] += 1
     for name, value in task.state_dict().items():
         assert torch.equal(value, before[name])
     task.after_step(0.0)

@@ -46,6 +46,23 @@ def test_the_command_line_replaces_the_recipes_budget() -> None:
         recipes.resolve("byol", None, ["budget.epochs=7", "budget.steps=3"])
 
 
+@pytest.mark.parametrize(
+    ("keys", "indicator"),
+    [
+        ([], None),
+        (["probe.detection.data=ROOT"], "probe/ap"),
+        (["probe.detection.data=ROOT", "probe.select=last"], None),
+        (["probe.detection.data=ROOT", "probe.times=0"], None),
+        (["probe.labeled=ROOT"], None),
+        (["probe.labeled=ROOT", "probe.select=linear"], "probe/linear"),
+    ],
+)
+def test_weights_are_chosen_by_boxes_where_there_are_any(
+    keys: list[str], indicator: str | None
+) -> None:
+    assert recipes.resolve("byol", None, keys).probe.indicator() == indicator
+
+
 def test_another_task_drops_the_recipes_task_keys(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("task: {name: byol, momentum: 0.9}\nbatch_size: 8\n")

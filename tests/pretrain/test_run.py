@@ -312,7 +312,7 @@ def test_several_tasks_a_neck_and_a_detection_probe_that_chooses(
     keys = [
         f"data.train={pictures}", "budget.steps=4", *TINY, "report=true", "task.inpainting.neck=n",
         "task.byol.hidden_width=16", f"probe.detection.data={labeled}", "probe.times=2",
-        "probe.detection.image_size=64", "probe.detection.steps=2", "probe.select=ap",
+        "probe.detection.image_size=64", "probe.detection.steps=2",
         f"data.cache={tmp_path / 'cache'}", "task.image_sizes.inpainting=64",
     ]  # fmt: skip
     done = run(1, tmp_path, "--task", "byol+inpainting", "--out", "one", *keys)
