@@ -65,7 +65,7 @@ def measure_statistics(network: nn.Module, run: Callable[[], object]) -> None:
     for norm, total, count in zip(norms, sums, counts, strict=True):
         if count:
             mean, square = total / count
-            _put(norm, mean, square - mean**2)
+            _put(norm, mean, (square - mean**2).clamp(min=0))
 
 
 def _norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
