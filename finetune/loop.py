@@ -260,8 +260,8 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             share_statistics(kept().values())
         found = score(sets.val, Detector(**kept()))  # type: ignore[arg-type]
         # Every rank learns what the main process found, since it decides when to stop.
-        there = found is not None and found.figures["ap"] is not None
-        ap = told_by_main(group, found.ap if found is not None and there else -1.0)
+        known = found is not None and found.figures["ap"] is not None
+        ap = told_by_main(group, found.ap if found is not None and known else -1.0)
         if ap < 0:  # no picture has a box: there is nothing to choose weights by
             return {}
         better = ap > position.best
