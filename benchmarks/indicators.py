@@ -8,8 +8,10 @@ runs: a pretraining or fine-tuning that is in --work is not done again. For ever
 indicators of pretrain/probe.py are measured: spread and rank without labels, kNN and linear probe
 on crops of the labeled boxes, at 96 px, where there are two classes or more, and the detection
 probe on the labeled pictures of the fraction. Then Spearman's rank correlation of each with AP
-on the validation split after fine-tuning, over the inits of a set. `scratch` takes part, with the
-random weights that its fine-tuning began with. Of several --steps the best on val counts.
+on the validation and on the test split after fine-tuning (--no-test: on the first alone), over the
+inits of a set, and over those of --alone, which tells whether it ranks what lies close together,
+too. `scratch` takes part, with the random weights that its fine-tuning began with. Of several
+--steps the best on val counts.
 
 Those that use labels are of the same validation pictures as the AP that they are to rank: what is
 odd about these pictures helps them a little, and spread and rank not.
@@ -33,7 +35,8 @@ import torch
 
 from benchmarks import label_efficiency
 from benchmarks.cells_knn import Crops, read_crops
-from benchmarks.label_efficiency import Init, Study
+from benchmarks.label_efficiency import Study
+from benchmarks.label_efficiency_plan import Init, inits_of
 from benchmarks.runs import told
 from finetune.detector import Detector, build_detector
 from finetune.weights import load_init
@@ -49,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS = Path("docs/results/indicators.json")
 INDICATORS = ("spread", "rankme", "rankme_centred", "knn", "linear", "ap", "ap_backbone")
+SPLITS = ("val", "test")
 _CROP = 96
 _BATCH = 64
 
@@ -118,22 +122,34 @@ def row_of(study: Study, init: Init, fraction: float, measures: Measures) -> dic
     loaded: frozenset[str] = frozenset()
     if weights is not None:
         loaded = load_init(detector, weights, recipe["detector"]["take"]).loaded
+    best = max(val, key=lambda steps: (val[steps], -steps))
+    on_test = {} if study.options.no_test else {"test_ap": on_test_of(study, init, fraction, best)}
     return {
         "dataset": study.data.name,
         "init": init.name,
         "fraction": fraction,
-        "val_ap": max(val.values()),
+        "val_ap": val[best],
+        **on_test,
         "val_ap_by_steps": {str(steps): ap for steps, ap in val.items()},
         "indicators": measures.of(detector.to(memory_format=torch.channels_last), "neck" in loaded),
     }
 
 
-def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, int]]:
-    """Return Spearman's rho with val_ap, and over how many rows, by indicator."""
+def on_test_of(study: Study, init: Init, fraction: float, steps: int) -> float:
+    """Return AP on the test split of what is scored of a fine-tuning."""
+    return float(study.score(study.outcome(init, fraction, 0, steps).file, "test").ap)
+
+
+def correlations(
+    rows: Sequence[dict[str, Any]], split: str = "val"
+) -> dict[str, tuple[float, int]]:
+    """Return Spearman's rho with AP on a split, and over how many rows, by indicator."""
     found = {}
     for name in INDICATORS:
         pairs = [
-            (one["indicators"][name], one["val_ap"]) for one in rows if name in one["indicators"]
+            (one["indicators"][name], one[f"{split}_ap"])
+            for one in rows
+            if name in one["indicators"] and f"{split}_ap" in one
         ]
         if len(pairs) > 2:
             found[name] = spearman(*zip(*pairs, strict=True)), len(pairs)
@@ -154,22 +170,30 @@ def _ranks(values: Sequence[float]) -> Any:
     return (ends - (counts - 1) / 2)[inverse]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return Markdown: a table for each set, its rows by AP, and the correlations as the last."""
+def table(rows: Sequence[dict[str, Any]], alone: Sequence[str] = ()) -> str:
+    """Return Markdown: a table for each set, its rows by AP, and the correlations below them."""
     lines: list[str] = []
     for (dataset, fraction), group in groupby(rows, lambda one: (one["dataset"], one["fraction"])):
         found = sorted(group, key=lambda one: -one["val_ap"])
         lines += [
-            f"| {dataset}, {fraction:g} % | AP on val | " + " | ".join(INDICATORS) + " |",
-            "|---" * (len(INDICATORS) + 2) + "|",
+            f"| {dataset}, {fraction:g} % | AP on val | on test | " + " | ".join(INDICATORS) + " |",
+            "|---" * (len(INDICATORS) + 3) + "|",
         ]
         for one in found:
             values = [one["indicators"].get(name) for name in INDICATORS]
             shown = ["" if value is None else f"{value:.3g}" for value in values]
-            lines.append(f"| {one['init']} | {one['val_ap']:.3f} | " + " | ".join(shown) + " |")
-        rho = correlations(found)
-        shown = [f"{rho[name][0]:+.2f}" if name in rho else "" for name in INDICATORS]
-        lines += ["| Spearman's rho with AP | | " + " | ".join(shown) + " |", ""]
+            on_test = f"{one['test_ap']:.3f}" if "test_ap" in one else ""
+            lines.append(
+                f"| {one['init']} | {one['val_ap']:.3f} | {on_test} | " + " | ".join(shown) + " |"
+            )
+        some = [one for one in found if one["init"] in alone]
+        for split in SPLITS:
+            for those, of in ((found, f"these {len(found)}"), (some, ", ".join(alone))):
+                if rho := correlations(those, split):
+                    shown = [f"{rho[name][0]:+.2f}" if name in rho else "" for name in INDICATORS]
+                    said = f"| Spearman's rho with AP on {split}, of {of} | | | "
+                    lines.append(said + " | ".join(shown) + " |")
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -178,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = label_efficiency.parser()
     parser.prog = "python -m benchmarks.indicators"
     parser.set_defaults(results=RESULTS)
+    parser.add_argument("--alone", nargs="*", default=[], metavar="INIT", help="ranked alone, too")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = json.loads(options.results.read_text()) if options.results.is_file() else []
@@ -185,11 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study = Study(options, data)
         for fraction in options.fractions:
             measures = Measures(study, fraction)
-            for init in label_efficiency.inits_of(options, data):
+            for init in inits_of(options, data):
                 where = {"dataset": data.name, "init": init.name, "fraction": fraction}
                 asked = {str(steps) for steps in options.steps}
                 done = [one for one in rows if where.items() <= one.items()]
-                if any(asked == set(one["val_ap_by_steps"]) for one in done):
+                if any(
+                    asked == set(one["val_ap_by_steps"]) and (options.no_test or "test_ap" in one)
+                    for one in done
+                ):
                     continue
                 rows[:] = [one for one in rows if one not in done]
                 row = row_of(study, init, fraction, measures)
@@ -197,8 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.sort(key=lambda one: (one["dataset"], one["fraction"], one["init"]))
                 options.results.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(options.results, json.dumps(rows, indent=1) + "\n")
-                write_atomically(options.results.with_suffix(".md"), table(rows))
                 logger.info("%s: %s", init.name, row["indicators"])
+    if rows:
+        write_atomically(options.results.with_suffix(".md"), table(rows, options.alone))
     return 0
 
 

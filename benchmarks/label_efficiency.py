@@ -20,11 +20,13 @@ An init is a recipe of recipes/pretrain, or an entry of --plan, a YAML file:
         finetune: [optim.backbone_lr=0.3]
       domain: {recipe: {medical-txl-pbc: medical, aerial-hrplanes: aerial}}
       other-tool: {weights: {medical-txl-pbc: FILE, aerial-hrplanes: FILE}, minutes: 10}
+      two-stages: {recipe: regions, start: byol}
       taught: {recipe: self_training, teacher: domain, steps: [1000, 2000]}
 
-A `teacher` is another init: its detector of the same labels after its longest fine-tuning is the
-pretraining's task.weights, and where it starts. That pretraining is done for each fraction and
-seed, and its minutes count the teacher's. An init with `steps` has these lengths instead of
+A `start` is another init, whose pretrained file this one's pretraining begins with (--init). A
+`teacher` is another init: its detector of the same labels after its longest fine-tuning is the
+pretraining's task.weights, and where it starts; that pretraining is done for each fraction and
+seed. Either's minutes count. An init with `steps` has these lengths instead of
 --steps; with `average: 0.5`, its detector is the mean of the fine-tuned one and of the one that it
 began with (finetune/average.py), here in equal shares; of several, `average: [0, 0.5, 1]` (0: the
 fine-tuned one, 1: the one that it began with), the one that is best on val, for each seed.
@@ -48,12 +50,13 @@ import logging
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.label_efficiency_plan import Init, inits_of
 from benchmarks.label_efficiency_results import read, settings_of, update
 from benchmarks.runs import curve, drawn, go_on, noted, told, val_ap
 from finetune.average import write as write_average
@@ -61,7 +64,6 @@ from finetune.evaluate import evaluate
 from finetune.metrics import Results
 from finetune.weights import detector_from_file
 from groundwork.checkpoint import write_atomically
-from groundwork.config import read_yaml
 from groundwork.data.labels import open_labeled
 from groundwork.errors import DataError, UsageError
 from groundwork.stages import same_as_before
@@ -70,21 +72,6 @@ from pretrain.few_labels import score_keys, taught_from_val
 logger = logging.getLogger(__name__)
 
 RESULTS = Path("docs/results/label_efficiency.json")
-
-
-@dataclass(frozen=True)
-class Init:
-    """Where a detector starts."""
-
-    name: str
-    recipe: str | None = None  # what pretrains
-    weights: Path | None = None  # made elsewhere
-    minutes: float = 0.0
-    pretrain: tuple[str, ...] = ()
-    finetune: tuple[str, ...] = ()
-    teacher: Init | None = None  # whose detector the pretraining learns from
-    steps: tuple[int, ...] = ()  # lengths of its fine-tuning
-    averages: tuple[float, ...] = (0.0,)  # shares of its start in what is scored: the best on val
 
 
 class Outcome(NamedTuple):
@@ -112,7 +99,7 @@ class Study:
 
     def pretraining(self, init: Init, fraction: float, seed: int) -> Path:
         """Return the run folder of an init's pretraining."""
-        of = "" if init.teacher is None else f"-{fraction:g}pct-seed{seed}"
+        of = f"-{fraction:g}pct-seed{seed}" if init.labeled else ""
         return self.work / f"pretrain-{init.name}{of}"
 
     def weights(self, init: Init, fraction: float, seed: int) -> Path | None:
@@ -121,7 +108,7 @@ class Study:
             return init.weights
         if init.recipe is None:
             return None
-        run, teacher = self.pretraining(init, fraction, seed), None
+        run, start = self.pretraining(init, fraction, seed), None
         file, cache = run / "pretrained.safetensors", self.work / f"cache-{run.name}"
         flags = ["--task" if "+" in init.recipe else "--recipe", init.recipe]
         keys = [
@@ -134,9 +121,12 @@ class Study:
         if init.teacher is not None:
             teacher = self.outcome(init.teacher, fraction, seed, max(init.teacher.steps)).file
             keys += [f"task.weights={teacher}", *self.scores(teacher, init, keys)]
-            flags += ["--init", str(teacher)]
+            start = teacher
+        elif init.start is not None:
+            start = self.weights(init.start, fraction, seed)
+        flags += [] if start is None else ["--init", str(start)]
         command = ["-m", "pretrain.run", "--out", str(run), *flags, *keys]
-        same_as_before(run, command, teacher)
+        same_as_before(run, command, start)
         if not file.is_file():
             if not any(run.glob("checkpoints/*/manifest.json")):
                 shutil.rmtree(cache, ignore_errors=True)  # it begins anew, with all its minutes
@@ -227,6 +217,8 @@ class Study:
 
     def minutes(self, init: Init, fraction: float, seed: int) -> float:
         """Return the minutes before an init's fine-tuning, those of its teacher included."""
+        if init.start is not None:
+            return init.minutes + self.minutes(init.start, fraction, seed)
         if init.teacher is None:
             return init.minutes
         taught = self.train(init.teacher, fraction, seed, max(init.teacher.steps))
@@ -282,49 +274,6 @@ class Study:
         }
         self.results.append(row)
         return row
-
-
-def inits_of(options: argparse.Namespace, data: Path) -> list[Init]:
-    """Read what each named init is for this data set. Raises UsageError for an unknown key."""
-    plan = {} if options.plan is None else read_yaml(options.plan)
-    common = tuple(plan.get("finetune", ())) + tuple(options.finetune)
-
-    def init_of(name: str, pupils: tuple[str, ...] = ()) -> Init:
-        entry = dict(plan.get("inits", {}).get(name, {}))
-        for key, value in entry.items():
-            if isinstance(value, dict):
-                if data.name not in value:
-                    raise UsageError(
-                        f"{options.plan}: {name}.{key} is given for {', '.join(value)}, not for "
-                        f"{data.name}: add it, or give one value for all sets."
-                    )
-                entry[key] = value[data.name]
-        given = entry.pop("average", 0.0)
-        averages = tuple(map(float, given if isinstance(given, list) else [given])) or (0.0,)
-        known = {key.name for key in fields(Init)} - {"name", "averages"}
-        if unknown := set(entry) - known:
-            raise UsageError(f"{options.plan}: {name} has unknown key(s) {', '.join(unknown)}.")
-        teacher = entry.get("teacher")
-        if teacher in (*pupils, name):
-            raise UsageError(f"{options.plan}: {name} is taught by itself, through {teacher}.")
-        scratch = name.startswith("scratch")
-        weights = Path(entry["weights"]) if "weights" in entry else None
-        minutes = float(entry.get("minutes", 0.0 if scratch else options.pretrain_minutes))
-        if scratch and any(averages):
-            raise UsageError(f"{options.plan}: {name}: average is about a start, it has none.")
-        return Init(
-            name,
-            None if scratch or weights is not None else str(entry.get("recipe", name)),
-            weights,
-            minutes,
-            tuple(options.pretrain) + tuple(entry.get("pretrain", ())),
-            common + tuple(entry.get("finetune", ())),
-            None if teacher is None else init_of(teacher, (*pupils, name)),
-            tuple(entry.get("steps", options.steps)),
-            averages,
-        )
-
-    return [init_of(name) for name in options.inits]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,22 +21,39 @@ def test_spearman_is_that_of_hand_worked_ranks() -> None:
 
 
 def test_the_table_is_sorted_by_ap_and_ends_with_the_correlations() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"dataset": "cells", "init": f"init{k}", "fraction": 5.0, "val_ap": ap, "indicators": seen}
         for k, (ap, seen) in enumerate(
             [
                 (0.2, {"spread": 0.5, "ap": 0.1}),
                 (0.4, {"spread": 0.4, "ap": 0.3}),
                 (0.3, {"spread": 0.6, "ap": 0.2}),
+                (0.1, {"spread": 0.3, "ap": 0.0}),
             ]
         )
     ]
+    last = rows.pop()
     found = correlations(rows)
     assert list(found) == ["spread", "ap"] and all(number == 3 for _, number in found.values())
     assert [rho for rho, _ in found.values()] == pytest.approx([-0.5, 1.0])
     lines = table(rows).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| init1", "| init2", "| init0"]
-    assert lines[5].startswith("| Spearman's rho with AP | | -0.50 |") and "+1.00" in lines[5]
+    assert lines[5].startswith("| Spearman's rho with AP on val, of these 3 | | | -0.50 |")
+    assert "+1.00" in lines[5] and len(lines) == 6
+    # On test the order is another one; and of three of four alone, so is that on val.
+    for one, ap in zip([*rows, last], (0.4, 0.2, 0.3, 0.1), strict=True):
+        one["test_ap"] = ap
+    lines = table([*rows, last], alone=["init0", "init1", "init2"]).splitlines()
+    assert lines[2].startswith("| init1 | 0.400 | 0.200 | 0.4 |")
+    assert [line[:70].partition("| | |")[0] for line in lines[6:]] == [
+        "| Spearman's rho with AP on val, of these 4 ",
+        "| Spearman's rho with AP on val, of init0, init1, init2 ",
+        "| Spearman's rho with AP on test, of these 4 ",
+        "| Spearman's rho with AP on test, of init0, init1, init2 ",
+    ]
+    # Ranks of spread 3 2 4 1: with val 2 4 3 1, with test 4 2 3 1; of the first three 2 1 3.
+    rho = [float(line.partition("| | |")[2].split("|")[0]) for line in lines[6:]]
+    assert rho == [0.4, -0.5, 0.8, 0.5]
 
 
 @pytest.mark.slow
@@ -54,6 +72,7 @@ def test_every_init_is_fine_tuned_and_measured_once(labeled: Path, tmp_path: Pat
     rows = json.loads((work / "found.json").read_text())
     assert [one["init"] for one in rows] == ["inpainting", "scratch"]
     for one in rows:
+        assert 0 <= one["test_ap"] <= 1
         assert {"spread", "rankme", "rankme_centred", "ap", "ap_backbone"} <= set(one["indicators"])
     stamp = (work / "found.json").stat().st_mtime_ns
     assert main(arguments) == 0

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.label_efficiency import Init, Study, inits_of, main, parser
+from benchmarks.label_efficiency import Study, main, parser
+from benchmarks.label_efficiency_plan import Init, inits_of
 from benchmarks.label_efficiency_results import draw, read, settings_of, table, update
 from benchmarks.runs import go_on
 from finetune.detector import build_detector
@@ -207,7 +208,12 @@ def test_a_teacher_is_trained_on_the_same_labels_and_its_minutes_count(
         "inits:\n"
         "  base: {recipe: regions, minutes: 5}\n"
         "  taught: {recipe: self_training, teacher: base, minutes: 3, steps: [1]}\n"
+        "  second: {recipe: regions, start: first, minutes: 7}\n"
+        "  first: {recipe: byol, minutes: 5}\n"
+        "  later: {recipe: regions, start: taught, minutes: 1}\n"
         "  ring: {recipe: self_training, teacher: ring}\n"
+        "  both: {recipe: self_training, teacher: base, start: first}\n"
+        "  nowhere: {recipe: regions, start: scratch}\n"
         "  scratch-mean: {average: [0, 0.5]}\n  none: {average: []}\n"
     )
     ran: list[list[str]] = []
@@ -243,9 +249,28 @@ def test_a_teacher_is_trained_on_the_same_labels_and_its_minutes_count(
     # 60 steps of two pictures a second are two minutes.
     assert study.minutes(taught, 50, 1) == pytest.approx(5 + 2 + 3)
     assert taught.steps == (1,) and taught.teacher is not None and taught.teacher.steps == (1, 2)
-    options.inits = ["ring"]
-    with pytest.raises(UsageError, match="ring is taught by itself"):
-        inits_of(options, labeled)
+    # Two stages without labels: the second begins with the first's file, once for all seeds.
+    options.inits = ["second", "later"]
+    second, later = inits_of(options, labeled)
+    for seed in (0, 1):
+        study.weights(second, 50, seed)
+    assert [(module, name) for module, name, *_ in ran[5:]] == [
+        ("pretrain.run", "pretrain-first"), ("pretrain.run", "pretrain-second"),
+    ]  # fmt: skip
+    first = str(folder / "pretrain-first" / "pretrained.safetensors")
+    assert "--init" not in ran[5] and ran[6][ran[6].index("--init") + 1] == first
+    assert study.minutes(second, 50, 1) == 12
+    # What begins with a file that knows labels knows them too.
+    assert study.pretraining(later, 50, 1).name == "pretrain-later-50pct-seed1"
+    assert study.minutes(later, 50, 1) == pytest.approx(11)
+    for wrong, why in (
+        ("ring", "ring is taught by itself"),
+        ("both", "its teacher is its start: give one"),
+        ("nowhere", "scratch has no file to start from"),
+    ):
+        options.inits = [wrong]
+        with pytest.raises(UsageError, match=why):
+            inits_of(options, labeled)
     options.inits = ["scratch-mean"]
     with pytest.raises(UsageError, match="scratch-mean: average is about a start"):
         inits_of(options, labeled)
