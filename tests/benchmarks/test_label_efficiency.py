@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks.label_efficiency import Study, main, parser
 from benchmarks.label_efficiency_plan import Init, inits_of
@@ -33,7 +34,9 @@ def _one(init: str, seed: int, ap: float, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_table_has_mean_spread_and_what_is_over_scratch(tmp_path: Path) -> None:
+def test_the_table_has_mean_spread_and_what_is_over_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = [_one("scratch", 0, 0.2), _one("byol", 1, 0.4), _one("byol", 0, 0.3)]
     lines = table(results).splitlines()
     assert lines[2] == (
@@ -46,7 +49,19 @@ def test_the_table_has_mean_spread_and_what_is_over_scratch(tmp_path: Path) -> N
     assert table(twice).splitlines()[2].endswith("| +20.0 | 10 of 20 | 10.0 fine-tunings |")
     assert table(twice[1:]).splitlines()[2].endswith("|  |  | |")
     results[1]["val_curve"].pop()  # it stopped early
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda one, *a, **b: (figures.append(one), save(one, *a, **b))
+    )
     [file] = draw(results, tmp_path)
+    # Minutes count the pretraining; a line has the points that all of its seeds have.
+    drawn = [[[list(line.get_xdata()), list(line.get_ydata())] for line in axes.lines]
+             for axes in figures[0].axes]  # fmt: skip
+    assert drawn == [
+        [[[10], [pytest.approx(0.175)]], [[10, 20], [0.1, 0.2]]],
+        [[[11], [pytest.approx(0.175)]], [[1, 2], [0.1, 0.2]]],
+    ]
     assert file.name == "label_efficiency-cells-5pct.png" and file.stat().st_size > 5000
 
 

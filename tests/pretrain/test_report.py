@@ -38,9 +38,9 @@ def run(tmp_path: Path, make_jpeg: Callable[..., bytes]) -> Path:
     folder.mkdir()
     recipe = resolve("inpainting", None, [f"data.train={pictures}", f"data.cache={tmp_path}"])
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
-    lines = [{"step": 0, "probe/rankme": 12.5}]
+    lines = [{"step": 0, "probe/rankme": 12.5, "probe/ap": 0.125}]
     lines += [{"step": n, "train/loss": 1 / n, "optim/lr": 0.1} for n in (1, 2, 3)]
-    lines += [{"step": 3, "probe/rankme": 20.25}]
+    lines += [{"step": 3, "probe/rankme": 20.25, "probe/ap": 0.375}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "status.json").write_text('{"state": "done", "exit_code": 0, "message": "<kept>"}')
     (folder / "machine.json").write_text('{"cores": 2}')
@@ -56,7 +56,8 @@ def run(tmp_path: Path, make_jpeg: Callable[..., bytes]) -> Path:
 
 def test_the_page_has_everything_in_it(run: Path) -> None:
     page = write_report(run).read_text()
-    assert "<td>12.5</td><td>20.25</td>" in page and "<td>1</td><td>0.3333</td>" in page
+    assert "<td>12.5</td><td>20.25</td>" in page and "<td>0.125</td><td>0.375</td>" in page
+    assert "<td>1</td><td>0.3333</td>" in page
     assert "reconstruction, step 0" in page and "reconstruction, step 3" in page
     assert page.count("<figcaption>truth") == 1  # the same at both steps
     assert "Nearest neighbours" in page and "C4: the three main directions" in page
