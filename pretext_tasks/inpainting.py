@@ -42,12 +42,11 @@ Differs from the papers:
 - The filling is one learned value for each channel (`token`), which starts as the mean colour of
   ImageNet, or the mean of the picture's visible pixels (`mean`).
 - Only a light crop (at least half of the area) and flips; no colour unless `colour` says so.
-- The decoder: 1x1 convolutions of C3, C4, C5 to one width, brought to stride 8 (nearest) and
-  summed, one 3x3 convolution, and a 1x1 convolution to 8 x 8 x 3 values for each cell, laid out as
-  pixels (of `hog` 9 x 3). GroupNorm, so that it has no statistics of the batch. With 16 or 32 in
-  `scales`, C4 and C5 also predict by themselves as many values for each of their cells: pixels
-  pooled by 2 or 4, or the histograms of cells of 16 or 32 px. Of `features` as many values as the
-  level that is predicted has channels.
+- The decoders (pretext_tasks/inpainting_decoder.py) end in as many values for each cell of stride 8
+  as it has pixels and channels, laid out as pixels (of `hog` 9 x 3). With 16 or 32 in `scales` maps
+  of these strides predict as many values for each of their cells: pixels pooled by 2 or 4, or the
+  histograms of cells of 16 or 32 px. Of `features` as many values as the level that is predicted
+  has channels.
 - data2vec's teacher is an average of the last layers' features, normalised over time; ours is the
   level (with a neck the neck's) of the stride that predicts, normalised by channel over a process's
   part of the batch, and moves as BYOL's target does.
@@ -58,7 +57,6 @@ Differs from the papers:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -66,14 +64,12 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from groundwork import colour
 from groundwork.backbones.contract import (
     IMAGENET_MEAN,
     STRIDES,
     Backbone,
-    Level,
     Pyramid,
     for_channels,
 )
@@ -85,6 +81,7 @@ from groundwork.modes import evaluating
 from groundwork.necks.yolo12 import Features
 from pretext_tasks.contract import StepOutput, Views
 from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, draw_turn
+from pretext_tasks.inpainting_decoder import DECODERS, GROUP
 from pretext_tasks.inpainting_targets import (
     STRIDE,
     Histograms,
@@ -100,8 +97,6 @@ from pretext_tasks.visible import check_backbone, visible_only
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-
-_GROUP = 8  # channels that are normalised together
 
 
 class InpaintingConfig(Section):
@@ -122,7 +117,9 @@ class InpaintingConfig(Section):
     encoder: Literal["dense", "sparse"] = "dense"
     # A YOLOv12 neck of this width is trained too, and predicts: n, s, m, l or x.
     neck: Letter | None = None
-    width: int = Field(default=128, multiple_of=_GROUP, ge=_GROUP)  # of the decoder, channels
+    # sum: of all levels at once; hierarchical: SparK's, level after level.
+    decoder: Literal["sum", "hierarchical"] = "sum"
+    width: int = Field(default=128, multiple_of=GROUP, ge=GROUP)  # of the decoder, channels
     crop_scale: AreaRange = (0.5, 1.0)  # part of the picture's area
     crop_ratio: RatioRange = (3 / 4, 4 / 3)  # width to height, log-uniform
     flip: Probability = 0.5
@@ -194,49 +191,6 @@ def _edges(image: np.ndarray[Any, Any], block: int) -> np.ndarray[Any, Any]:
     return shares
 
 
-class Decoder(nn.Module):
-    """Predicts from the pyramid: one map for each stride in `cells`, finest first.
-
-    `cells` tells by stride how many values there are for each of a map's cells.
-    """
-
-    def __init__(
-        self, levels: tuple[Level, Level, Level], width: int, cells: Mapping[int, int]
-    ) -> None:
-        super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(level.channels, width, 1) for level in levels)
-        self.block = nn.Sequential(
-            nn.GroupNorm(width // _GROUP, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.GroupNorm(width // _GROUP, width),
-            nn.SiLU(),
-        )
-        self.output = nn.Conv2d(width, cells[STRIDE], 1)
-        # A head that no loss reaches would hold up DDP: there are only those that are asked for.
-        self.deep = nn.ModuleDict(
-            {
-                str(scale): nn.Sequential(
-                    nn.GroupNorm(width // _GROUP, width),
-                    nn.SiLU(),
-                    nn.Conv2d(width, cells[scale], 1),
-                )
-                for scale in sorted(set(cells) - {STRIDE})
-            }
-        )
-
-    def forward(self, pyramid: Pyramid | Features) -> dict[int, Tensor]:
-        """Return, by stride, N cell H/stride W/stride."""
-        c3, c4, c5 = (lateral(level) for lateral, level in zip(self.lateral, pyramid, strict=True))
-        size = c3.shape[2:]
-        merged = c3 + functional.interpolate(c4, size) + functional.interpolate(c5, size)
-        predictions = {STRIDE: self.output(self.block(merged))}
-        own = {"16": c4, "32": c5}
-        for scale, head in self.deep.items():
-            predictions[int(scale)] = head(own[scale])
-        return predictions
-
-
 class Inpainting(ThroughNeck):
     """The backbone on the filled picture, and a light decoder."""
 
@@ -248,7 +202,7 @@ class Inpainting(ThroughNeck):
         self.config = config
         strides = dict(zip(STRIDES, self.levels, strict=True))
         self._kind = _KINDS[config.target]
-        self.decoder = Decoder(
+        self.decoder = DECODERS[config.decoder](
             self.levels,
             config.width,
             {s: self._kind.cell(backbone.in_channels, strides[s]) for s in config.scales},

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -49,15 +50,17 @@ def test_the_table_has_mean_spread_and_what_is_over_scratch(
     assert table(twice).splitlines()[2].endswith("| +20.0 | 10 of 20 | 10.0 fine-tunings |")
     assert table(twice[1:]).splitlines()[2].endswith("|  |  | |")
     results[1]["val_curve"].pop()  # it stopped early
-    figures: list[Figure] = []
+    drawn: list[Any] = []
     save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda one, *a, **b: (figures.append(one), save(one, *a, **b))
-    )
+
+    def saved(figure: Figure, *arguments: Any, **keys: Any) -> None:
+        lines = [[line.get_xydata() for line in axes.lines] for axes in figure.axes]
+        drawn.extend([[np.asarray(line).T.tolist() for line in axes] for axes in lines])
+        save(figure, *arguments, **keys)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
     [file] = draw(results, tmp_path)
     # Minutes count the pretraining; a line has the points that all of its seeds have.
-    drawn = [[[list(line.get_xdata()), list(line.get_ydata())] for line in axes.lines]
-             for axes in figures[0].axes]  # fmt: skip
     assert drawn == [
         [[[10], [pytest.approx(0.175)]], [[10, 20], [0.1, 0.2]]],
         [[[11], [pytest.approx(0.175)]], [[1, 2], [0.1, 0.2]]],

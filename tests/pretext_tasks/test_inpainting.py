@@ -357,6 +357,21 @@ def test_a_decoder_sees_a_token_for_every_cell_that_a_sparse_encoder_left_empty(
         assert not torch.equal(level[~hidden], wanted[~hidden])
 
 
+@pytest.mark.parametrize("target", ["pixels", "hog", "features"])
+def test_a_hierarchical_decoder_of_a_sparse_encoder_learns_whole(
+    target: str, make_task: MakeTask, make_batch: MakeBatch
+) -> None:
+    task = make_task(
+        encoder="sparse", decoder="hierarchical", target=target, scales=(8, 16, 32), neck="n"
+    )
+    task(make_batch(Inpainting, task.config)).loss.backward()
+    unlearned = [
+        n for n, p in task.decoder.named_parameters() if p.grad is None or not p.grad.any()
+    ]
+    assert not unlearned
+    assert any("blocks.2" in name for name in dict(task.decoder.named_parameters()))
+
+
 def test_histograms_that_are_predicted_rightly_cost_nothing(
     make_task: MakeTask, make_batch: MakeBatch
 ) -> None:
