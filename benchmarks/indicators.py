@@ -206,6 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = json.loads(options.results.read_text()) if options.results.is_file() else []
+
+    def tell() -> None:
+        write_atomically(options.results.with_suffix(".md"), table(rows, options.alone))
+
     for data in options.data:
         study = Study(options, data)
         for fraction in options.fractions:
@@ -226,8 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.results.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(options.results, json.dumps(rows, indent=1) + "\n")
                 logger.info("%s: %s", init.name, row["indicators"])
+                tell()
     if rows:
-        write_atomically(options.results.with_suffix(".md"), table(rows, options.alone))
+        tell()  # others may be ranked alone than before
     return 0
 
 

@@ -39,54 +39,53 @@ class Summed(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(level.channels, width, 1) for level in levels)
         self.block = _block(width)
         self.output = nn.Conv2d(width, cells[STRIDE], 1)
-        self.deep = _deep(width, cells)
+        # A head that no loss reaches would hold up DDP: there are only those that are asked for.
+        self.deep = nn.ModuleDict(
+            {
+                str(scale): nn.Sequential(
+                    nn.GroupNorm(width // GROUP, width),
+                    nn.SiLU(),
+                    nn.Conv2d(width, cells[scale], 1),
+                )
+                for scale in sorted(set(cells) - {STRIDE})
+            }
+        )
 
     def forward(self, pyramid: Pyramid | Features) -> dict[int, Tensor]:
         """Return, by stride, N cell H/stride W/stride, finest first."""
-        c3, c4, c5 = (lateral(level) for lateral, level in zip(self.lateral, pyramid, strict=True))
+        maps = [lateral(level) for lateral, level in zip(self.lateral, pyramid, strict=True)]
+        finest, *coarse = self.merged(*maps)
+        own = dict(zip(("16", "32"), coarse, strict=True))
+        predictions = {STRIDE: self.output(self.block(finest))}
+        return predictions | {int(name): head(own[name]) for name, head in self.deep.items()}
+
+    def merged(self, c3: Tensor, c4: Tensor, c5: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what predicts at strides 8, 16 and 32, of maps of one width."""
         size = c3.shape[2:]
-        merged = c3 + functional.interpolate(c4, size) + functional.interpolate(c5, size)
-        predictions = {STRIDE: self.output(self.block(merged))}
-        own = {"16": c4, "32": c5}
-        for scale, head in self.deep.items():
-            predictions[int(scale)] = head(own[scale])
-        return predictions
+        finest = c3 + functional.interpolate(c4, size) + functional.interpolate(c5, size)
+        return finest, c4, c5
 
 
-class Hierarchical(nn.Module):
-    """From C5 up: a 3x3 convolution, twice the size, and the next level's 1x1 convolution added.
+class Hierarchical(Summed):
+    """From C5 up: a 3x3 convolution, twice the size, and the next level added.
 
-    Maps of stride 16 and 32 predict from what has come up to them. `cells` as in Summed.
+    Maps of stride 16 and 32 predict from what has come up to them.
     """
 
     def __init__(
         self, levels: tuple[Level, Level, Level], width: int, cells: Mapping[int, int]
     ) -> None:
-        super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(level.channels, width, 1) for level in levels)
-        self.blocks = nn.ModuleList(_block(width) for _ in levels)
-        self.output = nn.Conv2d(width, cells[STRIDE], 1)
-        self.deep = _deep(width, cells)
+        super().__init__(levels, width, cells)
+        self.from_c5, self.from_c4 = _block(width), _block(width)
 
-    def forward(self, pyramid: Pyramid | Features) -> dict[int, Tensor]:
-        """Return, by stride, N cell H/stride W/stride, finest first."""
-        levels = list(zip(self.lateral, pyramid, self.blocks, strict=True))[::-1]
-        lateral, level, block = levels[0]
-        up, came = lateral(level), {}
-        for stride, (lateral, level, after) in zip(("32", "16"), levels[1:], strict=True):
-            came[stride] = up
-            up = functional.interpolate(block(up), level.shape[2:]) + lateral(level)
-            block = after
-        predictions = {STRIDE: self.output(block(up))}
-        for scale, head in self.deep.items():
-            predictions[int(scale)] = head(came[scale])
-        return predictions
+    def merged(self, c3: Tensor, c4: Tensor, c5: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what predicts at strides 8, 16 and 32, of maps of one width."""
+        c4 = c4 + functional.interpolate(self.from_c5(c5), c4.shape[2:])
+        c3 = c3 + functional.interpolate(self.from_c4(c4), c3.shape[2:])
+        return c3, c4, c5
 
 
-DECODERS: dict[str, type[Summed] | type[Hierarchical]] = {
-    "sum": Summed,
-    "hierarchical": Hierarchical,
-}
+DECODERS: dict[str, type[Summed]] = {"sum": Summed, "hierarchical": Hierarchical}
 
 
 def _block(width: int) -> nn.Sequential:
@@ -96,19 +95,4 @@ def _block(width: int) -> nn.Sequential:
         nn.Conv2d(width, width, 3, padding=1, bias=False),
         nn.GroupNorm(width // GROUP, width),
         nn.SiLU(),
-    )
-
-
-def _deep(width: int, cells: Mapping[int, int]) -> nn.ModuleDict:
-    """Return a head for each coarse map that is asked for.
-
-    One that no loss reaches would hold up DDP.
-    """
-    return nn.ModuleDict(
-        {
-            str(scale): nn.Sequential(
-                nn.GroupNorm(width // GROUP, width), nn.SiLU(), nn.Conv2d(width, cells[scale], 1)
-            )
-            for scale in sorted(set(cells) - {STRIDE})
-        }
     )

@@ -19,6 +19,7 @@ from groundwork.config import validate
 from groundwork.data.decode import open_picture
 from groundwork.errors import UsageError
 from pretext_tasks.inpainting import Inpainting, InpaintingConfig, hidden_loss
+from pretext_tasks.inpainting_decoder import Hierarchical
 from pretext_tasks.inpainting_targets import (
     Histograms,
     normalise_patches,
@@ -369,7 +370,7 @@ def test_a_hierarchical_decoder_of_a_sparse_encoder_learns_whole(
         n for n, p in task.decoder.named_parameters() if p.grad is None or not p.grad.any()
     ]
     assert not unlearned
-    assert any("blocks.2" in name for name in dict(task.decoder.named_parameters()))
+    assert isinstance(task.decoder, Hierarchical)
 
 
 def test_histograms_that_are_predicted_rightly_cost_nothing(
