@@ -22,7 +22,7 @@ from finetune.finder import STRIDE, Frame, frame_of, show, whole_of
 from finetune.looks import looking
 from finetune.metrics import Found, Truth
 from groundwork.data.annotations import Annotations
-from groundwork.data.decode import open_picture
+from groundwork.data.decode import naming, open_picture
 from groundwork.data.labels import LabeledSamples
 from groundwork.data.shards import Sample
 from groundwork.errors import DataError, UsageError
@@ -139,13 +139,11 @@ def _decoded(
     """Decode windows by threads, `ahead` of them in advance: Pillow frees the interpreter."""
 
     def shown(number: int, sample: Sample) -> _Shown:
-        try:
+        with naming(f"{sample.key} of {sample.source}"):
             picture = open_picture(sample.image, labeled.reading)
             truth = Truth(labeled.annotations(sample, picture), picture.width, picture.height)
             frame = frame_of(picture.width, picture.height, image_size)
             pixels = show(picture, whole_of(picture), frame)
-        except DataError as error:
-            raise DataError(f"The picture {sample.key} of {sample.source}: {error}.") from error
         return _Shown(number, sample.key, pixels, frame, truth)
 
     waiting: list[list[Future[_Shown]]] = []

@@ -91,6 +91,7 @@ class Sets(Section):
     train_list: str | None = None
     workers: int | None = Field(default=None, ge=0)  # threads that decode; null: as many as cores
     cache: str | None = None  # for drawn scenes, remote shards, foreign indexes
+    cache_gb: Annotated[float, Field(gt=0)] = 50.0  # bound of the local copy of remote shards
     max_pixels: Count = MAX_PIXELS  # a larger picture is refused before it is decoded
     # How pictures are read (docs/data.md); not said: as in training, null: as their format says.
     bands: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
@@ -191,10 +192,10 @@ def _trained_on_this_set(
 
 
 def _open(source: str, split: str, sets: Sets, reading: Reading) -> LabeledSamples:
-    data = Data(cache=sets.cache)
+    data = Data(cache=sets.cache, cache_gb=sets.cache_gb)
     held_out = HeldOut(sets.holdout, kept=True) if sets.holdout else None
     return open_labeled(
-        source, split, cache=data.cache_folder(), cache_bytes=int(data.cache_gb * 1e9),
+        source, split, cache=data.cache_folder(), cache_bytes=data.cache_bytes(),
         names_in=None if sets.train_list is None else Path(sets.train_list), held_out=held_out,
         reading=reading,
     )  # fmt: skip

@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from finetune.draw import TEXT, colour_of, draw_labels, draw_tag, scaled
+from groundwork.command import whole
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pictures",
         metavar="N",
-        type=_count,
+        type=whole(0),
         default=16,
         help="pictures on the sheet (default %(default)s; 0: no sheet)",
     )
@@ -124,18 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-pixels",
         metavar="PIXELS",
-        type=_count,
+        type=whole(1),
         default=MAX_PIXELS,
         help="pictures of so many pixels or more count as unreadable (default %(default)s)",
     )
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
 
 
 def _show(given: argparse.Namespace) -> None:
@@ -152,7 +146,7 @@ def _show(given: argparse.Namespace) -> None:
             given.data,
             split,
             cache=settings.cache_folder(),
-            cache_bytes=int(settings.cache_gb * 1e9),
+            cache_bytes=settings.cache_bytes(),
             reading=reading,
         )
         if not opened:
@@ -210,6 +204,8 @@ def _survey(
             picture = open_picture(sample.image, samples.reading)
         except DataError as error:
             samples.defects.add(UNREADABLE, source, f"{shown}{error}")
+            with _COUNTING:
+                tick()
             continue
         annotations = samples.annotations(sample, picture)
         with _COUNTING:

@@ -15,7 +15,6 @@ number, from 1, among the pictures that could be read; a category's id is its cl
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +40,8 @@ from finetune.looks import LOOKS, looking
 from finetune.predictions import Drawings, Writer
 from finetune.tiles import find_in_tiles, needs_tiles
 from finetune.weights import About, check_channels, detector_from_file
-from groundwork.data.decode import Picture, open_picture
+from groundwork.command import number, whole
+from groundwork.data.decode import Picture, naming, open_picture
 from groundwork.data.reading import MAX_PIXELS, PLAIN, Reading, add_flags, stated_by
 from groundwork.data.samples import open_samples
 from groundwork.data.shards import Sample, Samples, ShardSamples
@@ -167,7 +167,7 @@ def _run(options: argparse.Namespace) -> None:
     samples = open_samples(
         options.pictures,
         cache=data.cache_folder(),
-        cache_bytes=int(data.cache_gb * 1e9),
+        cache_bytes=data.cache_bytes(),
         key="PICTURES",
     )
     reading = _reading(options, about.reading())
@@ -239,11 +239,9 @@ def _file_name(samples: Samples, sample: Sample, shard: int, index: int) -> str:
 def _found(
     predictor: Predictor, sample: Sample, name: str, reading: Reading
 ) -> tuple[Picture, Detections]:
-    try:
+    with naming(f"{name} of {sample.source}"):
         picture = open_picture(sample.image, reading)
         return picture, predictor.find(picture)
-    except DataError as error:
-        raise DataError(f"{name} of {sample.source}: {error}.") from error
 
 
 def _shown(text: str) -> str:
@@ -266,9 +264,19 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("predictions"),
         help="the folder to write (%(default)s)",
     )
-    add("--score", type=_share, default=0.25, help="boxes scored lower are left out (%(default)s)")
-    add("--iou", type=_share, default=0.7, help="boxes of a class may overlap so far (%(default)s)")
-    add("--most", type=_count, default=300, metavar="N", help="boxes of a picture (%(default)s)")
+    add(
+        "--score",
+        type=number(0, 1),
+        default=0.25,
+        help="boxes scored lower are left out (%(default)s)",
+    )
+    add(
+        "--iou",
+        type=number(0, 1),
+        default=0.7,
+        help="boxes of a class may overlap so far (%(default)s)",
+    )
+    add("--most", type=whole(1), default=300, metavar="N", help="boxes of a picture (%(default)s)")
     add(
         "--looks",
         type=int,
@@ -278,19 +286,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--image-size",
-        type=_size,
+        type=whole(STRIDE, STRIDE),
         metavar="N",
         help="the longer side of what the detector sees, in pixels (default: that of training)",
     )
     add(
         "--tile",
-        type=_size,
+        type=whole(STRIDE, STRIDE),
         metavar="N",
         help="cut pictures longer than 1.5 tiles into tiles of N x N pixels (default: never)",
     )
     add(
         "--overlap",
-        type=_overlap,
+        type=number(0.05, 0.75),
         help=f"the share of a tile's side that neighbours share ({OVERLAP}); objects up to that "
         "size are seen whole",
     )
@@ -301,44 +309,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--max-pixels",
         metavar="PIXELS",
-        type=_count,
+        type=whole(1),
         default=MAX_PIXELS,
         help="pictures of so many pixels or more are left out (default %(default)s)",
     )
     add("--no-pictures", action="store_true", help="write the json files alone")
     return parser
-
-
-def _share(text: str) -> float:
-    return _between(text, 0.0, 1.0)
-
-
-def _overlap(text: str) -> float:
-    return _between(text, 0.05, 0.75)
-
-
-def _between(text: str, low: float, high: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is no number between {low:g} and {high:g}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
-def _size(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < STRIDE or value % STRIDE:
-        raise argparse.ArgumentTypeError(f"{text} is not a multiple of {STRIDE}")
-    return value
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def open_sets(recipe: Recipe) -> Sets:
     Raises DataError where a set is missing or knows other classes, UsageError for a bad key.
     """
     data = recipe.data
-    cache, cache_bytes = data.cache_folder(), int(data.cache_gb * 1e9)
+    cache, cache_bytes = data.cache_folder(), data.cache_bytes()
     names_in = None if data.train_list is None else Path(data.train_list)
     split = training_split(data.train, "fine-tuning (data.train)")
     where: dict[str, Any] = {

@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -53,6 +54,34 @@ def flags(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser
+
+
+def whole(least: int, multiple_of: int = 1) -> Callable[[str], int]:
+    """Return what argparse calls for a whole number that is `least` or more."""
+
+    def read(text: str) -> int:
+        value = int(text) if text.isdecimal() else -1
+        if value < least or value % multiple_of:
+            kind = f"a multiple of {multiple_of}" if multiple_of > 1 else f"{least} or more"
+            raise argparse.ArgumentTypeError(f"{text} is not {kind}")
+        return value
+
+    return read
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Return what argparse calls for a number from `low` to `high`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is no number between {low:g} and {high:g}")
+        return value
+
+    return read
 
 
 def check_flags(options: argparse.Namespace) -> None:

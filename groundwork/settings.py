@@ -172,6 +172,10 @@ class Data(Section):
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(self.cache or f"{base}/groundwork").expanduser()
 
+    def cache_bytes(self) -> int:
+        """Return how many bytes of remote shards may lie in that folder."""
+        return int(self.cache_gb * 1e9)
+
 
 class BackboneKeys(Section):
     """Which backbone is trained: yolo12n, s, m, l, x, or timm/<model>."""

@@ -29,7 +29,7 @@ from finetune.metrics import Found, Truth, score
 from finetune.recipe import LossKeys
 from groundwork.backbones.contract import Backbone
 from groundwork.data.annotations import Annotations
-from groundwork.data.decode import open_picture
+from groundwork.data.decode import naming, open_picture
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled, training_split
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shards import evenly
@@ -178,12 +178,10 @@ def read_pictures(labeled: LabeledSamples, limit: int, side: int) -> LabeledPict
     frames, truths = [], []
     for shard, index in evenly(labeled.shard_sizes, limit):
         sample = labeled.read(shard, index)
-        try:
+        with naming(f"{sample.key} of {sample.source}"):
             picture = open_picture(sample.image, labeled.reading)
             its = labeled.annotations(sample, picture)
             frame, geometry = letterboxed(picture, (side, side))
-        except DataError as error:
-            raise DataError(f"The picture {sample.key} of {sample.source}: {error}.") from error
         frames.append(frame)
         boxes = geometry.apply(its.boxes)
         truths.append(Truth(Annotations(boxes, its.classes, its.crowd), side, side))

@@ -112,7 +112,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     trained = Trained("task", task, optimizer, ema, accelerator.scaler)
 
     # What it is trained on, and in which order.
-    cache, cache_bytes = recipe.data.cache_folder(), int(recipe.data.cache_gb * 1e9)
+    cache, cache_bytes = recipe.data.cache_folder(), recipe.data.cache_bytes()
     samples = open_samples(recipe.data.train, cache=cache, cache_bytes=cache_bytes)
     order = Order(samples.shard_sizes, seed=recipe.seed, window_shards=recipe.data.window_shards)
 

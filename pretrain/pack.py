@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from groundwork.command import number, whole
 from groundwork.data.label_lookup import LabelLookup, open_lookup
 from groundwork.data.reading import MAX_PIXELS, Reading, add_flags, stated_by
 from groundwork.data.write_shards import write_file
@@ -110,21 +111,21 @@ def _pack_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resize",
         metavar="SIDE",
-        type=_positive,
+        type=whole(1),
         help="shrink pictures whose shortest side is longer than SIDE to that side, upright, and "
         f"encode them anew (JPEG, quality {JPEG_QUALITY}); smaller ones keep their bytes",
     )
     parser.add_argument(
         "--tiles",
         metavar="SIDE",
-        type=_positive,
+        type=whole(1),
         help="cut pictures that are larger than SIDE in either direction into tiles of SIDE x SIDE "
         f"pixels (JPEG, quality {JPEG_QUALITY}), so that a crop does not decode a whole scene",
     )
     parser.add_argument(
         "--overlap",
         metavar="SHARE",
-        type=_share,
+        type=number(0, 0.89),
         default=0.0,
         help="share of a tile's side that neighbours have in common, at least (default "
         "%(default)s)",
@@ -132,7 +133,7 @@ def _pack_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-visible",
         metavar="SHARE",
-        type=_fraction,
+        type=number(0, 1),
         default=0.25,
         help="with --tiles and --labels: a box of which a tile shows less is marked as a crowd, "
         "which training and scoring pass over (default %(default)s)",
@@ -140,14 +141,14 @@ def _pack_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard-size",
         metavar="PICTURES",
-        type=_positive,
+        type=whole(1),
         default=1000,
         help="pictures in a shard, at most (default %(default)s)",
     )
     parser.add_argument(
         "--shard-mib",
         metavar="MIB",
-        type=_positive,
+        type=whole(1),
         default=256,
         help="size of a shard in MiB, at most, counted before --resize (default %(default)s)",
     )
@@ -179,14 +180,14 @@ def _pack_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-bad-fraction",
         metavar="FRACTION",
-        type=_fraction,
+        type=number(0, 1),
         default=0.5,
         help="fail when more than this share of the pictures is unreadable (default %(default)s)",
     )
     parser.add_argument(
         "--max-pixels",
         metavar="PIXELS",
-        type=_positive,
+        type=whole(1),
         default=MAX_PIXELS,
         help="refuse pictures of this many pixels or more (default %(default)s)",
     )
@@ -209,31 +210,10 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         metavar="N",
-        type=_positive,
+        type=whole(1),
         default=len(os.sched_getaffinity(0)),
         help="how many to work on at once (default: the cores this process may use, %(default)s)",
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 0.9:
-        raise ValueError
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
 
 
 # ---- pack --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from groundwork.data.decode import open_picture
+from groundwork.data.decode import naming, open_picture
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shards import Samples, evenly
 from groundwork.errors import DataError
@@ -74,10 +74,8 @@ def read_labeled(
                 f"{sample.key} of {sample.source} has no label: probe.labeled and probe.val want "
                 "a folder for each class, or shards with .cls members."
             )
-        try:
+        with naming(f"{sample.key} of {sample.source}"):
             pixels.append(_whole(sample.image, side, reading))
-        except DataError as error:
-            raise DataError(f"{sample.key} of {sample.source}: {error}") from error
         labels.append(sample.label.strip())
     if not pixels:
         raise DataError(f"{samples.name} has no pictures for the probe.")

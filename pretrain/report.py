@@ -124,7 +124,7 @@ def _features(run: Path, recipe: Recipe) -> str:
     """Return colours of the features' main directions, and nearest neighbours."""
     try:
         backbone, note = _backbone(run, recipe)
-        cache, cache_bytes = recipe.data.cache_folder(), int(recipe.data.cache_gb * 1e9)
+        cache, cache_bytes = recipe.data.cache_folder(), recipe.data.cache_bytes()
         samples = open_samples(recipe.data.train, cache=cache, cache_bytes=cache_bytes)
         pixels = read_unlabeled(samples, _LOOKED_AT, _SIDE, recipe.data.reading()).pixels
         samples.close()

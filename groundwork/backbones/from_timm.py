@@ -162,7 +162,9 @@ class TimmTeacher(nn.Module):
         report = report_of(path, own, tensors, chosen)
         if report.share < 1:  # a part that stayed random would be taught
             raise CheckpointError(
-                report.refusal(f"the teacher {self.name}", "Set task.teacher to the file's model.")
+                report.refusal(
+                    f"the teacher {self.name}", "Set task.teacher to the file's model.", needed=1
+                )
             )
         take(own, tensors, chosen, path)
 

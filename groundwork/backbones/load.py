@@ -66,12 +66,12 @@ class InitReport:
             said.append(f"brought from RGB to the channels here: {_some(list(self.widened))}")
         return "; ".join(said)
 
-    def refusal(self, name: str, advice: str) -> str:
-        """Say why this is too little for `name`, and what to do."""
+    def refusal(self, name: str, advice: str, needed: float = ENOUGH) -> str:
+        """Say why this is too little for `name`, which wants a share `needed`, and what to do."""
         total = len(self.matched) + len(self.missing)
         sentence = (
             f"{self.path} fits {name} in {len(self.matched)} of {total} tensors "
-            f"({_percent(self.share)}), and {_percent(ENOUGH)} are needed; missing are "
+            f"({_percent(self.share)}), and {_percent(needed)} are needed; missing are "
             f"{self._missing()}"
         )
         if self.unexpected:

@@ -35,10 +35,11 @@ any bytes could pass for (TGA).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -298,6 +299,15 @@ def _rescaled(image: ImageFile.ImageFile, data: bytes) -> bool:
         depth = data[start + 42] if 0 <= start < len(data) - 42 else 0
         return depth not in (7, 15) or (depth == 15 and not image.mode.startswith("I"))
     return False
+
+
+@contextlib.contextmanager
+def naming(picture: str) -> Iterator[None]:
+    """Put before the reason of a DataError, which names no picture, which `picture` it is of."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"The picture {picture}: {error}.") from error
 
 
 def _by_pillow(data: bytes) -> ImageFile.ImageFile:

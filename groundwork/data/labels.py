@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from groundwork.data.annotations import Annotations
-from groundwork.data.decode import Picture, open_picture
+from groundwork.data.decode import Picture, naming, open_picture
 from groundwork.data.label_policy import LISTED_TWICE, MISSING_PICTURE, Defects, Labels, settle
 from groundwork.data.label_roots import Root, find_root
 from groundwork.data.label_shard_sets import SCENES, find_shards, open_shard_labels
@@ -87,10 +87,8 @@ class LabeledSamples:
     def look(self, shard: int, index: int) -> tuple[Sample, Picture, Annotations]:
         """Read a sample, open its picture, and settle its labels. Raises DataError naming it."""
         sample = self.read(shard, index)
-        try:
+        with naming(f"{sample.key} of {sample.source}"):
             picture = open_picture(sample.image, self.reading)
-        except DataError as error:
-            raise DataError(f"The picture {sample.key} of {sample.source}: {error}.") from error
         return sample, picture, self.annotations(sample, picture)
 
     def prefetch(self, shards: Sequence[int]) -> None:

@@ -337,14 +337,12 @@ class _Positions(Dataset[Any]):
             if not isinstance(made, Replaced):
                 return *made, first
             if not self._skip:
-                raise DataError(
-                    f"{_where(made)}: {made.reason} Repair or remove it, or set data.on_error=skip."
-                )
+                raise DataError(f"{_said(made)} Repair or remove it, or set data.on_error=skip.")
             first = first or made
         assert first is not None
         raise DataError(
-            f"{tries} pictures in a row cannot be read. The first is {_where(first)}:"
-            f" {first.reason} Check data.train."
+            f"{tries} pictures in a row cannot be read. The first is {_said(first)}"
+            " Check data.train."
         )
 
     def _try(self, position: int, stand_in: int) -> tuple[Arrays, str] | Replaced:
@@ -400,6 +398,10 @@ class _Positions(Dataset[Any]):
 
 def _where(replaced: Replaced) -> str:
     return f"picture {replaced.key} of {replaced.source}"
+
+
+def _said(replaced: Replaced) -> str:
+    return f"{_where(replaced)}: {replaced.reason.removesuffix('.')}."
 
 
 def _stack(

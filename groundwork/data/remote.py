@@ -43,7 +43,9 @@ def is_remote(train: str) -> bool:
     return bool(re.match(r"(https?|s3|gs|gcs)://", train, re.IGNORECASE))
 
 
-def open_remote(urls: Sequence[str], *, cache: Path, cache_bytes: int) -> RemoteSamples:
+def open_remote(
+    urls: Sequence[str], *, cache: Path, cache_bytes: int, key: str = "data.train"
+) -> RemoteSamples:
     """Open remote shards: a folder's URL or that of its index.json, or tars of one folder.
 
     Tars are named by URLs with braces (`{000..127}`), or by a glob where the store can list its
@@ -58,24 +60,22 @@ def open_remote(urls: Sequence[str], *, cache: Path, cache_bytes: int) -> Remote
             return RemoteSamples(
                 name, store, SetIndex.parse(content, store.base + INDEX_NAME), shard_cache
             )
-        return _open_tars(name, store, _listed(store, "*.tar"), shard_cache)
+        return _open_tars(name, store, _listed(store, "*.tar"), shard_cache, key)
     expanded = [url for pattern in urls for url in expand_braces(pattern)]
     strays = [url for url in expanded if not url.endswith(".tar")]
     if strays:
-        raise UsageError(f"data.train: {strays[0]} is no tar shard: name folders one by one.")
+        raise UsageError(f"{key}: {strays[0]} is no tar shard: name folders one by one.")
     # What stands before the first wildcard, cut to whole folders.
     folders = [url.partition("*")[0].rpartition("/")[0] + "/" for url in expanded]
     base = os.path.commonprefix(folders).rpartition("/")[0]  # noqa: RUF071 (cut just here)
     if base.count("/") < 2:
-        raise UsageError(
-            f"data.train={name}: shards of several servers are to be named one by one."
-        )
+        raise UsageError(f"{key}={name}: shards of several servers are to be named one by one.")
     store = open_store(base)
     names = []
     for url in expanded:
         tail = url[len(store.base) :]
         names += _listed(store, tail) if "*" in tail else [store.name_of(tail)]
-    return _open_tars(name, store, names, shard_cache)
+    return _open_tars(name, store, names, shard_cache, key)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -121,11 +121,11 @@ def _listed(store: Store, pattern: str) -> list[str]:
 
 
 def _open_tars(
-    name: str, store: Store, names: Sequence[str], shard_cache: ShardCache
+    name: str, store: Store, names: Sequence[str], shard_cache: ShardCache, key: str
 ) -> RemoteSamples:
     """Open these tars, by the index.json in their folder if it is ours and has them all."""
     if len(set(names)) != len(names):
-        raise DataError(f"data.train={name} names the same shard twice: name each of them once.")
+        raise DataError(f"{key}={name} names the same shard twice: name each of them once.")
     content = _content_of_index(store)
     if content is not None and b"groundwork-shards" in content[:64]:
         whole = SetIndex.parse(content, store.base + INDEX_NAME)

@@ -43,9 +43,9 @@ def open_samples(
     """
     given = [train] if isinstance(train, str) else list(train)
     if not given:
-        raise UsageError("data.train is an empty list: name at least one folder, or shards.")
+        raise UsageError(f"{key} is an empty list: name at least one folder, or shards.")
     if len(given) > 1 and all(is_remote(item) and item.endswith(".tar") for item in given):
-        return open_remote(given, cache=cache, cache_bytes=cache_bytes)
+        return open_remote(given, cache=cache, cache_bytes=cache_bytes, key=key)
     if len(given) > 1 and all(_is_local_shards(item) for item in given):
         return open_shards(given, cache)
     _refuse_doubles(given, key)
@@ -74,8 +74,8 @@ def _open_one(train: str, cache: Path, cache_bytes: int, key: str) -> Samples:
     if train == SCENES:
         return open_scenes(cache)
     if is_remote(train):
-        return open_remote([train], cache=cache, cache_bytes=cache_bytes)
-    _refuse_schemes(train)
+        return open_remote([train], cache=cache, cache_bytes=cache_bytes, key=key)
+    _refuse_schemes(train, key)
     path = Path(train)
     if _is_local_shards(train):
         _refuse_mixed(path, key)
@@ -90,7 +90,7 @@ def _open_one(train: str, cache: Path, cache_bytes: int, key: str) -> Samples:
                 return open_shards(train, cache)
             raise
     if path.is_file() and train.endswith(".txt"):
-        return _open_list(path, cache, cache_bytes)
+        return _open_list(path, cache, cache_bytes, key)
     if path.is_file() and picture_suffix(path.name):
         return PictureFiles(path.parent, [path.name], str(path))
     if path.exists():
@@ -138,15 +138,13 @@ def _scheme(train: str) -> str:
     return (match[1] or match[2]).lower() if match else ""
 
 
-def _refuse_schemes(train: str) -> None:
+def _refuse_schemes(train: str, key: str) -> None:
     scheme = _scheme(train)
     if scheme in ("pipe", "exec"):
-        raise UsageError(
-            f"data.train={train} would run a command, which is never done: name files."
-        )
+        raise UsageError(f"{key}={train} would run a command, which is never done: name files.")
     if scheme:
         raise UsageError(
-            f"data.train={train}: {scheme}:// cannot be read; http://, https://, s3://, gs:// and"
+            f"{key}={train}: {scheme}:// cannot be read; http://, https://, s3://, gs:// and"
             " plain paths can."
         )
 
@@ -306,7 +304,7 @@ def _label(path: str) -> str | None:
 # ---- lists, and several at once ----------------------------------------------------------------
 
 
-def _open_list(path: Path, cache: Path, cache_bytes: int) -> Samples:
+def _open_list(path: Path, cache: Path, cache_bytes: int, key: str) -> Samples:
     """Open a text file of paths, one a line, relative to the folder that the file lies in."""
     try:
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
@@ -322,7 +320,7 @@ def _open_list(path: Path, cache: Path, cache_bytes: int) -> Samples:
         sources = [
             line if _scheme(line) or line == SCENES else str(path.parent / line) for line in others
         ]
-        parts.append(open_samples(sources, cache=cache, cache_bytes=cache_bytes))
+        parts.append(open_samples(sources, cache=cache, cache_bytes=cache_bytes, key=key))
     if not parts:
         raise DataError(f"The list {path} names nothing: write a path on each line.")
     return parts[0] if len(parts) == 1 else JoinedSamples(parts)

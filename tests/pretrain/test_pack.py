@@ -372,11 +372,23 @@ def test_mistakes_have_a_sentence_and_an_exit_code(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["one"], ["a", "b", "--resize", "0"], ["a", "--x", "b"]])
-def test_arguments_that_make_no_sense_are_usage_errors(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "required: IMAGES, SHARDS"),
+        (["one"], "required: SHARDS"),
+        (["a", "b", "--resize", "0"], "--resize: 0 is not 1 or more"),
+        (["a", "b", "--overlap", "0.9"], "--overlap: 0.9 is no number between 0 and 0.89"),
+        (["a", "--x", "b"], "unrecognized arguments: --x"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_usage_errors(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 # ---- killed and started again ------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_a_bad_picture_is_replaced_by_the_next_good_one() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_raise_names_the_picture_and_keeps_its_class_over_the_worker(workers: int) -> None:
     loader = make(Numbered([12], {(0, 5): b"<html>"}), on_error="raise", workers=workers)
-    with pytest.raises(DataError, match=r"picture-5 of shard-0.*on_error=skip") as caught:
+    with pytest.raises(DataError, match=r"picture-5 of shard-0.*'\. Repair or remove") as caught:
         take(loader, 3)
     assert type(caught.value) is DataError
     assert "Traceback" not in str(caught.value)

@@ -360,3 +360,9 @@ def test_a_hundred_million_samples_start_in_two_seconds_and_300_megabytes(
     print(f"{where}: {seconds:.2f} s, {added / 1e6:.0f} MB")  # noqa: T201 (a measurement)
     assert seconds < 2
     assert added < 300e6
+
+
+@pytest.mark.parametrize("given", ["ftp://far/shards", "pipe:cat a.tar", []])
+def test_what_is_wrong_is_told_of_the_key_that_named_it(given: str | list[str]) -> None:
+    with pytest.raises(UsageError, match=r"probe\.labeled"):
+        open_samples(given, cache=Path("cache"), cache_bytes=1, key="probe.labeled")
