@@ -40,10 +40,10 @@ from benchmarks.label_efficiency_plan import Init, inits_of
 from benchmarks.runs import told
 from finetune.detector import Detector, build_detector
 from finetune.weights import load_init
-from groundwork.checkpoint import write_atomically
 from groundwork.config import read_yaml
 from groundwork.data.labels import open_labeled
 from groundwork.data.samples import open_samples
+from groundwork.files import write_file
 from groundwork.settings import DetectionProbeSettings, ProbeSettings
 from pretrain.detection_probe import open_detection_probe
 from pretrain.probe import Probe, balanced_accuracy, features, fresh_statistics, knn, linear
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = json.loads(options.results.read_text()) if options.results.is_file() else []
 
     def tell() -> None:
-        write_atomically(options.results.with_suffix(".md"), table(rows, options.alone))
+        write_file(options.results.with_suffix(".md"), table(rows, options.alone))
 
     for data in options.data:
         study = Study(options, data)
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 rows.sort(key=lambda one: (one["dataset"], one["fraction"], one["init"]))
                 options.results.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(options.results, json.dumps(rows, indent=1) + "\n")
+                write_file(options.results, json.dumps(rows, indent=1) + "\n")
                 logger.info("%s: %s", init.name, row["indicators"])
                 tell()
     if rows:

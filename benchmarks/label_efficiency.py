@@ -63,9 +63,9 @@ from finetune.average import write as write_average
 from finetune.evaluate import evaluate
 from finetune.metrics import Results
 from finetune.weights import detector_from_file
-from groundwork.checkpoint import write_atomically
 from groundwork.data.labels import open_labeled
 from groundwork.errors import DataError, UsageError
+from groundwork.files import write_file
 from groundwork.stages import same_as_before
 from pretrain.few_labels import score_keys, taught_from_val
 
@@ -186,7 +186,7 @@ class Study:
         if not told.is_file():
             if share != 1:
                 write_average(mean, [file, start], [1 - share, share])
-            write_atomically(told, json.dumps({"ap": self.score(mean, "val").ap}))
+            write_file(told, json.dumps({"ap": self.score(mean, "val").ap}))
         return Outcome(mean, float(json.loads(told.read_text())["ap"]), share)
 
     def scores(self, teacher: Path, init: Init, keys: Sequence[str]) -> list[str]:
@@ -198,7 +198,7 @@ class Study:
         told = teacher.with_name(f"{teacher.stem}-scores-{size}-{task.looks}-{task.iou:g}.json")
         if not told.is_file():
             found = self.score(teacher, "val", image_size=size, looks=task.looks, iou=task.iou)
-            write_atomically(told, json.dumps(found.to_json()["per_class"]))
+            write_file(told, json.dumps(found.to_json()["per_class"]))
         return score_keys(json.loads(told.read_text()), task.unsure)
 
     def score(self, file: Path, split: str, **otherwise: Any) -> Results:

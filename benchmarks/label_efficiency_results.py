@@ -16,7 +16,7 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from groundwork.checkpoint import write_atomically
+from groundwork.files import write_file
 
 Results = Sequence[dict[str, Any]]
 Curve = npt.NDArray[np.float64]
@@ -60,8 +60,8 @@ def write(results: list[dict[str, Any]], file: Path) -> None:
     """Sort the results and write them to `file`, with table and curves beside it."""
     results.sort(key=lambda one: (one["dataset"], one["init"], one["fraction"], one["seed"]))
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(results, indent=1) + "\n")
-    write_atomically(file.with_suffix(".md"), table(results))
+    write_file(file, json.dumps(results, indent=1) + "\n")
+    write_file(file.with_suffix(".md"), table(results))
     draw(results, file.parent)
 
 

@@ -24,6 +24,7 @@ from finetune.metrics import Found, Truth
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import naming, open_picture
 from groundwork.data.labels import LabeledSamples
+from groundwork.data.reach import read_patiently
 from groundwork.data.shards import Sample
 from groundwork.errors import DataError, UsageError
 
@@ -151,7 +152,7 @@ def _decoded(
         for window in [*windows, *[[]] * ahead]:
             labeled.prefetch(sorted({shard for _, (shard, _) in window}))
             # Samples are read by one thread: a shard's file is not shared.
-            read = [(number, labeled.read(*place)) for number, place in window]
+            read = [(number, read_patiently(labeled, *place)) for number, place in window]
             waiting.append([pool.submit(shown, *one) for one in read])
             if len(waiting) > ahead:
                 yield [future.result() for future in waiting.pop(0)]

@@ -23,13 +23,13 @@ from pydantic import Field
 from finetune.detect import Seen, detect_all
 from finetune.detector import Detector
 from finetune.metrics import Results, score, to_coco, to_rows
-from groundwork.checkpoint import write_atomically
 from groundwork.command import log_to_standard_output
 from groundwork.config import Section, parse_overrides, validate
 from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples, open_labeled
 from groundwork.data.reading import MAX_PIXELS, Reading
 from groundwork.errors import DataError, GroundworkError, UsageError
+from groundwork.files import write_file
 from groundwork.settings import Count, Data, Fraction
 
 __all__ = ["Seen", "class_numbers", "detect_all", "evaluate", "main", "measure", "table"]
@@ -168,10 +168,10 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     how = {"image_size": size, **keys.model_dump(include={"score", "iou", "most", "looks"})}
     document = {"weights": str(weights), "data": source, "split": split, **how}
     document |= results.to_json()
-    write_atomically(folder / "results.json", json.dumps(document, indent=1) + "\n")
-    write_atomically(folder / "detections.json", json.dumps(to_rows(seen.found)) + "\n")
+    write_file(folder / "results.json", json.dumps(document, indent=1) + "\n")
+    write_file(folder / "detections.json", json.dumps(to_rows(seen.found)) + "\n")
     truth = to_coco(seen.truth, about.names, seen.keys)
-    write_atomically(folder / "labels.json", json.dumps(truth) + "\n")
+    write_file(folder / "labels.json", json.dumps(truth) + "\n")
     save_curves(results, about.names, folder / "precision-recall.png")
     save_confusion(results, about.names, folder / "confusion.png")
     logger.info("%s", table(results))

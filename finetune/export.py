@@ -11,7 +11,6 @@ Nothing is fetched or sent.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from finetune.weights import About, detector_from_file
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import backbone_from_file, read_product
 from groundwork.errors import CheckpointError, GroundworkError, UsageError
+from groundwork.files import replacing
 
 __all__ = ["from_ultralytics", "main", "to_ultralytics"]
 
@@ -270,17 +270,14 @@ def _save_tensors(tensors: dict[str, Tensor], out: Path) -> None:
 
 def _write(out: Path, save: Callable[[Path], object]) -> None:
     """Save beside the place and rename, so that a reader never sees half a file."""
-    unfinished = out.with_name(f".tmp-{os.getpid()}-{out.name}")
     try:
-        save(unfinished)
-        unfinished.replace(out)
+        with replacing(out) as unfinished:
+            save(unfinished)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{out} could not be written ({error}): choose a folder with room that can be "
             "written to."
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def _import(name: str) -> Any:
     except ImportError as error:
         raise UsageError(
             f"Export to ONNX needs {name}, which is not installed: run "
-            "`pip install 'groundwork[export]'`."
+            "`pip install onnx onnxscript onnxruntime`."
         ) from error
     if name == "onnx":
         for part in ("checker", "compose", "helper", "parser"):

@@ -43,14 +43,16 @@ from finetune.views import DetectionViews
 from finetune.weights import detector_from_file, load_init, parts_of, save_detector
 from groundwork import training_state
 from groundwork.backbones.from_timm import synchronised
-from groundwork.checkpoint import write_atomically
 from groundwork.clock import StopRequest, agree, host_group, told_by_main
+from groundwork.command import noted_init
 from groundwork.console import Display, minutes
 from groundwork.data.labels import LabeledSamples
 from groundwork.data.loader import Loader
 from groundwork.data.order import Order
+from groundwork.data.shard_index import sha256_text
 from groundwork.ema import Ema
 from groundwork.errors import CheckpointError, StoppedError, UsageError
+from groundwork.files import optional, write_file
 from groundwork.optim import (
     build_optimizer,
     set_learning_rate,
@@ -60,6 +62,7 @@ from groundwork.run_folder import (
     BEST,
     Run,
     bring_best,
+    calm_checkpoint,
     check_same_data,
     commit,
     copy_whole,
@@ -150,8 +153,17 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         check_same_data(saved, sets.train)
         position = Position(**saved.documents["state"])
         trained.restore(saved)
+        saved.tensors.clear()  # as much memory as the network, and copied
         logger.info("Going on from %s: step %d.", saved.path, position.step)
-        position.best = bring_best(saved, run, position.best)
+    began_with = noted_init(saved.path.parent.parent) if saved is not None else init
+    if sets.val is not None:
+        limits = (recipe.eval.score, recipe.eval.iou, recipe.eval.most)
+        measured_on = sha256_text([sets.val.fingerprint, *map(repr, limits)])
+        if saved is not None:
+            bring_best(saved, run, position, measured_on)
+            if saved.documents["recipe"]["eval"]["patience"] is None:
+                position.worse = 0  # nothing has counted so far
+        position.measured_on = measured_on
     plan = Plan(recipe, len(sets.train), position.seconds)
     clock = plan.clock
     for stretch in plan.stretches:
@@ -243,7 +255,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             image_size=recipe.image_size,
             metadata={
                 "recipe": recipe.model_dump(mode="json"),
-                "init": None if init is None else str(init),
+                "init": None if began_with is None else str(began_with),
                 "images_seen": position.samples,
                 "step": position.step,
                 "commit": commit(),
@@ -251,6 +263,16 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 **about,
             },
         )
+
+    def keep_best(ap: float) -> bool:
+        """Write the best weights, on the main process; a failure is a warning."""
+        if accelerator.is_main_process:
+            try:
+                write(run.folder / BEST, {"val_ap": ap})
+            except CheckpointError as error:
+                logger.warning("%s Training goes on.", error)
+                return False
+        return True
 
     def validate() -> dict[str, float]:
         """Score what would be kept on the validation set; remember the best."""
@@ -266,13 +288,11 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             return {}
         better = ap > position.best
         # Of weights that find nothing yet, the last have learned most.
-        if better or ap == position.best == 0:
+        wanted = better or ap == position.best == 0
+        if wanted and told_by_main(group, float(keep_best(ap))):
             position.best, position.best_step = ap, position.step
-            if accelerator.is_main_process:
-                write(run.folder / BEST, {"val_ap": ap})
-        if better:
-            position.worse = 0
-        elif clock.progress(position.step) >= recipe.eval.patience_from:
+            position.worse = 0 if better else position.worse
+        if not better and clock.progress(position.step) >= recipe.eval.patience_from:
             position.worse += 1
         if found is None:
             return {}
@@ -300,6 +320,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     batches: Any = None
     window = Window(position.window)
     show = Display(clock, accelerator.is_main_process)
+    due = False  # whether a checkpoint is
     try:
         clock.start()
         while not clock.over(position.step) and not out_of_patience():
@@ -337,7 +358,9 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 keys += batch.keys
                 views = {k: v.to(device, non_blocking=True) for k, v in batch.views.items()}
                 if position.step == 0 and micro == 0 and accelerator.is_main_process:
-                    save_boxes(run.folder / "pictures" / "step-0.png", training.seen(views), names)
+                    path = run.folder / "pictures" / "step-0.png"
+                    with optional(path):
+                        save_boxes(path, training.seen(views), names)
                 last = micro == recipe.accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(wrapped):
                     output: Loss = wrapped(views)
@@ -376,7 +399,9 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                     position.step, position.samples - stretch.batch_size, position.samples - 1,
                 )  # fmt: skip
                 if position.skipped_in_a_row >= recipe.guard.skips:
-                    trained.roll_back(run.checkpoints, position, recipe.guard.rollbacks)
+                    begun_at = None if saved is None else saved.path
+                    calm = calm_checkpoint(run, begun_at)
+                    trained.roll_back(calm, position, recipe.guard.rollbacks)
             window.add("steps", 1.0)
             window.add("images", float(stretch.batch_size))
 
@@ -420,8 +445,11 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                     f"Stopped on request at step {position.step}; saved. "
                     f"Go on with --resume {run.folder}."
                 )
-            if position.step % recipe.checkpoint.every_steps == 0 and not ended:
+            # Not between skipped steps: what is saved there may give no finite gradient any more.
+            due = due or position.step % recipe.checkpoint.every_steps == 0
+            if due and not ended and not position.skipped_in_a_row:
                 save(required=False)
+                due = False
             show.step(position.step)
             clock.lap()
         save(required=True)
@@ -523,4 +551,4 @@ def _tell_end(
         best = "test" if "test" in found else "val"
         document = {"split": best, "step": kept_step, "steps": position.step, **found[best]}
         others = {name: one for name, one in found.items() if name != best}
-        write_atomically(folder / "results.json", json.dumps({**document, **others}, indent=1))
+        write_file(folder / "results.json", json.dumps({**document, **others}, indent=1))

@@ -20,6 +20,7 @@ import numpy as np
 from finetune.detector import Detections
 from finetune.draw import as_image, draw_boxes
 from groundwork.data.decode import Picture
+from groundwork.files import replacing
 
 _LONGEST_JPEG = 65_500  # pixels: what libjpeg writes (JPEG_MAX_DIMENSION)
 _DIGITS = 3  # of coordinates in json: a thousandth of a pixel
@@ -82,14 +83,15 @@ class Writer:
         self._assemble("detections.json", ("[", self._results), "]\n")
 
     def _assemble(self, name: str, *parts: tuple[str, IO[str]] | str) -> None:
-        temporary = self.folder / f".{name}.tmp"
-        with temporary.open("w", encoding="ascii") as file:
+        with (
+            replacing(self.folder / name) as temporary,
+            temporary.open("w", encoding="ascii") as file,
+        ):
             for part in parts:
                 file.write(part if isinstance(part, str) else part[0])
                 if not isinstance(part, str):
                     part[1].seek(0)
                     shutil.copyfileobj(part[1], file)
-        temporary.replace(self.folder / name)
 
 
 def _append(file: IO[str], row: dict[str, Any], first: bool) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 from finetune.augment.boxes import Rule
 from finetune.labels import survey
 from finetune.recipe import Recipe
-from groundwork.checkpoint import write_atomically
 from groundwork.data.label_policy import Defect
 from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled, training_split
 from groundwork.errors import DataError, UsageError
+from groundwork.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -132,5 +132,5 @@ def tell_defects(sets: Sets, folder: Path, image_size: int) -> None:
         lines += [json.dumps({"set": name, **dataclasses.asdict(defect)}) for defect in new]
     if lines:
         file = folder / "label-defects.jsonl"
-        write_atomically(file, "".join(f"{line}\n" for line in lines))
+        write_file(file, "".join(f"{line}\n" for line in lines))
         logger.warning("Each of them is listed in %s.", file)

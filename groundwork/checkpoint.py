@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groundwork.errors import CheckpointError
+from groundwork.files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +73,14 @@ def save(
         path = temporary / MANIFEST
         path.write_text(json.dumps({"step": step, "sha256": manifest}, indent=1), encoding="utf-8")
         _seal(path)
-        _sync_folder(temporary)
+        sync(temporary)
         # One of this step that is there already goes aside whole, and is gone when the new one is
         # there: a kill in between leaves one of the two under a name that `sweep` mends.
         aside = folder / f"{REPLACED}{step}"
         if final.exists():
             final.replace(aside)
         temporary.replace(final)
-        _sync_folder(folder)
+        sync(folder)
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -91,16 +92,21 @@ def save(
     return final
 
 
-def latest(folder: Path) -> Checkpoint | None:
-    """Read the newest checkpoint that is whole; None where there is none.
+def latest(
+    folder: Path, wanted: Callable[[Checkpoint], bool] = lambda _: True
+) -> Checkpoint | None:
+    """Read the newest checkpoint that is whole and `wanted`; None where there is none.
 
     A damaged one is named in a warning and the next older one is taken.
     """
     for path in _newest_first(folder):
         try:
-            return load(path)
+            found = load(path)
         except CheckpointError as error:
             logger.warning("%s Trying the one before it.", error)
+            continue
+        if wanted(found):
+            return found
     return None
 
 
@@ -148,16 +154,6 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _newest_first(folder: Path) -> list[Path]:
     found = []
     for path in folder.glob(f"{PREFIX}*"):
@@ -187,19 +183,10 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _seal(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return _sha256(path)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

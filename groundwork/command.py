@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from groundwork.backbones import METADATA_KEY
 from groundwork.config import Section
 from groundwork.errors import GroundworkError, StoppedError, UsageError
+from groundwork.files import write_file
 from groundwork.settings import BackboneKeys
 
 RecipeT = TypeVar("RecipeT", bound=Section)
@@ -188,15 +189,20 @@ def with_backbone_of_init(recipe: RecipeT, options: argparse.Namespace) -> Recip
     return recipe.model_copy(update={"backbone": BackboneKeys(name=name)})
 
 
+def noted_init(folder: Path) -> Path | None:
+    """Return the weights that a run of this folder has begun with, there or not any more."""
+    note = folder / INIT_NAME
+    return Path(note.read_text(encoding="utf-8").strip()) if note.is_file() else None
+
+
 def begun_with(folder: Path) -> Path | None:
     """Return the weights that a run without a checkpoint began with, if it began with any.
 
     Raises UsageError where the file is gone.
     """
-    note = folder / INIT_NAME
-    if any((folder / "checkpoints").glob("*/manifest.json")) or not note.is_file():
+    init = noted_init(folder)
+    if init is None or any((folder / "checkpoints").glob("*/manifest.json")):
         return None
-    init = Path(note.read_text(encoding="utf-8").strip())
     if not init.is_file():
         raise UsageError(
             f"{folder} has no checkpoint yet and began with {init}, which is not there any more: "
@@ -242,10 +248,8 @@ def write_status(folder: Path | None, state: str, exit_code: int | None, message
 
 
 def _write_status(folder: Path, state: str, exit_code: int | None, message: str) -> None:
-    from groundwork.checkpoint import write_atomically  # imports torch
-
     text = json.dumps({"state": state, "exit_code": exit_code, "message": message}, indent=1)
-    write_atomically(folder / "status.json", text + "\n")
+    write_file(folder / "status.json", text + "\n")
 
 
 def tell_failure(folder: Path | None, error: BaseException) -> None:

@@ -22,9 +22,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from PIL import Image
 
-from groundwork.checkpoint import write_atomically
 from groundwork.command import stage_of
 from groundwork.errors import GroundworkError, UsageError
+from groundwork.files import write_file
 
 logger = logging.getLogger("groundwork.page")
 
@@ -65,7 +65,7 @@ def write_page(run: Path, title: str, sections: Mapping[str, str], out: Path | N
     )
     out = out or run / "report.html"
     try:
-        write_atomically(out, page)
+        write_file(out, page)
     except OSError as error:
         raise UsageError(f"The page {out} cannot be written: {error.strerror}.") from error
     return out

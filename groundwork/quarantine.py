@@ -12,6 +12,7 @@ import torch.distributed
 
 from groundwork.data.loader import Batch
 from groundwork.errors import DataError
+from groundwork.files import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Quarantine:
         main: bool = True,
     ) -> None:
         self.path = folder / NAME
+        self._list = Journal(self.path)
         self.pictures = pictures
         self.allowed = max(1, int(pictures * max_bad_fraction)) if max_bad_fraction else 0
         known = {} if before is None else _read(before / NAME)
@@ -60,8 +62,7 @@ class Quarantine:
         if fresh:
             self.fresh = True
             self.seen.update((one.source, one.key) for one in fresh)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dataclasses.asdict(one)) + "\n" for one in fresh)
+            self._list.add(json.dumps(dataclasses.asdict(one)) for one in fresh)
 
     def check(self, group: torch.distributed.ProcessGroup | None = None, news: bool = True) -> None:
         """Raise DataError when more pictures were unreadable than the recipe allows.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import math
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,18 +24,24 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast_object_list,
+)
 from pydantic import BaseModel
 
 from groundwork import checkpoint as checkpoints
 from groundwork.backbones.product import read_product
 from groundwork.checkpoint import Checkpoint
-from groundwork.command import write_status
+from groundwork.command import note_init, noted_init, write_status
 from groundwork.config import to_yaml
 from groundwork.data.shards import Samples
 from groundwork.errors import CheckpointError, UsageError
+from groundwork.files import copy_file, write_file
 from groundwork.settings import Log
 from groundwork.tracking import check_trackers
+from groundwork.training_state import Position
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +106,12 @@ class Run:
         if self.accelerator.is_main_process:
             if saved is not None and saved.path.parent.resolve() == self.checkpoints.resolve():
                 _set_aside(self.checkpoints, saved.step)
-            checkpoints.write_atomically(self.folder / "recipe.yaml", to_yaml(self.recipe))
+            elif saved is not None:
+                note_init(self.folder, noted_init(saved.path.parent.parent), resumed=True)
+            write_file(self.folder / "recipe.yaml", to_yaml(self.recipe))
             machine = "machine-resumed.json" if self.resumed else "machine.json"
             text = json.dumps(_machine(self.accelerator), indent=1)
-            checkpoints.write_atomically(self.folder / machine, text)
+            write_file(self.folder / machine, text)
             write_status(self.folder, "running", None, "")
         self.begun = True
         self.accelerator.wait_for_everyone()
@@ -153,6 +164,7 @@ def prepare_run(
         ],
     )
     world = accelerator.num_processes
+    refuse_sharded_networks(accelerator.distributed_type)
     if int(os.environ.get("WORLD_SIZE", "1")) != world:
         raise UsageError(
             f"The launcher started {os.environ['WORLD_SIZE']} processes, Accelerate sees {world}: "
@@ -176,6 +188,15 @@ def prepare_run(
     if not resumed:
         run.begin()
     return run
+
+
+def refuse_sharded_networks(kind: DistributedType) -> None:
+    """Raise UsageError where Accelerate would shard the network: a checkpoint holds it whole."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UsageError(
+            f"The Accelerate config asks for {kind.value}, and what is trained here fits one "
+            "device: run `accelerate config` again without it, or use torchrun."
+        )
 
 
 def _make_and_lock(folder: Path) -> tuple[Lock | None, str]:
@@ -205,12 +226,36 @@ def find_checkpoint(run: Run, resume: Path | None) -> Checkpoint | None:
 
     The main process chooses: on a network file system the others may not see the newest yet.
     """
-    if resume is None:
-        return None
+    return None if resume is None else _chosen_by_main(run, lambda: _newest(resume))
+
+
+def calm_checkpoint(run: Run, begun_at: Path | None) -> Checkpoint | None:
+    """Read what a run is rolled back to: its newest whole checkpoint, or the one it began at.
+
+    One that was saved between skipped steps is taken only where there is no other: its weights may
+    be those that give no finite gradient any more.
+    """
+
+    def choose() -> Checkpoint | None:
+        found = checkpoints.latest(run.checkpoints, _is_calm)
+        if found is None and begun_at is not None:
+            with contextlib.suppress(CheckpointError):  # it may be gone by now
+                found = checkpoints.load(begun_at)
+        return found or checkpoints.latest(run.checkpoints)
+
+    return _chosen_by_main(run, choose)
+
+
+def _is_calm(saved: Checkpoint) -> bool:
+    return not saved.documents["state"]["skipped_in_a_row"]
+
+
+def _chosen_by_main(run: Run, choose: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """Read the checkpoint that the main process chooses, on every process."""
     found, told = None, ["", ""]  # the path of the checkpoint, and what is wrong
     if run.accelerator.is_main_process:
         try:
-            found = _newest(resume)
+            found = choose()
         except CheckpointError as error:
             told[1] = str(error)
         else:
@@ -295,32 +340,51 @@ def _machine(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str:
     """Return the commit of this checkout, or an empty string where there is none."""
-    head = Path(__file__).resolve().parent.parent / ".git" / "HEAD"
-    try:
-        text = head.read_text().strip()
-        if text.startswith("ref: "):
-            return (head.parent / text.removeprefix("ref: ")).read_text().strip()
-        return text
-    except OSError:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # installed, perhaps below somebody's own checkout
         return ""
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=9
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return told.stdout.strip() if told.returncode == 0 else ""
 
 
-def bring_best(saved: Checkpoint, run: Run, best: float, measure: str | None = None) -> float:
-    """Take the best weights along where a run goes on in another folder.
+def bring_best(
+    saved: Checkpoint,
+    run: Run,
+    position: Position,
+    measured_on: str,
+    measure: str | None = None,
+) -> None:
+    """Set what the weights of a run that goes on have to beat; bring the best so far along.
 
-    Return the score to beat: -1 where the weights that had `best` are not there any more. Weights
-    of a step behind the checkpoint are of a course that is left, or of steps to be taken again;
-    weights that say nothing of `measure` were chosen by another one.
+    The main process decides, and `measured_on`, a hash of what it measures on, is its own. There is
+    nothing to beat where the best weights are not there any more, where they are of a step behind
+    the checkpoint (of a course that is left, or of steps to be taken again), or where they were
+    chosen by another `measure`, or on other pictures.
     """
     here, there = run.folder / BEST, saved.path.parent.parent / BEST
-    found = best >= 0 and _step_of(there, measure) <= saved.step
-    run.accelerator.wait_for_everyone()  # before one writes what another looks for
-    if found and run.accelerator.is_main_process and here.resolve() != there.resolve():
-        copy_whole(there, here)
     run.accelerator.wait_for_everyone()
-    return best if found else -1.0
+    best = [position.best]
+    if run.accelerator.is_main_process and position.best >= 0:
+        if position.measured_on not in ("", measured_on):
+            logger.warning(
+                "What the weights are chosen on is not what it was: the best is looked for anew."
+            )
+            best = [-1.0]
+        elif _step_of(there, measure) > saved.step:
+            best = [-1.0]
+        elif here.resolve() != there.resolve():
+            copy_whole(there, here)
+    position.best = broadcast_object_list(best)[0]
+    if position.best < 0:
+        position.worse = 0
 
 
 def _step_of(path: Path, measure: str | None) -> float:
@@ -334,9 +398,7 @@ def _step_of(path: Path, measure: str | None) -> float:
 
 def copy_whole(source: Path, target: Path) -> None:
     """Copy a file whole or not at all. Raises CheckpointError."""
-    unfinished = target.with_name(f".tmp-{target.name}")
     try:
-        shutil.copyfile(source, unfinished)
-        unfinished.replace(target)
+        copy_file(source, target)
     except OSError as error:
         raise CheckpointError(f"{source} could not be copied to {target}: {error}.") from error

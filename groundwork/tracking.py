@@ -1,7 +1,8 @@
 """What a run tells while it trains: metrics.jsonl always, other trackers through Accelerate.
 
-metrics.jsonl holds one JSON object a line, each with `step`; it is flushed line by line, and on
-resume the lines after the checkpoint's step are dropped, so that every step is there once.
+metrics.jsonl holds one JSON object a line, each with `step`; it is written line by line, and on
+resume the lines after the checkpoint's step are dropped, so that every step is there once. A line
+that cannot be written (a full disk) is left out with a warning, and training goes on.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor
 
-from groundwork.checkpoint import write_atomically
 from groundwork.errors import UsageError
+from groundwork.files import Journal, write_file
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -88,12 +89,12 @@ class Tracking:
     ) -> None:
         self.accelerator = accelerator
         self.trackers = bool(trackers)
-        self.path = folder / "metrics.jsonl"
-        self.samples_path = folder / f"samples-{accelerator.process_index}.jsonl"
+        self._metrics = Journal(folder / "metrics.jsonl")
+        self._samples = Journal(folder / f"samples-{accelerator.process_index}.jsonl")
         if accelerator.is_main_process:
-            for path in [self.path, *folder.glob("samples-*.jsonl")]:
+            for path in [self._metrics.path, *folder.glob("samples-*.jsonl")]:
                 kept = [] if after_step is None else _lines_until(path, after_step)
-                write_atomically(path, "".join(kept))
+                write_file(path, "".join(kept))
         if trackers:
             accelerator.init_trackers("groundwork", config=_flat(recipe))
 
@@ -104,15 +105,13 @@ class Tracking:
         line = {"step": step} | {
             key: value if math.isfinite(value) else None for key, value in metrics.items()
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._metrics.add([json.dumps(line)])
         if self.trackers:
             self.accelerator.log(dict(metrics), step=step)
 
     def write_samples(self, step: int, keys: Sequence[str]) -> None:
         """Record which samples this rank saw in one step, in samples-<rank>.jsonl."""
-        with self.samples_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "keys": list(keys)}) + "\n")
+        self._samples.add([json.dumps({"step": step, "keys": list(keys)})])
 
     def close(self) -> None:
         """Finish the trackers."""

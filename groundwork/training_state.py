@@ -38,6 +38,7 @@ class Position:
     replaced: int = 0  # samples whose picture was unreadable, of all ranks
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics
     best: float = -1.0  # of the measurements that choose the weights
+    measured_on: str = ""  # what they were made on, as a hash; empty: a checkpoint does not say
     worse: int = 0  # measurements since, as far as patience counts them
 
 
@@ -108,12 +109,11 @@ class Trained:
         if self.scaler is not None and "scaler" in saved.documents:
             self.scaler.load_state_dict(saved.documents["scaler"])
 
-    def roll_back(self, folder: Path, position: Position, most: int) -> None:
-        """Take the last checkpoint's weights again, go on behind the bad batches at half the rate.
+    def roll_back(self, saved: Checkpoint | None, position: Position, most: int) -> None:
+        """Take a checkpoint's weights again, and go on behind the bad batches at half the rate.
 
         Raises DivergedError where there is none, or `most` rollbacks have been.
         """
-        saved = checkpoints.latest(folder)
         if saved is None or position.rollbacks >= most:
             raise DivergedError(
                 f"Gradients were not finite for {position.skipped_in_a_row} steps in a row until "

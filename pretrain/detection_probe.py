@@ -32,6 +32,7 @@ from groundwork.data.annotations import Annotations
 from groundwork.data.decode import naming, open_picture
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled, training_split
 from groundwork.data.reading import PLAIN, Reading
+from groundwork.data.shard_index import sha256_text
 from groundwork.data.shards import evenly
 from groundwork.errors import DataError
 from groundwork.modes import evaluating
@@ -95,6 +96,8 @@ class DetectionProbe:
                 "same names in the same order."
             )
         self._settings = settings
+        how = settings.model_dump_json(exclude={"data", "train_list", "val"})
+        self.fingerprint = sha256_text([how, train.fingerprint, val.fingerprint])
         self._names = train.names
         self._train = read_pictures(train, settings.pictures, settings.image_size)
         self._val = read_pictures(val, settings.pictures, settings.image_size)

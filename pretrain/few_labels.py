@@ -31,7 +31,6 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,11 +40,11 @@ from typing import Any
 from finetune import recipe as finetune_recipes
 from finetune.average import write as write_average
 from finetune.sets import open_sets
-from groundwork.checkpoint import write_atomically
 from groundwork.command import log_to_standard_output, status_of
 from groundwork.config import read_yaml
 from groundwork.data.labels import has_split
 from groundwork.errors import DataError, GroundworkError, UsageError
+from groundwork.files import copy_file, write_file
 from groundwork.stages import check, go_on, run_command, same_as_before
 from pretext_tasks import load_task
 from pretext_tasks.self_training import SelfTrainingConfig
@@ -112,9 +111,9 @@ class Chain:
                     told.append({"detector": str(file), "ap": ap})
             detector = _best(told)
         kept = self.out / "detector.safetensors"
-        shutil.copyfile(detector, kept)
+        copy_file(detector, kept)
         document = {"kept": str(detector), "detectors": told}
-        write_atomically(self.out / "few_labels.json", json.dumps(document, indent=1) + "\n")
+        write_file(self.out / "few_labels.json", json.dumps(document, indent=1) + "\n")
         return document
 
     def _trained(self, name: str, recipe: str, start: Path) -> tuple[Path, list[dict[str, Any]]]:
@@ -239,7 +238,7 @@ def _evaluated(file: Path, out: Path, keys: Sequence[str]) -> dict[str, Any]:
         command = [sys.executable, "-m", "finetune.evaluate", str(file), "--out", str(out), *keys]
         if run_command(command):
             raise DataError(f"{file} could not be scored: see above.")
-        write_atomically(asked, " ".join(keys))
+        write_file(asked, " ".join(keys))
     told: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
     return told
 

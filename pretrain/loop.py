@@ -26,6 +26,7 @@ from groundwork.backbones.contract import Backbone
 from groundwork.backbones.from_timm import synchronised
 from groundwork.backbones.product import read_product, save_product
 from groundwork.clock import Clock, StopRequest, agree, host_group
+from groundwork.command import noted_init
 from groundwork.config import Section
 from groundwork.console import Display
 from groundwork.data.loader import Loader
@@ -35,6 +36,7 @@ from groundwork.data.samples import open_samples
 from groundwork.data.shards import Samples
 from groundwork.ema import Ema
 from groundwork.errors import CheckpointError, DivergedError, StoppedError
+from groundwork.files import optional
 from groundwork.optim import (
     build_optimizer,
     set_learning_rate,
@@ -44,6 +46,7 @@ from groundwork.run_folder import (
     BEST,
     Run,
     bring_best,
+    calm_checkpoint,
     check_same_data,
     commit,
     copy_whole,
@@ -123,17 +126,12 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         check_same_data(saved, samples)
         position = Position(**saved.documents["state"])
         trained.restore(saved)
+        saved.tensors.clear()  # as much memory as the network, and copied
         logger.info("Going on from %s: step %d.", saved.path, position.step)
+    began_with = noted_init(saved.path.parent.parent) if saved is not None else init
     clock = Clock(recipe.budget, len(samples), recipe.batch_size, position.seconds)
     alarm = CollapseAlarm(rank=task.rank_matters)
     indicator = recipe.probe.indicator()
-    if saved is not None and indicator is not None:
-        position.best = bring_best(saved, run, position.best, indicator)
-        position.worse = 0 if position.best < 0 else position.worse
-    patience = recipe.probe.patience
-    # A run that patience has ended ends at once when it is gone on with; all processes read so.
-    had_patience = saved is not None and saved.documents["recipe"]["probe"]["patience"] is not None
-    ended_early = had_patience and patience is not None and position.worse >= patience
     probe = None
     if accelerator.is_main_process and recipe.probe.times:
         probe = open_probe(
@@ -142,6 +140,16 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         )  # fmt: skip
         if position.probe:
             alarm.load(position.probe["alarm"])
+    if indicator is not None:
+        measured_on = "" if probe is None else probe.measured_on(indicator)
+        if saved is not None:
+            bring_best(saved, run, position, measured_on, indicator)
+            if saved.documents["recipe"]["probe"]["patience"] is None:
+                position.worse = 0  # nothing has counted so far
+        position.measured_on = measured_on
+    patience = recipe.probe.patience
+    # A run that patience has ended ends at once when it is gone on with; all processes read so.
+    ended_early = patience is not None and position.worse >= patience
 
     if run.resumed:
         run.begin(saved)
@@ -204,8 +212,11 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         position.probe = {"alarm": alarm.state(), "first": first, "last": found}
         if indicator is not None:
             if found[indicator] > position.best:
-                position.best, position.worse = found[indicator], 0
-                keep(run.folder / BEST, {indicator: position.best})
+                try:
+                    keep(run.folder / BEST, {indicator: found[indicator]})
+                    position.best, position.worse = found[indicator], 0
+                except CheckpointError as error:
+                    logger.warning("%s Training goes on.", error)
             else:
                 position.worse += 1
         return found
@@ -218,6 +229,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             {
                 "task": recipe.task_name,
                 "recipe": recipe.model_dump(mode="json"),
+                "init": None if began_with is None else str(began_with),
                 "images_seen": position.samples,
                 "step": position.step,
                 "commit": commit(),
@@ -244,6 +256,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     batches = iter(loader)
     window = Window(position.window)
     show = Display(clock, accelerator.is_main_process)
+    due = False  # whether a checkpoint is
     try:
         if position.step == 0:
             tracking.write(0, measure())
@@ -306,7 +319,9 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                     position.step, position.samples - recipe.batch_size, position.samples - 1,
                 )  # fmt: skip
                 if position.skipped_in_a_row >= recipe.guard.skips:
-                    trained.roll_back(run.checkpoints, position, recipe.guard.rollbacks)
+                    begun_at = None if saved is None else saved.path
+                    calm = calm_checkpoint(run, begun_at)
+                    trained.roll_back(calm, position, recipe.guard.rollbacks)
             window.add("steps", 1.0)
             window.add("images", float(recipe.batch_size))
 
@@ -353,8 +368,11 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                     f"Stopped on request at step {position.step}; saved. "
                     f"Go on with --resume {run.folder}."
                 )
-            if position.step % recipe.checkpoint.every_steps == 0 and not ended:
+            # Not between skipped steps: what is saved there may give no finite gradient any more.
+            due = due or position.step % recipe.checkpoint.every_steps == 0
+            if due and not ended and not position.skipped_in_a_row:
                 save(required=False)
+                due = False
             show.step(position.step)
             clock.lap()
         save(required=True)
@@ -406,4 +424,6 @@ def _sheet(run: Run, task: PretextTask, views: dict[str, Tensor], step: int) -> 
         shown = task.pictures({k: v.to(accelerator.device) for k, v in views.items()})
     task.train(training)
     for name, pictures in shown.items():
-        save_sheet(pictures, run.folder / "pictures" / f"step-{step}-{name}.png")
+        path = run.folder / "pictures" / f"step-{step}-{name}.png"
+        with optional(path):
+            save_sheet(pictures, path)

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from groundwork.command import number, whole
 from groundwork.data.label_lookup import LabelLookup, open_lookup
 from groundwork.data.reading import MAX_PIXELS, Reading, add_flags, stated_by
-from groundwork.data.write_shards import write_file
 from groundwork.errors import GroundworkError, UsageError
+from groundwork.files import write_file
 from pretrain.pack_labels import DEFECTS_NAME, summary, with_labels
 from pretrain.pack_plan import (
     Findings,

@@ -44,14 +44,13 @@ from groundwork.data.shards import UNFINISHED_NAME, read_set_index
 from groundwork.data.tar_format import MAX_MEMBER_BYTES, picture_suffix
 from groundwork.data.tiles import tiles_of
 from groundwork.data.write_shards import (
-    TEMPORARY_SUFFIX,
     Entry,
     Row,
     finish_set,
-    write_file,
     write_shard,
 )
 from groundwork.errors import DataError, UsageError
+from groundwork.files import TEMPORARY_SUFFIX, write_file
 from pretrain.pack_labels import DEFECTS_NAME, labeled_member, settled, tile_member
 from pretrain.pack_plan import PlannedShard, Source
 

@@ -38,6 +38,7 @@ from groundwork.colour import normalise
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.samples import open_samples
 from groundwork.data.scenes import open_scene_objects
+from groundwork.data.shard_index import sha256_text
 from groundwork.data.shards import Samples
 from groundwork.errors import DataError
 from groundwork.modes import evaluating
@@ -149,6 +150,9 @@ class Probe:
         """Read the pictures; `readings` are those of train, labeled and val."""
         self._detection = detection
         side = settings.image_size or image_size
+        # What kNN and linear probe are measured on, as a hash.
+        sets = [None if one is None else one.fingerprint for one in (train, labeled, val)]
+        self._labels = sha256_text(map(repr, (settings.pictures, side, *sets)))
         self._batch_size = settings.batch_size
         self._train = read_unlabeled(train, settings.pictures, side, readings[0])
         self._bank: Pictures | None = None
@@ -168,6 +172,12 @@ class Probe:
                 pixels, names = read_labeled(val, settings.pictures, side, readings[2])
                 self._bank = bank
                 self._queries = Pictures(pixels, number(names, self._classes, val.name))
+
+    def measured_on(self, indicator: str) -> str:
+        """Return a hash of the pictures, labels and settings that `indicator` is measured with."""
+        if indicator == "probe/ap":
+            return "" if self._detection is None else self._detection.fingerprint
+        return self._labels
 
     def measure(self, backbone: Backbone, neck: nn.Module | None = None) -> dict[str, float]:
         """Return probe/spread and probe/rankme; probe/knn and probe/linear where labels are.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from groundwork.backbones import METADATA_KEY, build_backbone
 from groundwork.backbones.contract import Backbone
 from groundwork.errors import CheckpointError
+from groundwork.files import replacing, sync
 
 FORMAT = 1
 
@@ -61,20 +61,16 @@ def save_product(path: Path, parts: Mapping[str, nn.Module], metadata: Mapping[s
         "sha256": _checksum(tensors),
     }
     path = Path(path)
-    unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        save_file(tensors, unfinished, metadata={METADATA_KEY: json.dumps(about)})
-        _sync(unfinished)
-        unfinished.replace(path)
-        _sync(path.parent)
+        with replacing(path) as unfinished:
+            save_file(tensors, unfinished, metadata={METADATA_KEY: json.dumps(about)})
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         needed = sum(tensor.nbytes for tensor in tensors.values())
         raise CheckpointError(
             f"{path} could not be written ({error}): it needs {needed} bytes in a folder that can "
             f"be written to."
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_product(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -192,11 +188,3 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ matter; a network sees what this mapping leaves.
   data" (GDAL's TIFF tag), where all bands that are read have it.
 
 TIFFs that Pillow has no mode for (four bands of 16 bits, eight of 32), or whose numbers it changes,
-are read by tifffile, which `pip install 'groundwork[tiff]'` brings; so are bands of any TIFF.
+are read by tifffile (`pip install '.[tiff]'`); so are bands of any TIFF.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BandFile:
         try:
             import tifffile
         except ImportError as error:
-            raise DataError(f"{why}: pip install 'groundwork[tiff]'") from error
+            raise DataError(f"{why}: pip install tifffile imagecodecs") from error
         # It tells of every tag that it cannot make sense of, picture by picture.
         logging.getLogger("tifffile").setLevel(logging.CRITICAL)
         self._page: Any = tifffile.TiffFile(io.BytesIO(data)).pages.first
@@ -99,7 +99,7 @@ def write_bands(file: io.BytesIO, levels: Levels) -> None:
         import tifffile
     except ImportError as error:
         raise DataError(
-            f"{levels.shape[2]} bands are written by tifffile: pip install 'groundwork[tiff]'"
+            f"{levels.shape[2]} bands are written by tifffile: pip install tifffile imagecodecs"
         ) from error
     tifffile.imwrite(
         file, np.ascontiguousarray(levels if levels.shape[2] > 1 else levels[:, :, 0]),

@@ -43,6 +43,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.order import Order, sample_generator
+from groundwork.data.reach import read_patiently
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shards import Sample, Samples
 from groundwork.errors import DataError, GroundworkError, UnavailableError, UsageError
@@ -71,8 +72,6 @@ class PlaceViews(ABC):
 _PREFETCH = 3
 # Where so many in a row cannot be read, the data is not damaged here and there: it is not there.
 _LONGEST_DAMAGE = 1000
-# Seconds that are waited for what is out of reach, at most, and between two attempts.
-_PATIENCE, _PAUSE = 300.0, 10.0
 _NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGINT)
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
@@ -350,7 +349,7 @@ class _Positions(Dataset[Any]):
         shard, index = self._order[stand_in]
         source, key, offset = self._samples.name, f"{index} of shard {shard}", -1
         try:
-            sample = self._read(shard, index)
+            sample = read_patiently(self._samples, shard, index)
             source, key, offset = sample.source, sample.key, sample.offset
             picture = open_picture(sample.image, self._reading)
             generator = sample_generator(self._seed, position)
@@ -364,21 +363,6 @@ class _Positions(Dataset[Any]):
         except DataError as error:
             return Replaced(position, source, key, offset, str(error))
 
-    def _read(self, shard: int, index: int) -> Sample:
-        """Read a sample; wait a while for one that is out of reach, then raise what it raised."""
-        began = time.monotonic()
-        told = False
-        while True:
-            try:
-                return self._samples.read(shard, index)
-            except UnavailableError as error:
-                if time.monotonic() - began > _PATIENCE:
-                    raise
-                if not told:
-                    logger.warning("%s Waiting for up to %.0f s.", error, _PATIENCE)
-                told = True
-            time.sleep(_PAUSE)
-
     def _neighbour(self, position: int, distance: int) -> tuple[Sample, Picture]:
         """Read the sample `distance` places on, or the next readable one behind it.
 
@@ -387,7 +371,7 @@ class _Positions(Dataset[Any]):
         first = position + distance
         for place in range(first, first + min(len(self._order), _LONGEST_DAMAGE)):
             try:
-                sample = self._read(*self._order[place])
+                sample = read_patiently(self._samples, *self._order[place])
                 return sample, open_picture(sample.image, self._reading)
             except UnavailableError:
                 raise

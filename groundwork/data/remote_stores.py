@@ -137,7 +137,7 @@ class FsspecStore:
         """Return this process's own file system: fsspec's must not cross a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
             scheme = urllib.parse.urlsplit(self.base).scheme.lower()
-            extra = "gcs" if scheme in ("gs", "gcs") else "remote"
+            wanted = "gcsfs" if scheme in ("gs", "gcs") else "fsspec aiohttp s3fs"
             try:
                 import fsspec  # an extra: most data lies here or behind http
 
@@ -145,7 +145,7 @@ class FsspecStore:
             except ImportError as error:
                 raise UsageError(
                     f"Reading {self.base} needs a package that is not installed ({error}):"
-                    f" pip install 'groundwork[{extra}]'."
+                    f" pip install {wanted}"
                 ) from error
             self._opened = (os.getpid(), made)
         return self._opened[1]

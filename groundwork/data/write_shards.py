@@ -11,13 +11,11 @@ temporary name in the same folder, synchronised, and renamed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
-import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,8 +38,7 @@ from groundwork.data.tar_format import (
     padding,
 )
 from groundwork.errors import DataError
-
-TEMPORARY_SUFFIX = ".writing"
+from groundwork.files import replacing, sync, write_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +105,7 @@ def write_shard(
     folder.
     """
     columns = _Columns()
-    with _replacing(folder / name) as temporary:
+    with replacing(folder / name) as temporary:
         digest = hashlib.sha256()
         with temporary.open("wb") as file:
             position = 0
@@ -120,8 +117,6 @@ def write_shard(
                     position += len(blocks)
             file.write(END_OF_ARCHIVE)
             digest.update(END_OF_ARCHIVE)
-            file.flush()
-            os.fsync(file.fileno())
         if not columns.keys:
             temporary.unlink()
     json_offsets, json_sizes = json_columns(columns.jsons)
@@ -190,7 +185,7 @@ def finish_set(
         classes=list(classes),
     )
     write_file(folder / INDEX_NAME, index.dump())
-    sync_folder(folder)
+    sync(folder)
     return index
 
 
@@ -230,39 +225,7 @@ def write_shards(
         except OSError:
             if not is_set_index(folder / INDEX_NAME):
                 raise
-        sync_folder(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-# ---- files -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the same folder; rename what is written there, if anything."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    try:
-        yield temporary
-        if temporary.exists():
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    with _replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

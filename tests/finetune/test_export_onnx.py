@@ -216,7 +216,7 @@ def test_a_model_that_differs_from_torch_is_refused() -> None:
 
 def test_a_missing_extra_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UsageError, match=r"needs onnxscript, .*pip install 'groundwork\[export\]'"):
+    with pytest.raises(UsageError, match=r"needs onnxscript, .*pip install onnx onnxscript"):
         require_onnx()
 
 

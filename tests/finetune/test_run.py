@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from finetune.weights import detector_from_file
 from groundwork.backbones import build_backbone
-from groundwork.backbones.product import save_product
+from groundwork.backbones.product import read_product, save_product
+from tests.full_disk import on_a_full_disk
 from tests.pretrain.commands import ROOT, environment, free_port, losses, metrics, status
 
 LAUNCHER = [str(Path(sys.executable).with_name("accelerate")), "launch"]
@@ -186,6 +187,47 @@ def test_a_run_without_hope_ends_and_stays_ended(labeled: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert (out / "metrics.jsonl").read_text() == before
     assert (out / "detector.safetensors").read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_patience_counts_from_where_it_is_wanted_and_weights_know_where_they_began(
+    labeled: Path, tmp_path: Path
+) -> None:
+    init = tmp_path / "pretrained.safetensors"
+    save_product(init, {"backbone": build_backbone("timm/test_resnet")}, {"task": "none"})
+    keys = [
+        f"data.train={labeled}", "budget.steps=4", *TINY, "eval.times=4", "eval.patience_from=0",
+        "optim.lr=1e-12", "backbone.name=timm/test_resnet", "checkpoint.every_steps=3",
+    ]  # fmt: skip
+    done = run(1, tmp_path, "--out", "out", "--init", str(init), *keys)
+    assert done.returncode == 0, done.stderr
+    # Three scorings in a row were no better, and nobody asked.
+    again = ["--resume", "out/checkpoints/step-4", "--out", "two", "eval.patience=2"]
+    done = run(1, tmp_path, *again, "budget.steps=8", "eval.times=8")
+    assert done.returncode == 0, done.stderr
+    assert max(losses(tmp_path / "two")) == 6
+    for name in ("out", "two"):
+        _, about = read_product(tmp_path / name / "detector.safetensors")
+        assert about["init"] == str(init)
+
+
+@pytest.mark.slow
+def test_a_full_disk_does_not_end_training_before_its_end(labeled: Path, tmp_path: Path) -> None:
+    keys = [
+        f"data.train={labeled}", "budget.steps=4", *TINY, "eval.times=4",
+        "checkpoint.every_steps=2", "log.samples=true",
+    ]  # fmt: skip
+    command = on_a_full_disk(launch(1, "--out", "out", *keys), 1000)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 4, done.stderr
+    out = tmp_path / "out"
+    assert sorted(losses(out)) == [1, 2, 3, 4]  # and then there is no last checkpoint
+    assert "free some space" in status(out)["message"]
+    for name in ("best.safetensors", "step-2"):
+        assert any(name in line and "Training goes on." in line for line in done.stdout.split("\n"))
+    assert not list(out.rglob("*.writing"))
 
 
 @pytest.mark.slow

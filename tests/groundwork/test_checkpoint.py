@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +14,7 @@ import torch
 
 from groundwork import checkpoint
 from groundwork.errors import CheckpointError
+from tests.full_disk import full_disk
 
 TENSORS = {"task": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.int64)}}
 
@@ -146,21 +145,6 @@ def test_a_process_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path,
 def test_a_full_disk_is_told_and_the_older_one_stays(tmp_path: Path) -> None:
     write(tmp_path, 1)
     big = {"task": {"a": torch.zeros(1_000_000)}}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"4,000,000 bytes.*untouched"):
-            checkpoint.save(tmp_path, 2, big, {}, 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with full_disk(100_000), pytest.raises(CheckpointError, match=r"4,000,000 bytes.*untouched"):
+        checkpoint.save(tmp_path, 2, big, {}, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
-
-
-def test_a_small_file_is_written_whole(tmp_path: Path) -> None:
-    path = tmp_path / "status.json"
-    checkpoint.write_atomically(path, "one")
-    checkpoint.write_atomically(path, "two")
-    assert path.read_text() == "two"
-    assert os.listdir(tmp_path) == ["status.json"]  # noqa: PTH208

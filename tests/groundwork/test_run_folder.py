@@ -7,14 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from finetune.recipe import Recipe
+from groundwork import checkpoint as checkpoints
 from groundwork.backbones import build_backbone
 from groundwork.backbones.product import read_product, save_product
 from groundwork.checkpoint import Checkpoint
 from groundwork.errors import UsageError
-from groundwork.run_folder import BEST, Run, bring_best, prepare_run
+from groundwork.run_folder import (
+    BEST,
+    Run,
+    bring_best,
+    calm_checkpoint,
+    prepare_run,
+    refuse_sharded_networks,
+)
 from groundwork.settings import Guard
+from groundwork.training_state import Position
 
 
 def _run(folder: Path) -> Run:
@@ -31,43 +41,94 @@ def _saved(folder: Path, step: int) -> Checkpoint:
     return Checkpoint(folder / "checkpoints" / f"step-{step}", step, {}, {})
 
 
+def _to_beat(saved: Checkpoint, run: Run, best: float, measure: str | None = None) -> float:
+    position = Position(best=best, worse=2, measured_on="these")
+    bring_best(saved, run, position, "these", measure)
+    assert position.worse == (2 if position.best >= 0 else 0)
+    return position.best
+
+
 @pytest.mark.parametrize("step", [30, 40])
 def test_the_best_weights_stay_or_come_along(tmp_path: Path, step: int) -> None:
     _best(tmp_path / "a", step)
     saved = _saved(tmp_path / "a", 40)
-    assert bring_best(saved, _run(tmp_path / "a"), 0.5) == 0.5
-    assert bring_best(saved, _run(tmp_path / "b"), 0.5) == 0.5
+    assert _to_beat(saved, _run(tmp_path / "a"), 0.5) == 0.5
+    assert _to_beat(saved, _run(tmp_path / "b"), 0.5) == 0.5
     assert read_product(tmp_path / "b" / BEST)[1]["step"] == step
 
 
 def test_weights_that_another_measure_chose_are_not_the_best(tmp_path: Path) -> None:
     _best(tmp_path / "a", 30)
     saved = _saved(tmp_path / "a", 40)
-    assert bring_best(saved, _run(tmp_path / "a"), 0.5, "probe/knn") == -1
+    assert _to_beat(saved, _run(tmp_path / "a"), 0.5, "probe/knn") == -1
     _, about = read_product(tmp_path / "a" / BEST)
     known = next(key for key in about if key != "step")
-    assert bring_best(saved, _run(tmp_path / "a"), 0.5, known) == 0.5
+    assert _to_beat(saved, _run(tmp_path / "a"), 0.5, known) == 0.5
 
 
 def test_weights_of_a_later_step_are_of_a_course_that_is_left(tmp_path: Path) -> None:
     _best(tmp_path / "a", 41)
     saved = _saved(tmp_path / "a", 40)
-    assert bring_best(saved, _run(tmp_path / "a"), 0.5) == -1
-    assert bring_best(saved, _run(tmp_path / "b"), 0.5) == -1
+    assert _to_beat(saved, _run(tmp_path / "a"), 0.5) == -1
+    assert _to_beat(saved, _run(tmp_path / "b"), 0.5) == -1
     assert not (tmp_path / "b" / BEST).exists()
 
 
 def test_without_readable_weights_any_score_is_better(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     saved = _saved(tmp_path / "a", 40)
-    assert bring_best(saved, _run(tmp_path / "a"), 0.5) == -1
+    assert _to_beat(saved, _run(tmp_path / "a"), 0.5) == -1
     (tmp_path / "a" / BEST).write_bytes(b"half a file")
-    assert bring_best(saved, _run(tmp_path / "b"), 0.5) == -1
+    assert _to_beat(saved, _run(tmp_path / "b"), 0.5) == -1
+
+
+def test_a_score_on_other_pictures_is_not_to_be_beaten(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _best(tmp_path / "a", 30)
+    saved, run = _saved(tmp_path / "a", 40), _run(tmp_path / "a")
+    position = Position(best=0.9, worse=2, measured_on="their labels before they were corrected")
+    bring_best(saved, run, position, "these")
+    assert (position.best, position.worse) == (-1, 0)
+    assert "the best is looked for anew" in caplog.text
+    # A checkpoint of an older version does not say on what.
+    position = Position(best=0.9, worse=2)
+    bring_best(saved, run, position, "these")
+    assert (position.best, position.worse) == (0.9, 2)
+
+
+def _save(folder: Path, step: int, skipped_in_a_row: int) -> Path:
+    documents = {"state": {"skipped_in_a_row": skipped_in_a_row}}
+    return checkpoints.save(folder / "checkpoints", step, {}, documents, keep=9)
+
+
+def test_a_run_is_rolled_back_to_what_was_saved_between_good_steps(tmp_path: Path) -> None:
+    run, elsewhere = _run(tmp_path / "a"), _save(tmp_path / "b", 8, 0)
+
+    def found(begun_at: Path | None) -> Path | None:
+        calm = calm_checkpoint(run, begun_at)
+        return None if calm is None else calm.path
+
+    assert found(None) is None
+    assert found(elsewhere) == elsewhere  # a run that went on in another folder, and saved nothing
+    assert found(tmp_path / "gone") is None
+    in_a_streak = _save(tmp_path / "a", 12, 3)
+    assert found(elsewhere) == elsewhere
+    assert found(None) == in_a_streak
+    calm = _save(tmp_path / "a", 10, 0)
+    assert found(elsewhere) == calm
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_network_in_shards_is_refused(kind: str) -> None:
+    with pytest.raises(UsageError, match=kind):
+        refuse_sharded_networks(DistributedType(kind))
+    refuse_sharded_networks(DistributedType.MULTI_GPU)
 
 
 def test_before_the_first_score_there_is_nothing_to_bring(tmp_path: Path) -> None:
     _best(tmp_path / "a", 3)
-    assert bring_best(_saved(tmp_path / "a", 40), _run(tmp_path / "b"), -1.0) == -1
+    assert _to_beat(_saved(tmp_path / "a", 40), _run(tmp_path / "b"), -1.0) == -1
     assert not (tmp_path / "b" / BEST).exists()
 
 

@@ -278,7 +278,7 @@ def test_what_a_missing_package_left_out_is_packed_when_it_is_there(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without(data: bytes, reading: object) -> Picture:
-        raise DataError("tifffile reads this: pip install 'groundwork[tiff]'")
+        raise DataError("tifffile reads this: pip install tifffile imagecodecs")
 
     with monkeypatch.context() as changed:
         changed.setattr("pretrain.pack_shards.open_picture", without)

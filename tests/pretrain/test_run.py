@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from groundwork.backbones.product import backbone_from_file, read_product
 from pretext_tasks import TASKS
+from tests.full_disk import on_a_full_disk
 from tests.pretrain.commands import (
     ROOT,
     TINY,
@@ -344,6 +345,31 @@ def test_several_tasks_a_neck_and_a_detection_probe_that_chooses(
     done = run(1, tmp_path, "--resume", "two", f"budget.steps={last + 1}", "probe.patience=9")
     assert done.returncode == 0, done.stderr
     assert max(line["step"] for line in metrics(tmp_path / "two")) == last + 1
+
+
+@pytest.mark.slow
+def test_best_weights_that_have_no_room_are_told_and_other_labels_begin_anew(
+    labeled: Path, tmp_path: Path
+) -> None:
+    keys = [
+        f"data.train={labeled / 'images' / 'train'}", "budget.steps=2", *TINY, "probe.times=2",
+        "task.hidden_width=16", f"probe.detection.data={labeled}", "probe.detection.image_size=64",
+        "probe.detection.steps=2", f"data.cache={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    command = on_a_full_disk(launch(1, "--task", "byol", "--out", "full", *keys), 1000)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 4, done.stderr  # there is no last checkpoint
+    assert sorted(losses(tmp_path / "full")) == [1, 2]
+    assert "best.safetensors could not be written" in done.stdout
+    done = run(1, tmp_path, "--task", "byol", "--out", "one", *keys)
+    assert done.returncode == 0, done.stderr
+    again = ["--resume", "one/checkpoints/step-2", "budget.steps=3"]
+    done = run(1, tmp_path, *again, "--out", "same")
+    assert done.returncode == 0 and "looked for anew" not in done.stdout, done.stderr
+    done = run(1, tmp_path, *again, "--out", "other", "probe.detection.pictures=3")
+    assert done.returncode == 0 and "looked for anew" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from groundwork import files
 from groundwork.backbones import build_backbone, product
 from groundwork.backbones.product import (
     backbone_from_file,
@@ -22,6 +21,7 @@ from groundwork.backbones.product import (
     save_product,
 )
 from groundwork.errors import CheckpointError
+from tests.full_disk import full_disk
 
 SMALL = "timm/test_resnet"
 
@@ -95,7 +95,7 @@ def test_a_save_that_dies_before_the_rename_leaves_the_older_file(
         assert path.read_bytes() == b"older"  # the new one is still elsewhere
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(product, "_sync", die)
+    monkeypatch.setattr(files, "sync", die)
     with pytest.raises(KeyboardInterrupt):
         save_product(path, {"backbone": build_backbone(SMALL)}, {})
     assert path.read_bytes() == b"older"
@@ -105,15 +105,9 @@ def test_a_save_that_dies_before_the_rename_leaves_the_older_file(
 def test_a_full_disk_is_told_with_the_bytes_that_are_needed(tmp_path: Path) -> None:
     path = tmp_path / "pretrained.safetensors"
     backbone = build_backbone(SMALL)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"could not be written .* needs \d{6,} bytes"):
-            save_product(path, {"backbone": backbone}, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    told = r"could not be written .* needs \d{6,} bytes"
+    with full_disk(100_000), pytest.raises(CheckpointError, match=told):
+        save_product(path, {"backbone": backbone}, {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -248,7 +248,7 @@ class Unreachable(Numbered):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_out_of_reach_is_waited_for(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("groundwork.data.loader._PAUSE", 0.001)
+    monkeypatch.setattr("groundwork.data.reach.PAUSE", 0.001)
     whole = take(make(Numbered([12])), 2)
     assert same(take(make(Unreachable([12], failures=2), workers=workers), 2), whole)
 
@@ -257,8 +257,8 @@ def test_what_is_out_of_reach_is_waited_for(workers: int, monkeypatch: pytest.Mo
 def test_what_stays_out_of_reach_ends_the_run_and_is_no_bad_picture(
     workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("groundwork.data.loader._PAUSE", 0.001)
-    monkeypatch.setattr("groundwork.data.loader._PATIENCE", 0.05)
+    monkeypatch.setattr("groundwork.data.reach.PAUSE", 0.001)
+    monkeypatch.setattr("groundwork.data.reach.PATIENCE", 0.05)
     with pytest.raises(UnavailableError, match="no answer"):
         take(make(Unreachable([12], failures=10**6), workers=workers), 1)
 
