@@ -1,9 +1,9 @@
 """Every picture of a labeled set through a detector once, by any number of processes.
 
-The set is cut into windows of pictures that follow each other in the order of the files, and each
-of several processes takes every so manieth window. Inside a window pictures of one frame
-(finetune/finder.py) make a batch, so a batch is the same whoever computes it, and what is found
-does not depend on the number of processes.
+The set is cut into windows of pictures that follow each other in the order of the files, and of N
+processes each takes every Nth window. Inside a window pictures of one frame (finetune/finder.py)
+make a batch, so a batch is the same whoever computes it, and what is found does not depend on the
+number of processes.
 """
 
 from __future__ import annotations

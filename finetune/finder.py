@@ -60,15 +60,7 @@ class Frame(NamedTuple):
 def frame_of(width: float, height: float, image_size: int) -> Frame:
     """Return the frame of a width x height picture whose longer side becomes `image_size`."""
     geometry = letterbox_geometry(int(width), int(height), (image_size, image_size))
-    return _framed(width, height, *geometry.shown(int(width), int(height)))
-
-
-def native_frame(width: int, height: int) -> Frame:
-    """Return the frame of a width x height part of a picture that is not scaled."""
-    return _framed(width, height, height, width)
-
-
-def _framed(width: float, height: float, shown_height: int, shown_width: int) -> Frame:
+    shown_height, shown_width = geometry.shown(int(width), int(height))
     frame_height, frame_width = (
         -(-side // STRIDE) * STRIDE for side in (shown_height, shown_width)
     )

@@ -122,6 +122,12 @@ def _score(recipe: recipes.Recipe, product: Path) -> str:
     """Return the line that says how to score a detector, where there is something held out."""
     from groundwork.data.labels import has_split
 
+    data = recipe.data
+    if data.holdout and not (data.test or has_split(data.train, "test")):
+        flags = f" data.holdout={data.holdout:g}"
+        flags += " data.split=train" if has_split(data.train, "train") else ""
+        flags += f" data.train_list={data.train_list}" if data.train_list else ""
+        return SCORE.format(file=product, split="val", data=f"{data.train}{flags}")
     for split in ("test", "val"):
         given = getattr(recipe.data, split)
         if given is not None or has_split(recipe.data.train, split):

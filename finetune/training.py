@@ -38,7 +38,7 @@ class Training(nn.Module):
         self._frozen = (False, False, False)
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
-        """Colour and normalise image and colour; run the network; compare with the boxes."""
+        """Colour and normalise the pictures; run the network; compare with the boxes."""
         image = self.coloured(batch)
         detector = self.detector
         backbone, neck, _ = self._frozen

@@ -77,7 +77,7 @@ def undecayed(model: nn.Module) -> frozenset[str]:
 
 
 def learning_rate_scales(model: nn.Module) -> dict[str, float]:
-    """Name the parameters whose learning rate is not the common one, with what it is times.
+    """Name the parameters whose learning rate is not the common one, with the factor.
 
     A module says so by `lr_scales()`, names below itself to factors; an outer module's word holds.
     """

@@ -25,7 +25,8 @@ from groundwork.modes import evaluating
 from pretext_tasks.contract import StepOutput
 from pretext_tasks.through_neck import Letter, ThroughNeck
 
-# BYOL's second view without solarisation, and a blur that leaves small things to be seen.
+# Brightness, contrast, saturation and hue are BYOL's; there is less grayscale, no solarisation, and
+# a blur that leaves small things to be seen.
 COLOUR = Colour(grayscale=0.1, blur=0.3, blur_sigma=(0.1, 1.0))
 
 Boxes = Literal["score", "equal", "class"]  # the second stage's loss.boxes

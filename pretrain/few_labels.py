@@ -149,7 +149,7 @@ class Chain:
         """Return the key that says from which score on what a teacher finds is taught.
 
         Of each class that with the best F1 on val, of pictures looked at as the teacher will look.
-        None where it looks at views, where nothing is held out, and where the score is given.
+        Empty where it looks at views, where nothing is held out, and where the score is given.
         """
         task = taught_from_val(self._taught, self._teach_keys(str(teacher)))
         own = evaluation_keys(read_yaml(self.out / "2-finetune" / "recipe.yaml"))

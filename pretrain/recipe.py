@@ -16,7 +16,6 @@ from groundwork.config import (
     Section,
     changes_on_resume,
     find_recipe,
-    keys_of,
     merge,
     nearest,
     parse_overrides,
@@ -187,11 +186,6 @@ def with_task_defaults(recipe: Recipe, config: type[Section]) -> tuple[Recipe, S
     given = validate(config, recipe.task_keys(), prefix="task.")
     task = {"name": recipe.task_name, **given.model_dump(mode="json")}
     return recipe.model_copy(update={"task": task}), given
-
-
-def all_keys() -> list[str]:
-    """List every key of a recipe but the task's own."""
-    return keys_of(Recipe)
 
 
 # Keys that make another model or another stream: a resumed run must not change them.

@@ -45,16 +45,9 @@ class Geometry(NamedTuple):
         return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
 
-def letterbox_geometry(
-    width: int, height: int, size: tuple[int, int], *, enlarge: bool = True
-) -> Geometry:
-    """Return scale, left and top of a width x height picture in a frame of size (height, width).
-
-    Without `enlarge` a picture that is smaller than its frame keeps its size.
-    """
+def letterbox_geometry(width: int, height: int, size: tuple[int, int]) -> Geometry:
+    """Return scale, left and top of a width x height picture in a frame of size (height, width)."""
     scale = min(size[0] / height, size[1] / width)
-    if not enlarge:
-        scale = min(scale, 1.0)
     shown = Geometry(scale, 0, 0).shown(width, height)
     return Geometry(scale, (size[1] - shown[1]) // 2, (size[0] - shown[0]) // 2)
 
@@ -87,19 +80,15 @@ def framed(
 
 
 class Letterbox:
-    """Brings an item to source.size; the boxes that `rule` names survive.
+    """Brings an item to source.size; the boxes that `rule` names survive."""
 
-    Without `enlarge` a picture that is smaller than its frame keeps its size.
-    """
-
-    def __init__(self, enlarge: bool = True, rule: Rule | None = None) -> None:
-        self.enlarge = enlarge
+    def __init__(self, rule: Rule | None = None) -> None:
         self.rule = rule or Rule()
 
     def __call__(self, item: Item, source: Source) -> Item:
         """Return the item in its frame."""
         height, width = item.pixels.shape[:2]
-        geometry = letterbox_geometry(width, height, source.size, enlarge=self.enlarge)
+        geometry = letterbox_geometry(width, height, source.size)
         area = geometry.apply(np.array([[0, 0, width, height]], np.float32))[0]
         boxes, kept = self.rule.clip(
             geometry.apply(item.boxes), (area[0], area[1], area[2], area[3]), item.classes

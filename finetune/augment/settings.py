@@ -119,7 +119,7 @@ class AutoAugmentSettings(Section):
 
 
 class Augment(Section):
-    """Every transform of a labeled picture. The defaults are those of the YOLO family."""
+    """Every transform of a labeled picture; the YOLO family's defaults, but for `min_visible`."""
 
     mosaic: MosaicSettings = MosaicSettings()
     mixup: MixUpSettings = MixUpSettings()

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from groundwork.data.label_shards import RemoteLabels, ShardLabels, read_document, unlabeled
-from groundwork.data.label_table import HeldOut, choose
+from groundwork.data.label_table import MOST_CLASSES, SPLIT_WORDS, SPLITS, HeldOut, choose
 from groundwork.data.remote import is_remote, open_remote
 from groundwork.data.scenes import CLASSES, open_scenes
 from groundwork.data.shard_index import INDEX_NAME, is_set_index
@@ -28,10 +28,8 @@ from groundwork.data.shards import ShardSamples, open_shards
 from groundwork.errors import DataError
 
 SCENES = "scenes"
-_SPLITS = ("train", "val", "test")
 # Of the drawn scenes, in sixteenths: train has the first 14, val one, test one.
 _SCENE_PARTS = {"train": (0, 14), "val": (14, 15), "test": (15, 16)}
-_MOST_CLASSES = 10_000
 
 
 def find_shards(data: str) -> Mapping[str | None, str] | None:
@@ -44,10 +42,25 @@ def find_shards(data: str) -> Mapping[str | None, str] | None:
     if path.is_dir():
         if _has_shards(path):
             return {None: data}
-        found = {split: str(path / split) for split in _SPLITS if _has_shards(path / split)}
-        return found or None  # type: ignore[return-value]
+        return _splits_below(path) or None
     pattern = not path.exists() and any(mark in data for mark in "*?[{")
     return {None: data} if data.endswith(".tar") or pattern else None
+
+
+def _splits_below(folder: Path) -> dict[str | None, str]:
+    """Find folders of shards that are splits by their names, in the order of SPLITS."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        split = SPLIT_WORDS.get(path.name.lower())
+        if split is None or not _has_shards(path):
+            continue
+        if split in found:
+            raise DataError(
+                f"{folder} has two folders of shards for {split}, {found[split].name} and "
+                f"{path.name}: name one of them, or put both into one folder."
+            )
+        found[split] = path
+    return {split: str(found[split]) for split in SPLITS if split in found}
 
 
 def _has_shards(folder: Path) -> bool:
@@ -148,7 +161,7 @@ def _learn_names(shards: ShardSamples | RemoteLabels, known: dict[int, str]) -> 
             document = read_document(content, f"{shards.name} ({samples.keys[index]}.json)")
             names = document.get("names") or [None] * len(document["classes"])
             for number, name in zip(document["classes"], names, strict=True):
-                if not 0 <= number < (_MOST_CLASSES if whole else len(known)):
+                if not 0 <= number < (MOST_CLASSES if whole else len(known)):
                     raise DataError(
                         f"{shards.name}: {samples.keys[index]}.json has a box of the class "
                         f"{number}, which there is not: write the shard again."

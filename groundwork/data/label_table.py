@@ -162,6 +162,7 @@ def relative(path: str, root: Path) -> str:
 
 # ---- names -------------------------------------------------------------------------------------
 
+MOST_CLASSES = 10_000  # without names, a larger number is a mistake and no class
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
     "train": "train",

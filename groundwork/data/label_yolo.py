@@ -25,7 +25,7 @@ from typing import Any
 from groundwork.config import parse_yaml
 from groundwork.data.folders import walk
 from groundwork.data.label_policy import NO_LABEL_FILE, NO_PICTURE, Defects
-from groundwork.data.label_table import LabelTable, relative
+from groundwork.data.label_table import MOST_CLASSES, LabelTable, relative
 from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError, UsageError
 
@@ -33,7 +33,6 @@ from groundwork.errors import DataError, UsageError
 YAML_SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _NO_LABELS = frozenset(("classes.txt", "names.txt", "train.txt", "val.txt", "test.txt"))
 _THREADS = 8
-_MOST_CLASSES = 10_000  # without names, a larger number is a mistake and no class
 
 Row = tuple[Sequence[float], int, int]  # box, class, line
 
@@ -290,7 +289,7 @@ def parse_lines(content: bytes, file: str, root: YoloRoot) -> list[Row]:
                 f"height` nor {_more(root)}: correct or remove the line."
             )
         class_number = int(first)
-        most = len(root.names) or _MOST_CLASSES
+        most = len(root.names) or MOST_CLASSES
         if not 0 <= class_number < most:
             known = f"of {root.names_file}" if root.names else "that are possible without names"
             raise DataError(

@@ -1,7 +1,7 @@
 """The embedded default: drawn aerial scenes, kept as tar shards in a cache.
 
-What: `open_scenes` gives unlabeled-use pictures (with their boxes in a `.json` member), drawn the
-first time and read afterwards; `open_scene_objects` gives labeled crops of single objects, by which
+What: `open_scenes` gives pictures (with their boxes in a `.json` member), drawn the first time and
+read afterwards; `open_scene_objects` gives labeled crops of single objects, by which
 a probe says whether a backbone learned anything. Why: a command without any data must work, and be
 a fair first test. They are drawings, and say so; nobody should conclude anything about photographs.
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from groundwork.data.tar_format import MAX_MEMBER_BYTES, Member, picture_suffix, scan
+from groundwork.data.tar_format import Member, picture_suffix, scan
 from groundwork.errors import DataError
 
 INDEX_NAME = "index.json"
@@ -314,12 +314,7 @@ def split_member(name: str) -> tuple[str, str] | None:
     return (folder + slash + stem, extension.lower()) if stem and dot else None
 
 
-def index_shard(
-    path: Path,
-    read: Callable[[Member], bytes],
-    *,
-    max_member_bytes: int = MAX_MEMBER_BYTES,
-) -> tuple[SampleIndex, int]:
+def index_shard(path: Path, read: Callable[[Member], bytes]) -> tuple[SampleIndex, int]:
     """Index a shard without an index of ours, from its headers; also count members passed over.
 
     `read` gives the bytes of a small member (a label). Raises DataError for what `scan` refuses,
@@ -339,7 +334,7 @@ def index_shard(
             samples.append(sample)
         return len(group) if sample is None else 0
 
-    for member in scan(path, max_member_bytes=max_member_bytes):
+    for member in scan(path):
         if member.name.startswith("/") or ".." in member.name.split("/"):
             raise DataError(
                 f"The shard {path} has a member that leads out of its folder: {member.name!r}."

@@ -129,13 +129,13 @@ def padding(size: int) -> bytes:
 # ---- scanning ----------------------------------------------------------------------------------
 
 
-def scan(path: Path, *, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[Member]:
+def scan(path: Path) -> Iterator[Member]:
     """Find the regular members of a tar file, in file order, reading headers only.
 
     A hard link is the earlier member that it names, under its own name. Other links, pipes, devices
     and folders are passed over. Raises DataError, naming the file and the
     byte, for: an empty or compressed file; a header whose checksum is wrong; a member that ends
-    beyond the file or has more than `max_member_bytes`; a missing end-of-archive mark; data
+    beyond the file or has more than MAX_MEMBER_BYTES; a missing end-of-archive mark; data
     behind that mark, or very many null bytes.
     """
     try:
@@ -143,7 +143,7 @@ def scan(path: Path, *, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[Me
     except OSError as error:
         raise DataError(f"The shard {path} cannot be opened: {error.strerror}.") from error
     try:
-        yield from _Scan(descriptor, path, max_member_bytes).members()
+        yield from _Scan(descriptor, path).members()
     finally:
         os.close(descriptor)
 
@@ -151,10 +151,9 @@ def scan(path: Path, *, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[Me
 class _Scan:
     """One pass over the headers of an open tar file."""
 
-    def __init__(self, descriptor: int, path: Path, max_member_bytes: int) -> None:
+    def __init__(self, descriptor: int, path: Path) -> None:
         self.descriptor = descriptor
         self.path = path
-        self.max_member_bytes = max_member_bytes
         self.length = os.fstat(descriptor).st_size
 
     def members(self) -> Iterator[Member]:
@@ -262,10 +261,10 @@ class _Scan:
         return records
 
     def _check_member(self, member: Member) -> None:
-        if member.size > self.max_member_bytes:
+        if member.size > MAX_MEMBER_BYTES:
             raise DataError(
                 f"The shard {self.path} says that its member {member.name!r} has {member.size} "
-                f"bytes, more than the limit of {self.max_member_bytes}: the header is damaged, or "
+                f"bytes, more than the limit of {MAX_MEMBER_BYTES}: the header is damaged, or "
                 "this is no shard of pictures."
             )
         if member.offset + member.size > self.length:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from finetune.detector import Detector, build_detector, suppress
-from finetune.finder import STRIDE, DetectorFinder, frame_of, native_frame, show, whole_of
+from finetune.finder import STRIDE, DetectorFinder, frame_of, show, whole_of
 from finetune.fuse import fused
 from groundwork.data.decode import open_picture
 
@@ -67,8 +67,8 @@ def test_the_frames_factors_are_those_that_the_pixels_were_scaled_by() -> None:
     np.testing.assert_allclose(frame.undo(box), [[0, 0, 900, 300]], atol=0.2)
 
 
-def test_boxes_are_clipped_to_the_picture_and_a_tile_is_not_scaled() -> None:
-    frame = native_frame(100, 50)
+def test_boxes_are_clipped_to_the_picture() -> None:
+    frame = frame_of(100, 50, 100)  # as large as it is
     assert (frame.frame_width, frame.frame_height) == (128, 64)
     assert frame.undo(np.array([[0, 0, 128, 64]], np.float32)).tolist() == [[0, 0, 100, 50]]
     assert frame.undo(np.array([[24, 17, 44, 37]], np.float32)).tolist() == [[10, 10, 30, 30]]

@@ -15,11 +15,8 @@ PICTURES = [(640, 480), (575, 480), (333, 1000), (1, 1), (70, 4000), (640, 384),
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("width", "height"), PICTURES)
-@pytest.mark.parametrize("enlarge", [True, False])
-def test_boxes_come_back_exactly(
-    size: tuple[int, int], width: int, height: int, enlarge: bool
-) -> None:
-    geometry = letterbox_geometry(width, height, size, enlarge=enlarge)
+def test_boxes_come_back_exactly(size: tuple[int, int], width: int, height: int) -> None:
+    geometry = letterbox_geometry(width, height, size)
     generator = np.random.default_rng(0)
     boxes = (generator.random((100, 4)) * [width, height, width, height]).astype(np.float32)
     back = geometry.undo(geometry.apply(boxes))
@@ -45,12 +42,6 @@ def test_a_picture_fills_its_frame_one_way_and_lies_centred_the_other(
     assert np.count_nonzero(frame == 114) == frame.size - inside.size
     assert abs(size[0] - tall - 2 * geometry.top) <= 1
     assert abs(size[1] - wide - 2 * geometry.left) <= 1
-
-
-def test_a_small_picture_keeps_its_size_where_none_is_enlarged() -> None:
-    assert letterbox_geometry(100, 50, (320, 320), enlarge=False) == (1.0, 110, 135)
-    assert letterbox_geometry(100, 50, (320, 320)) == (3.2, 0, 80)
-    assert letterbox_geometry(640, 320, (320, 320), enlarge=False) == (0.5, 0, 80)
 
 
 def test_an_item_of_the_right_size_is_left_alone_but_for_boxes_that_do_not_count() -> None:

@@ -234,7 +234,7 @@ def test_a_damaged_tiff_is_a_data_error(damage: int) -> None:
 
 def test_without_tifffile_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(DataError, match=r"cannot read this TIFF .*'groundwork\[tiff\]'"):
+    with pytest.raises(DataError, match=r"cannot read this TIFF .*pip install tifffile"):
         open_picture(_tiff(_five(), planarconfig="contig"))
     colours = _tiff(_five("uint8")[..., :3], "rgb", planarconfig="contig")
     assert open_picture(colours).width == 60

@@ -165,6 +165,19 @@ def test_folders_of_shards_are_splits(tmp_path: Path, make_jpeg: MakeJpeg) -> No
         open_(tmp_path / "set", "train", tmp_path)
 
 
+def test_folders_of_shards_are_known_by_what_exporters_call_splits(
+    tmp_path: Path, make_jpeg: MakeJpeg
+) -> None:
+    root = tmp_path / "set"
+    for split, count in (("train", 4), ("valid", 2), ("pictures", 1)):
+        write_own(root / split, make_jpeg, count)
+    assert splits_of(str(root)) == ("train", "val")
+    assert len(open_(root, "val", tmp_path)) == 2
+    write_own(root / "val", make_jpeg, 1)
+    with pytest.raises(DataError, match="two folders of shards for val, val and valid"):
+        splits_of(str(root))
+
+
 def test_a_list_keeps_samples_and_leaves_shards_empty(tmp_path: Path, make_jpeg: MakeJpeg) -> None:
     folder = write_own(tmp_path / "set", make_jpeg)
     names = tmp_path / "names.txt"
