@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from groundwork.backbones import METADATA_KEY
-from groundwork.config import Section
+from groundwork.config import Section, merge, parse_overrides, read_yaml
 from groundwork.errors import GroundworkError, StoppedError, UsageError
 from groundwork.files import write_file
 from groundwork.settings import BackboneKeys
@@ -209,6 +209,29 @@ def begun_with(folder: Path) -> Path | None:
             "start a new run."
         )
     return init
+
+
+def recipe_of_run(
+    options: argparse.Namespace,
+    stage: str,
+    build: Callable[[dict[str, Any]], RecipeT],
+    refuse_changes: Callable[[RecipeT, RecipeT], list[str]],
+    whole: frozenset[str],
+) -> RecipeT:
+    """Return the recipe of the run that --resume names, with the overrides laid over it.
+
+    Puts into `options` the checkpoint, the folder and, for a run without a checkpoint, the weights
+    that it goes on with. Raises UsageError.
+    """
+    options.resume, folder = find_run(options.resume, stage)
+    check_other_folder(options.out, folder)
+    old = build(read_yaml(folder / "recipe.yaml"))
+    new = build(merge(old.model_dump(mode="json"), parse_overrides(options.overrides), whole))
+    for line in refuse_changes(old, new):
+        logger.info("Changed on resume: %s", line)
+    options.out = options.out or folder
+    options.init = begun_with(folder)
+    return new
 
 
 def stage_of(folder: Path) -> str:

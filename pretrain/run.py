@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING
 
 from groundwork.backbones import check_backbone_name
 from groundwork.command import (
-    begun_with,
     check_flags,
-    check_other_folder,
-    find_run,
     flags,
     is_main_process,
     log_to_standard_output,
     note_init,
+    recipe_of_run,
     resume_after_restart,
     stop_with_the_launcher,
     tell_failure,
@@ -36,7 +34,7 @@ from groundwork.command import (
     with_backbone_of_init,
     write_status,
 )
-from groundwork.config import merge, parse_overrides, read_yaml, to_yaml
+from groundwork.config import to_yaml
 from groundwork.errors import GroundworkError
 from pretext_tasks import TASKS, load_task
 from pretrain import recipe as recipes
@@ -74,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.resume is None:
             recipe = recipes.resolve(options.task, options.recipe, options.overrides)
         else:
-            recipe, options = _resumed(options)
+            recipe = recipe_of_run(
+                options, "pretrain", recipes.build, recipes.refuse_changes, recipes.WHOLE
+            )
         recipe = with_backbone_of_init(recipe, options)
         check_backbone_name(recipe.backbone.name)
         task_class = load_task(recipe.task_name)
@@ -110,20 +110,6 @@ def _page(folder: Path) -> Path:
     from pretrain.report import write_report  # matplotlib takes a second
 
     return write_report(folder)
-
-
-def _resumed(options: argparse.Namespace) -> tuple[recipes.Recipe, argparse.Namespace]:
-    """Find the run to go on with, and lay the overrides over its recipe."""
-    options.resume, folder = find_run(options.resume, "pretrain")
-    check_other_folder(options.out, folder)
-    old = recipes.build(read_yaml(folder / "recipe.yaml"))
-    changes = merge(old.model_dump(mode="json"), parse_overrides(options.overrides), recipes.WHOLE)
-    new = recipes.build(changes)
-    for line in recipes.refuse_changes(old, new):
-        logger.info("Changed on resume: %s", line)
-    options.out = options.out or folder
-    options.init = begun_with(folder)
-    return new, options
 
 
 if __name__ == "__main__":
