@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from groundwork.data.label_shards import RemoteLabels, ShardLabels, read_document, unlabeled
+from groundwork.data.label_shards import ShardLabels, read_document, unlabeled
 from groundwork.data.label_table import MOST_CLASSES, SPLIT_WORDS, SPLITS, HeldOut, choose
 from groundwork.data.remote import is_remote, open_remote
+from groundwork.data.remote_samples import RemoteSamples
 from groundwork.data.scenes import CLASSES, open_scenes
 from groundwork.data.shard_index import INDEX_NAME, is_set_index
 from groundwork.data.shards import ShardSamples, open_shards
@@ -105,15 +106,15 @@ def open_shard_labels(
     return _some(name, shards, names, None, chooser, "".join(digests)), names
 
 
-def _open(shards: str, cache: Path, cache_bytes: int) -> ShardSamples | RemoteLabels:
+def _open(shards: str, cache: Path, cache_bytes: int) -> ShardSamples | RemoteSamples:
     if is_remote(shards):
-        return RemoteLabels.of(open_remote([shards], cache=cache, cache_bytes=cache_bytes))
+        return open_remote([shards], cache=cache, cache_bytes=cache_bytes)
     return open_shards(shards, cache)
 
 
 def _some(
     name: str,
-    shards: ShardSamples | RemoteLabels,
+    shards: ShardSamples | RemoteSamples,
     names: tuple[str, ...],
     numbers: npt.NDArray[np.int64] | None,
     chooser: Callable[[Sequence[str]], list[int]] | None,
@@ -134,7 +135,7 @@ def _some(
     return ShardLabels(name, shards, names, chosen, digest)
 
 
-def _learn_names(shards: ShardSamples | RemoteLabels, known: dict[int, str]) -> str:
+def _learn_names(shards: ShardSamples | RemoteSamples, known: dict[int, str]) -> str:
     """Add the classes of these shards to those known; return a hash of labels that were read.
 
     Raises DataError for shards without labels, and for a number that has two names.

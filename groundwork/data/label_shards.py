@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy.typing as npt
 from groundwork.data.annotations import Annotations
 from groundwork.data.label_policy import Labels
 from groundwork.data.remote_samples import RemoteSamples
-from groundwork.data.shard_index import SampleIndex, sha256_text
+from groundwork.data.shard_index import sha256_text
 from groundwork.data.shards import Sample, ShardSamples
 from groundwork.errors import DataError
 
@@ -90,38 +89,6 @@ def _is_box(box: Any) -> bool:
 # ---- reading -----------------------------------------------------------------------------------
 
 
-class RemoteLabels(RemoteSamples):
-    """Remote shards of which the `.json` members are read too."""
-
-    @classmethod
-    def of(cls, samples: RemoteSamples) -> RemoteLabels:
-        """Make one that reads the same shards."""
-        made = cls.__new__(cls)
-        made.__setstate__(samples.__getstate__())
-        return made
-
-    def samples(self, shard: int) -> SampleIndex:
-        """Return a shard's sample index; fetches the shard."""
-        descriptor, samples = self._open(shard)
-        os.close(descriptor)
-        return samples
-
-    def classes(self) -> list[str]:
-        """Return the names that the set's index keeps."""
-        return self._index.classes
-
-    def read_json(self, shard: int, index: int) -> bytes | None:
-        """Read the `.json` member of a sample; None where it has none."""
-        descriptor, samples = self._open(shard)
-        try:
-            if samples.json_offsets is None or samples.json_sizes is None:
-                return None
-            offset, size = int(samples.json_offsets[index]), int(samples.json_sizes[index])
-            return os.pread(descriptor, size, offset) if offset else None
-        finally:
-            os.close(descriptor)
-
-
 class ShardLabels:
     """Labeled shards, or some of their samples; the Samples protocol. Samples have Labels.
 
@@ -131,7 +98,7 @@ class ShardLabels:
     def __init__(
         self,
         name: str,
-        shards: ShardSamples | RemoteLabels,
+        shards: ShardSamples | RemoteSamples,
         names: tuple[str, ...],
         chosen: Sequence[npt.NDArray[np.int64]] | None,
         digest: str = "",
@@ -151,7 +118,7 @@ class ShardLabels:
     @property
     def remote(self) -> bool:
         """Whether shards are fetched before they can be read."""
-        return isinstance(self._shards, RemoteLabels)
+        return isinstance(self._shards, RemoteSamples)
 
     def __len__(self) -> int:
         return self._length

@@ -90,16 +90,42 @@ class RemoteSamples:
             if not 0 <= index < len(samples):
                 raise IndexError(f"shard {shard} has {len(samples)} samples, not one at {index}")
             offset, size = int(samples.offsets[index]), int(samples.sizes[index])
-            image = os.pread(descriptor, size, offset)
+            key = samples.keys[index]
+            image = self._bytes(descriptor, shard, key, offset, size)
         finally:
             os.close(descriptor)
-        key = samples.keys[index]
-        if len(image) != size:
+        return Sample(key, image, samples.labels[index], self._url(shard), offset)
+
+    def read_json(self, shard: int, index: int) -> bytes | None:
+        """Read the `.json` member of a sample; None where it has none. Raises as `read` does."""
+        descriptor, samples = self._open(shard)
+        try:
+            if samples.json_offsets is None or samples.json_sizes is None:
+                return None
+            offset, size = int(samples.json_offsets[index]), int(samples.json_sizes[index])
+            key = f"{samples.keys[index]}.json"
+            return self._bytes(descriptor, shard, key, offset, size) if offset else None
+        finally:
+            os.close(descriptor)
+
+    def _bytes(self, descriptor: int, shard: int, key: str, offset: int, size: int) -> bytes:
+        content = os.pread(descriptor, size, offset)
+        if len(content) != size:
             raise DataError(
                 f"The cached copy of {self._url(shard)} ends inside the sample {key!r}: delete"
                 f" {self._cache.folder} and start again."
             )
-        return Sample(key, image, samples.labels[index], self._url(shard), offset)
+        return content
+
+    def samples(self, shard: int) -> SampleIndex:
+        """Return a shard's sample index; fetches the shard."""
+        descriptor, samples = self._open(shard)
+        os.close(descriptor)
+        return samples
+
+    def classes(self) -> list[str]:
+        """Return the names that the set's index keeps."""
+        return self._index.classes
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Fetch these shards in the background, the first first, as far as the cache has room."""

@@ -171,16 +171,7 @@ class ShardSamples:
             raise IndexError(f"shard {shard} has {len(samples)} samples, not one at {index}")
         offset, size = int(samples.offsets[index]), int(samples.sizes[index])
         key = samples.keys[index]
-        try:
-            image = _read_all(descriptor, size, offset)
-        except OSError as error:
-            sentence = f"The sample {key!r} of the shard {place.tar} cannot be read"
-            raise not_read(error, f"{sentence}: {error.strerror}.") from error
-        if len(image) != size:
-            raise DataError(
-                f"The shard {place.tar} ends inside the sample {key!r}: it has been cut off since "
-                f"it was opened; find every damage with `{verify_command(place.tar.parent)}`."
-            )
+        image = _bytes(descriptor, place, key, offset, size)
         return Sample(key, image, samples.labels[index], str(place.tar), offset)
 
     def read_json(self, shard: int, index: int) -> bytes | None:
@@ -189,10 +180,8 @@ class ShardSamples:
         if samples.json_offsets is None or samples.json_sizes is None:
             return None
         offset, size = int(samples.json_offsets[index]), int(samples.json_sizes[index])
-        content = _read_all(descriptor, size, offset) if offset else None
-        if content is not None and len(content) != size:
-            raise DataError(f"The shard {place.tar} ends inside a member: copy it again.")
-        return content
+        key = f"{samples.keys[index]}.json"
+        return _bytes(descriptor, place, key, offset, size) if offset else None
 
     def shard(self, shard: int) -> Shard:
         """Say where a shard lies."""
@@ -240,14 +229,22 @@ class ShardSamples:
         return self._opened[shard]
 
 
-def _read_all(descriptor: int, size: int, offset: int) -> bytes:
-    """Read `size` bytes, or fewer at the end of the file; one call in all but odd cases."""
-    content = os.pread(descriptor, size, offset)
-    while len(content) < size:
-        more = os.pread(descriptor, size - len(content), offset + len(content))
-        if not more:
-            break
-        content += more
+def _bytes(descriptor: int, place: Shard, key: str, offset: int, size: int) -> bytes:
+    """Read a member, `key` in errors, from an open shard; one call in all but odd cases."""
+    try:
+        content = os.pread(descriptor, size, offset)
+        while len(content) < size and (
+            more := os.pread(descriptor, size - len(content), offset + len(content))
+        ):
+            content += more
+    except OSError as error:
+        sentence = f"The sample {key!r} of the shard {place.tar} cannot be read"
+        raise not_read(error, f"{sentence}: {error.strerror}.") from error
+    if len(content) != size:
+        raise DataError(
+            f"The shard {place.tar} ends inside the sample {key!r}: it has been cut off since it "
+            f"was opened; find every damage with `{verify_command(place.tar.parent)}`."
+        )
     return content
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from groundwork.data.annotations import Annotations
 from groundwork.data.label_shards import parse_json, to_json
 from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled, splits_of
+from groundwork.data.remote import open_remote
 from groundwork.data.shard_index import SampleIndex, index_shard, samples_name
 from groundwork.data.shards import open_shards
 from groundwork.data.write_shards import write_shards
@@ -278,6 +281,24 @@ def test_remote_shards_are_labeled_data(tmp_path: Path, make_jpeg: MakeJpeg) -> 
         assert theirs.names == ("plane",) and all_boxes(theirs) == {"a": [[1, 1, 5, 5]]}
         for opened in (samples, chosen, theirs):
             opened.close()
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_labels_that_are_cut_off_are_told_and_not_read_as_less(
+    far: bool, tmp_path: Path, make_jpeg: MakeJpeg
+) -> None:
+    own = write_own(tmp_path / "www" / "own", make_jpeg)
+    with serving(tmp_path / "www") as server:
+        place, cache = f"{server.url}/own" if far else str(own), tmp_path / "cache"
+        with closing(
+            open_remote([place], cache=cache, cache_bytes=10**9) if far else open_shards(own, cache)
+        ) as shards:
+            index = shards.samples(0)
+            assert index.json_offsets is not None and shards.read_json(0, 0)
+            tars = list(cache.rglob("*.tar")) if far else [own / "shard-000000.tar"]
+            os.truncate(tars[0], int(index.json_offsets[0]) + 5)
+            with pytest.raises(DataError, match=rf"ends inside the sample '{index.keys[0]}.json'"):
+                shards.read_json(0, 0)
 
 
 # ---- drawn scenes ------------------------------------------------------------------------------
