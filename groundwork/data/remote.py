@@ -31,6 +31,7 @@ from groundwork.data.remote_samples import (
 from groundwork.data.remote_stores import RemoteError, Store, open_store, read
 from groundwork.data.shard_cache import Incoming, ShardCache, locked
 from groundwork.data.shard_index import INDEX_NAME, SampleIndex, SetIndex, sha256_text
+from groundwork.data.shards import expand_braces
 from groundwork.errors import DataError, UsageError
 
 _LOGGER = logging.getLogger(__name__)
@@ -76,22 +77,6 @@ def open_remote(
         tail = url[len(store.base) :]
         names += _listed(store, tail) if "*" in tail else [store.name_of(tail)]
     return _open_tars(name, store, names, shard_cache, key)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Expand `{000..127}` and `{a,b}`, the leftmost first; the numbers keep their width."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if numbers:
-        first, last = int(numbers[1]), int(numbers[2])
-        width = len(numbers[1])
-        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
-    else:
-        choices = match[1].split(",")
-    rest = expand_braces(pattern[match.end() :])
-    return [pattern[: match.start()] + choice + tail for choice in choices for tail in rest]
 
 
 def _content_of_index(store: Store) -> bytes | None:

@@ -344,14 +344,8 @@ def _expanded(pattern: str) -> list[str]:
     """Expand braces and wildcards; a file that really has such a name goes first."""
     if Path(pattern).exists():
         return [pattern]
-    names = [pattern]
-    if "{" in pattern:
-        # Imported here, since webdataset imports torch, and few need it.
-        from webdataset.shardlists import expand_urls
-
-        names = expand_urls(pattern)
     found: list[str] = []
-    for name in names:
+    for name in expand_braces(pattern):
         if any(mark in name for mark in "*?["):
             anchor = Path(name).anchor
             matches = Path(anchor or ".").glob(str(Path(name).relative_to(anchor)))
@@ -359,6 +353,17 @@ def _expanded(pattern: str) -> list[str]:
         elif name != pattern:  # whether it exists shows when its folder is looked at
             found.append(name)
     return found
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand `{000..127}` and `{a,b}`, the leftmost first; the numbers keep their width."""
+    if "{" not in pattern:
+        return [pattern]
+    # Imported here, since webdataset imports torch, and few need it.
+    from webdataset.shardlists import expand_urls
+
+    names: list[str] = expand_urls(pattern)
+    return names
 
 
 def _is_own(folder: Path) -> bool:

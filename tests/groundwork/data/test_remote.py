@@ -22,11 +22,11 @@ from groundwork.data import remote_stores
 from groundwork.data.decode import Picture
 from groundwork.data.loader import Arrays, Loader
 from groundwork.data.order import Order
-from groundwork.data.remote import expand_braces, open_remote
+from groundwork.data.remote import open_remote
 from groundwork.data.remote_samples import RemoteSamples
 from groundwork.data.remote_stores import FsspecStore, open_store
 from groundwork.data.samples import open_samples
-from groundwork.data.shards import open_shards
+from groundwork.data.shards import expand_braces, open_shards
 from groundwork.data.write_shards import write_shards
 from groundwork.errors import DataError, UnavailableError, UsageError
 from tests.groundwork.data.web import Web, serving
