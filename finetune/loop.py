@@ -155,7 +155,9 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         trained.restore(saved)
         saved.tensors.clear()  # as much memory as the network, and copied
         logger.info("Going on from %s: step %d.", saved.path, position.step)
-    began_with = noted_init(saved.path.parent.parent) if saved is not None else init
+    began_with = (
+        noted_init(saved.path.parent.parent) if saved is not None else init and init.resolve()
+    )
     if sets.val is not None:
         limits = (recipe.eval.score, recipe.eval.iou, recipe.eval.most)
         measured_on = sha256_text([sets.val.fingerprint, *map(repr, limits)])
@@ -399,9 +401,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                     position.step, position.samples - stretch.batch_size, position.samples - 1,
                 )  # fmt: skip
                 if position.skipped_in_a_row >= recipe.guard.skips:
-                    begun_at = None if saved is None else saved.path
-                    calm = calm_checkpoint(run, begun_at)
-                    trained.roll_back(calm, position, recipe.guard.rollbacks)
+                    trained.roll_back(calm_checkpoint(run), position, recipe.guard.rollbacks)
             window.add("steps", 1.0)
             window.add("images", float(stretch.batch_size))
 
@@ -463,7 +463,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     product = run.folder / "detector.safetensors"
     best = run.folder / BEST
     accelerator.wait_for_everyone()
-    use_best = recipe.eval.select == "best" and sets.val is not None and best.is_file()
+    use_best = recipe.eval.select == "best" and position.best >= 0 and best.is_file()
     if accelerator.is_main_process:
         if use_best:
             copy_whole(best, product)  # and not a move: a finished run may be resumed
@@ -551,4 +551,11 @@ def _tell_end(
         best = "test" if "test" in found else "val"
         document = {"split": best, "step": kept_step, "steps": position.step, **found[best]}
         others = {name: one for name, one in found.items() if name != best}
-        write_file(folder / "results.json", json.dumps({**document, **others}, indent=1))
+        path = folder / "results.json"
+        try:
+            write_file(path, json.dumps({**document, **others}, indent=1))
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} could not be written ({error.strerror}); the detector is whole: score it "
+                "with `python -m finetune.evaluate`."
+            ) from error

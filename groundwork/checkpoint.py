@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,6 +91,32 @@ def save(
         ) from error
     _prune(folder, keep)
     return final
+
+
+def bring(path: Path, folder: Path) -> Path:
+    """Have a checkpoint in another folder, too, as links where the disk is the same.
+
+    Nothing ever writes into a checkpoint's files. Raises CheckpointError.
+    """
+    final, temporary = folder / path.name, folder / f"{TEMPORARY}{path.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(path, temporary, copy_function=_link_or_copy)
+        temporary.replace(final)
+        sync(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{path} could not be brought to {folder} ({error}).") from error
+    return final
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync(Path(target))
 
 
 def latest(

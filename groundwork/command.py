@@ -272,7 +272,10 @@ def write_status(folder: Path | None, state: str, exit_code: int | None, message
 
 def _write_status(folder: Path, state: str, exit_code: int | None, message: str) -> None:
     text = json.dumps({"state": state, "exit_code": exit_code, "message": message}, indent=1)
-    write_file(folder / "status.json", text + "\n")
+    try:
+        write_file(folder / "status.json", text + "\n")
+    except OSError as error:  # what is told is told elsewhere, too, and the exit code holds
+        logger.warning("%s could not be written: %s.", folder / "status.json", error.strerror)
 
 
 def tell_failure(folder: Path | None, error: BaseException) -> None:

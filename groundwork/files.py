@@ -7,6 +7,7 @@ behind. Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -71,7 +72,10 @@ class Journal:
         left = memoryview("".join(f"{line}\n" for line in lines).encode())
         try:
             with self.path.open("ab", buffering=0) as file:
-                whole = file.tell()
+                # Several ranks may write to one file.
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                whole = file.seek(0, os.SEEK_END)
                 try:
                     while left:
                         left = left[file.write(left) :]

@@ -106,8 +106,9 @@ class Run:
         if self.accelerator.is_main_process:
             if saved is not None and saved.path.parent.resolve() == self.checkpoints.resolve():
                 _set_aside(self.checkpoints, saved.step)
-            elif saved is not None:
+            elif saved is not None:  # from here on the folder stands by itself
                 note_init(self.folder, noted_init(saved.path.parent.parent), resumed=True)
+                checkpoints.bring(saved.path, self.checkpoints)
             write_file(self.folder / "recipe.yaml", to_yaml(self.recipe))
             machine = "machine-resumed.json" if self.resumed else "machine.json"
             text = json.dumps(_machine(self.accelerator), indent=1)
@@ -229,21 +230,16 @@ def find_checkpoint(run: Run, resume: Path | None) -> Checkpoint | None:
     return None if resume is None else _chosen_by_main(run, lambda: _newest(resume))
 
 
-def calm_checkpoint(run: Run, begun_at: Path | None) -> Checkpoint | None:
-    """Read what a run is rolled back to: its newest whole checkpoint, or the one it began at.
+def calm_checkpoint(run: Run) -> Checkpoint | None:
+    """Read what a run is rolled back to: its newest whole checkpoint.
 
     One that was saved between skipped steps is taken only where there is no other: its weights may
     be those that give no finite gradient any more.
     """
-
-    def choose() -> Checkpoint | None:
-        found = checkpoints.latest(run.checkpoints, _is_calm)
-        if found is None and begun_at is not None:
-            with contextlib.suppress(CheckpointError):  # it may be gone by now
-                found = checkpoints.load(begun_at)
-        return found or checkpoints.latest(run.checkpoints)
-
-    return _chosen_by_main(run, choose)
+    folder = run.checkpoints
+    return _chosen_by_main(
+        run, lambda: checkpoints.latest(folder, _is_calm) or checkpoints.latest(folder)
+    )
 
 
 def _is_calm(saved: Checkpoint) -> bool:
@@ -348,8 +344,10 @@ def commit() -> str:
         return ""
     try:
         told = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=9
-        )
+            ["git", "-c", "safe.directory=*", "-C", str(root), "rev-parse", "HEAD"],
+            env={name: value for name, value in os.environ.items() if name != "GIT_DIR"},
+            capture_output=True, text=True, timeout=9,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return told.stdout.strip() if told.returncode == 0 else ""

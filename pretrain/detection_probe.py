@@ -31,6 +31,7 @@ from groundwork.backbones.contract import Backbone
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import naming, open_picture
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled, training_split
+from groundwork.data.reach import read_patiently
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shard_index import sha256_text
 from groundwork.data.shards import evenly
@@ -180,7 +181,7 @@ def read_pictures(labeled: LabeledSamples, limit: int, side: int) -> LabeledPict
     """
     frames, truths = [], []
     for shard, index in evenly(labeled.shard_sizes, limit):
-        sample = labeled.read(shard, index)
+        sample = read_patiently(labeled, shard, index)
         with naming(f"{sample.key} of {sample.source}"):
             picture = open_picture(sample.image, labeled.reading)
             its = labeled.annotations(sample, picture)

@@ -128,7 +128,9 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         trained.restore(saved)
         saved.tensors.clear()  # as much memory as the network, and copied
         logger.info("Going on from %s: step %d.", saved.path, position.step)
-    began_with = noted_init(saved.path.parent.parent) if saved is not None else init
+    began_with = (
+        noted_init(saved.path.parent.parent) if saved is not None else init and init.resolve()
+    )
     clock = Clock(recipe.budget, len(samples), recipe.batch_size, position.seconds)
     alarm = CollapseAlarm(rank=task.rank_matters)
     indicator = recipe.probe.indicator()
@@ -319,9 +321,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                     position.step, position.samples - recipe.batch_size, position.samples - 1,
                 )  # fmt: skip
                 if position.skipped_in_a_row >= recipe.guard.skips:
-                    begun_at = None if saved is None else saved.path
-                    calm = calm_checkpoint(run, begun_at)
-                    trained.roll_back(calm, position, recipe.guard.rollbacks)
+                    trained.roll_back(calm_checkpoint(run), position, recipe.guard.rollbacks)
             window.add("steps", 1.0)
             window.add("images", float(recipe.batch_size))
 

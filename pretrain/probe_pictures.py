@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from groundwork.data.decode import naming, open_picture
+from groundwork.data.reach import read_patiently
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shards import Samples, evenly
 from groundwork.errors import DataError
@@ -45,7 +46,7 @@ def read_unlabeled(samples: Samples, limit: int, side: int, reading: Reading = P
     for shard, index in places:
         which = f"a picture of {samples.name}"
         try:
-            sample = samples.read(shard, index)
+            sample = read_patiently(samples, shard, index)
             which = f"{sample.key} of {sample.source}"
             kept.append(_whole(sample.image, side, reading))
         except DataError as error:
@@ -68,7 +69,7 @@ def read_labeled(
     pixels: list[npt.NDArray[np.uint8]] = []
     labels: list[str] = []
     for shard, index in evenly(samples.shard_sizes, limit):
-        sample = samples.read(shard, index)
+        sample = read_patiently(samples, shard, index)
         if sample.label is None or not sample.label.strip():
             raise DataError(
                 f"{sample.key} of {sample.source} has no label: probe.labeled and probe.val want "

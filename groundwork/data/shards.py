@@ -35,7 +35,7 @@ from groundwork.data.shard_index import (
     sha256_bytes,
     sha256_text,
 )
-from groundwork.errors import DataError, not_read
+from groundwork.errors import DataError, UsageError, not_read
 
 # More than a shuffle window (16 shards) together with the next one.
 _OPEN_SHARDS = 40
@@ -356,14 +356,20 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `{000..127}` and `{a,b}`, the leftmost first; the numbers keep their width."""
+    """Expand `{000..127}` and `{a,b}`, the leftmost first; the numbers keep their width.
+
+    Raises UsageError for braces that do not match.
+    """
     if "{" not in pattern:
         return [pattern]
     # Imported here, since webdataset imports torch, and few need it.
     from webdataset.shardlists import expand_urls
 
-    names: list[str] = expand_urls(pattern)
-    return names
+    try:
+        # It takes `::` for a break between two lists, and an address may have one.
+        return [name.replace("\0", "::") for name in expand_urls(pattern.replace("::", "\0"))]
+    except ValueError as error:
+        raise UsageError(f"{pattern}: the braces do not match ({error}).") from error
 
 
 def _is_own(folder: Path) -> bool:

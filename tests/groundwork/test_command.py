@@ -15,8 +15,10 @@ from safetensors.numpy import save_file
 from finetune import recipe as finetuning
 from finetune import run as finetune_run
 from groundwork.backbones import METADATA_KEY
-from groundwork.command import resume_after_restart, with_backbone_of_init
+from groundwork.command import resume_after_restart, tell_failure, with_backbone_of_init
+from groundwork.errors import CheckpointError
 from pretrain import run as pretrain_run
+from tests.full_disk import full_disk
 
 
 @pytest.fixture
@@ -100,3 +102,12 @@ def test_a_command_that_a_launcher_repeats_goes_on(
     (tmp_path / "recipe.yaml").unlink()  # it ended before it had begun
     resume_after_restart(found := options())
     assert found == options()
+
+
+def test_a_status_that_has_no_room_hides_no_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with full_disk(10):
+        tell_failure(tmp_path, CheckpointError("There is no room."))
+    assert "There is no room." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

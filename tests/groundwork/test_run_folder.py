@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ from groundwork import checkpoint as checkpoints
 from groundwork.backbones import build_backbone
 from groundwork.backbones.product import read_product, save_product
 from groundwork.checkpoint import Checkpoint
+from groundwork.command import note_init, noted_init
 from groundwork.errors import UsageError
 from groundwork.run_folder import (
     BEST,
     Run,
     bring_best,
     calm_checkpoint,
+    find_checkpoint,
     prepare_run,
     refuse_sharded_networks,
 )
@@ -103,20 +106,31 @@ def _save(folder: Path, step: int, skipped_in_a_row: int) -> Path:
 
 
 def test_a_run_is_rolled_back_to_what_was_saved_between_good_steps(tmp_path: Path) -> None:
-    run, elsewhere = _run(tmp_path / "a"), _save(tmp_path / "b", 8, 0)
-
-    def found(begun_at: Path | None) -> Path | None:
-        calm = calm_checkpoint(run, begun_at)
-        return None if calm is None else calm.path
-
-    assert found(None) is None
-    assert found(elsewhere) == elsewhere  # a run that went on in another folder, and saved nothing
-    assert found(tmp_path / "gone") is None
+    run = _run(tmp_path / "a")
+    assert calm_checkpoint(run) is None
     in_a_streak = _save(tmp_path / "a", 12, 3)
-    assert found(elsewhere) == elsewhere
-    assert found(None) == in_a_streak
+    found = calm_checkpoint(run)
+    assert found is not None and found.path == in_a_streak
     calm = _save(tmp_path / "a", 10, 0)
-    assert found(elsewhere) == calm
+    found = calm_checkpoint(run)
+    assert found is not None and found.path == calm
+
+
+def test_a_run_that_goes_on_in_another_folder_has_all_it_needs_there(tmp_path: Path) -> None:
+    init = tmp_path / "init.safetensors"
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    note_init(tmp_path / "a", init, resumed=False)
+    saved = checkpoints.load(_save(tmp_path / "a", 8, 0))
+    run = _run(tmp_path / "b")
+    run.begin(saved)
+    found = checkpoints.latest(run.checkpoints)
+    assert found is not None and found.path == run.checkpoints / "step-8"
+    assert noted_init(run.folder) == init
+    shutil.rmtree(tmp_path / "a")
+    assert calm_checkpoint(run) is not None
+    found = find_checkpoint(run, run.checkpoints)
+    assert found is not None and found.step == 8
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])

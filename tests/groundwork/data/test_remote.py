@@ -372,6 +372,12 @@ def test_braces_expand_as_in_a_shell() -> None:
     assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
     assert expand_braces("plain.tar") == ["plain.tar"]
+    assert expand_braces("http://[::1]:80/x-{0..1}") == [
+        "http://[::1]:80/x-0",
+        "http://[::1]:80/x-1",
+    ]
+    with pytest.raises(UsageError, match="braces do not match"):
+        expand_braces("a-{0..1.tar")
 
 
 def test_shards_of_several_servers_in_one_pattern_are_refused(tmp_path: Path) -> None:
