@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from finetune.draw import TEXT, colour_of, draw_labels, draw_tag, scaled
-from groundwork.command import whole
+from groundwork.command import whole_number
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pictures",
         metavar="N",
-        type=whole(0),
+        type=whole_number(0),
         default=16,
         help="pictures on the sheet (default %(default)s; 0: no sheet)",
     )
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-pixels",
         metavar="PIXELS",
-        type=whole(1),
+        type=whole_number(1),
         default=MAX_PIXELS,
         help="pictures of so many pixels or more count as unreadable (default %(default)s)",
     )

@@ -9,7 +9,6 @@ is a function of its position, and random numbers on the device of (seed, step, 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -20,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed
-from accelerate import Accelerator
 from torch import nn
 
 from finetune.augment import build as build_augment
+from finetune.console import announce, tell_end
 from finetune.detector import Detector, build_detector
 from finetune.draw import save_boxes
 from finetune.evaluate import evaluate
@@ -32,7 +31,7 @@ from finetune.metrics import Results
 from finetune.plan import Plan, Stretch
 from finetune.recipe import Recipe
 from finetune.regularize import regularize
-from finetune.sets import Sets, open_sets, tell_defects
+from finetune.sets import open_sets, tell_defects
 from finetune.training import (
     Training,
     measure_batchnorm,
@@ -45,14 +44,14 @@ from groundwork import training_state
 from groundwork.backbones.from_timm import synchronised
 from groundwork.clock import StopRequest, agree, host_group, told_by_main
 from groundwork.command import noted_init
-from groundwork.console import Display, minutes
+from groundwork.console import Display
 from groundwork.data.labels import LabeledSamples
 from groundwork.data.loader import Loader
 from groundwork.data.order import Order
 from groundwork.data.shard_index import sha256_text
 from groundwork.ema import Ema
 from groundwork.errors import CheckpointError, StoppedError, UsageError
-from groundwork.files import optional, write_file
+from groundwork.files import optional
 from groundwork.optim import (
     build_optimizer,
     set_learning_rate,
@@ -75,8 +74,6 @@ from groundwork.tracking import Tracking, Window
 from groundwork.training_state import Trained, copy_all
 
 logger = logging.getLogger(__name__)
-
-_FEW_STEPS = 500  # below which a run on pictures of one's own is told to be a first look
 
 
 @dataclass
@@ -202,7 +199,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         recipe.model_dump(mode="json"),
         None if saved is None else position.step,
     )
-    _announce(recipe, detector, sets, plan, run.folder, accelerator)
+    announce(recipe, detector, sets, plan.clock, run.folder, world, device.type)
 
     def open_loader(stretch: Stretch) -> Loader:
         """Open this rank's batches from where the run stands."""
@@ -480,82 +477,10 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     }
     if accelerator.is_main_process:
         kept_step = position.best_step if use_best else position.step
-        _tell_end(run.folder, position, kept_step, clock.seconds, scores)
+        tell_end(run.folder, position, kept_step, clock.seconds, scores)
     sets.close()
     tracking.close()
     accelerator.wait_for_everyone()
     if group is not None:
         torch.distributed.destroy_process_group()
     return product
-
-
-def _announce(
-    recipe: Recipe,
-    detector: Detector,
-    sets: Sets,
-    plan: Plan,
-    folder: Path,
-    accelerator: Accelerator,
-) -> None:
-    """Say what is about to happen."""
-    clock = plan.clock
-    length = (
-        f"{clock.steps} steps" if clock.steps is not None else f"{recipe.budget.minutes} minutes"
-    )
-    count = sum(p.numel() for p in detector.parameters())
-    held_out = [
-        f"{len(one)} for {name}"
-        for name, one in (("validation", sets.val), ("test", sets.test))
-        if one is not None
-    ]
-    if recipe.data.train != "scenes" and clock.steps is not None and clock.steps < _FEW_STEPS:
-        logger.warning(
-            "%d steps are a first look: detectors of a few dozen pictures got better up to 2,000 "
-            "and more (budget.steps, budget.epochs; recipes/finetune has recipes).", clock.steps,
-        )  # fmt: skip
-    logger.info(
-        "A detector on %s (%.2f M parameters) of %d class(es), %d labeled pictures of %s%s, %d px, "
-        "batch %d, %s, %d process(es), %s.",
-        recipe.backbone.name, count / 1e6, len(sets.train.names), len(sets.train), sets.train.name,
-        f" ({', '.join(held_out)})" if held_out else "", recipe.image_size, recipe.batch_size,
-        length, accelerator.num_processes, accelerator.device.type,
-    )  # fmt: skip
-    if sets.val is None:
-        logger.warning(
-            "Nothing is held out, so nothing will say how good it becomes, and the last weights "
-            "are kept: name validation pictures by data.val=ROOT, or hold some of these out by "
-            "data.holdout=0.2."
-        )
-    logger.info("Run folder: %s", folder)
-
-
-def _tell_end(
-    folder: Path,
-    position: Position,
-    kept_step: int,
-    seconds: float,
-    scores: dict[str, Results | None],
-) -> None:
-    """Say what was learned, and write results.json: the test set's figures, else validation's.
-
-    `kept_step` is the step that the kept weights are of.
-    """
-    logger.info(
-        "Saw %d pictures in %d steps and %s.", position.samples, position.step, minutes(seconds)
-    )
-    found = {name: one.to_json() for name, one in scores.items() if one is not None}
-    for name, one in scores.items():
-        if one is not None:
-            logger.info("%s: AP %.4f, AP50 %.4f, AP75 %.4f.", name, one.ap, one.ap50, one.ap75)
-    if found:
-        best = "test" if "test" in found else "val"
-        document = {"split": best, "step": kept_step, "steps": position.step, **found[best]}
-        others = {name: one for name, one in found.items() if name != best}
-        path = folder / "results.json"
-        try:
-            write_file(path, json.dumps({**document, **others}, indent=1))
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} could not be written ({error.strerror}); the detector is whole: score it "
-                "with `python -m finetune.evaluate`."
-            ) from error

@@ -40,7 +40,7 @@ from finetune.looks import LOOKS, looking
 from finetune.predictions import Drawings, Writer
 from finetune.tiles import find_in_tiles, needs_tiles
 from finetune.weights import About, check_channels, detector_from_file
-from groundwork.command import number, whole
+from groundwork.command import number_between, whole_number
 from groundwork.data.decode import Picture, naming, open_picture
 from groundwork.data.reading import MAX_PIXELS, PLAIN, Reading, add_flags, stated_by
 from groundwork.data.samples import open_samples
@@ -266,17 +266,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--score",
-        type=number(0, 1),
+        type=number_between(0, 1),
         default=0.25,
         help="boxes scored lower are left out (%(default)s)",
     )
     add(
         "--iou",
-        type=number(0, 1),
+        type=number_between(0, 1),
         default=0.7,
         help="boxes of a class may overlap so far (%(default)s)",
     )
-    add("--most", type=whole(1), default=300, metavar="N", help="boxes of a picture (%(default)s)")
+    add(
+        "--most",
+        type=whole_number(1),
+        default=300,
+        metavar="N",
+        help="boxes of a picture (%(default)s)",
+    )
     add(
         "--looks",
         type=int,
@@ -286,19 +292,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--image-size",
-        type=whole(STRIDE, STRIDE),
+        type=whole_number(STRIDE, STRIDE),
         metavar="N",
         help="the longer side of what the detector sees, in pixels (default: that of training)",
     )
     add(
         "--tile",
-        type=whole(STRIDE, STRIDE),
+        type=whole_number(STRIDE, STRIDE),
         metavar="N",
         help="cut pictures longer than 1.5 tiles into tiles of N x N pixels (default: never)",
     )
     add(
         "--overlap",
-        type=number(0.05, 0.75),
+        type=number_between(0.05, 0.75),
         help=f"the share of a tile's side that neighbours share ({OVERLAP}); objects up to that "
         "size are seen whole",
     )
@@ -309,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--max-pixels",
         metavar="PIXELS",
-        type=whole(1),
+        type=whole_number(1),
         default=MAX_PIXELS,
         help="pictures of so many pixels or more are left out (default %(default)s)",
     )

@@ -57,7 +57,7 @@ def flags(program: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def whole(least: int, multiple_of: int = 1) -> Callable[[str], int]:
+def whole_number(least: int, multiple_of: int = 1) -> Callable[[str], int]:
     """Return what argparse calls for a whole number that is `least` or more."""
 
     def read(text: str) -> int:
@@ -70,7 +70,7 @@ def whole(least: int, multiple_of: int = 1) -> Callable[[str], int]:
     return read
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
+def number_between(low: float, high: float) -> Callable[[str], float]:
     """Return what argparse calls for a number from `low` to `high`."""
 
     def read(text: str) -> float:

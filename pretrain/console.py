@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from groundwork.clock import Clock
@@ -32,7 +31,8 @@ def announce(
     samples: Samples,
     clock: Clock,
     folder: Path,
-    accelerator: Accelerator,
+    processes: int,
+    device: str,
 ) -> None:
     """Say what is about to happen."""
     length = (
@@ -41,8 +41,7 @@ def announce(
     logger.info(
         "%s on %s (%.2f M parameters), %d pictures of %s, %d px, batch %d, %s, %d process(es), %s.",
         recipe.task_name, recipe.backbone.name, parameters / 1e6, len(samples), samples.name,
-        recipe.image_size, recipe.batch_size, length, accelerator.num_processes,
-        accelerator.device.type,
+        recipe.image_size, recipe.batch_size, length, processes, device,
     )  # fmt: skip
     for place in [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train:
         if splits := held_out_in(Path(place)):

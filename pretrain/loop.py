@@ -196,7 +196,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     sheet = _first_views(recipe, make_views, samples, order)
     memory.close()  # workers are forked, and must not inherit a connection
     parameter_count = sum(p.numel() for p in backbone_of(task).parameters())
-    announce(recipe, parameter_count, samples, clock, run.folder, accelerator)
+    announce(recipe, parameter_count, samples, clock, run.folder, world, device.type)
 
     collapse = ""
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from groundwork.command import number, whole
+from groundwork.command import number_between, whole_number
 from groundwork.data.label_lookup import LabelLookup, open_lookup
 from groundwork.data.reading import MAX_PIXELS, Reading, add_flags, stated_by
 from groundwork.errors import GroundworkError, UsageError
@@ -111,21 +111,21 @@ def _pack_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resize",
         metavar="SIDE",
-        type=whole(1),
+        type=whole_number(1),
         help="shrink pictures whose shortest side is longer than SIDE to that side, upright, and "
         f"encode them anew (JPEG, quality {JPEG_QUALITY}); smaller ones keep their bytes",
     )
     parser.add_argument(
         "--tiles",
         metavar="SIDE",
-        type=whole(1),
+        type=whole_number(1),
         help="cut pictures that are larger than SIDE in either direction into tiles of SIDE x SIDE "
         f"pixels (JPEG, quality {JPEG_QUALITY}), so that a crop does not decode a whole scene",
     )
     parser.add_argument(
         "--overlap",
         metavar="SHARE",
-        type=number(0, 0.89),
+        type=number_between(0, 0.89),
         default=0.0,
         help="share of a tile's side that neighbours have in common, at least (default "
         "%(default)s)",
@@ -133,7 +133,7 @@ def _pack_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-visible",
         metavar="SHARE",
-        type=number(0, 1),
+        type=number_between(0, 1),
         default=0.25,
         help="with --tiles and --labels: a box of which a tile shows less is marked as a crowd, "
         "which training and scoring pass over (default %(default)s)",
@@ -141,14 +141,14 @@ def _pack_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard-size",
         metavar="PICTURES",
-        type=whole(1),
+        type=whole_number(1),
         default=1000,
         help="pictures in a shard, at most (default %(default)s)",
     )
     parser.add_argument(
         "--shard-mib",
         metavar="MIB",
-        type=whole(1),
+        type=whole_number(1),
         default=256,
         help="size of a shard in MiB, at most, counted before --resize (default %(default)s)",
     )
@@ -180,14 +180,14 @@ def _pack_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-bad-fraction",
         metavar="FRACTION",
-        type=number(0, 1),
+        type=number_between(0, 1),
         default=0.5,
         help="fail when more than this share of the pictures is unreadable (default %(default)s)",
     )
     parser.add_argument(
         "--max-pixels",
         metavar="PIXELS",
-        type=whole(1),
+        type=whole_number(1),
         default=MAX_PIXELS,
         help="refuse pictures of this many pixels or more (default %(default)s)",
     )
@@ -210,7 +210,7 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         metavar="N",
-        type=whole(1),
+        type=whole_number(1),
         default=len(os.sched_getaffinity(0)),
         help="how many to work on at once (default: the cores this process may use, %(default)s)",
     )

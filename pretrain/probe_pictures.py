@@ -15,7 +15,7 @@ from groundwork.data.decode import naming, open_picture
 from groundwork.data.reach import read_patiently
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shards import Samples, evenly
-from groundwork.errors import DataError
+from groundwork.errors import DataError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ def read_unlabeled(samples: Samples, limit: int, side: int, reading: Reading = P
             sample = read_patiently(samples, shard, index)
             which = f"{sample.key} of {sample.source}"
             kept.append(_whole(sample.image, side, reading))
+        except UnavailableError:  # of a store that does not answer every picture would be left out
+            raise
         except DataError as error:
             logger.warning("The probe leaves out %s: %s", which, error)
     if len(kept) < 2:

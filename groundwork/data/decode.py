@@ -303,7 +303,7 @@ def _rescaled(image: ImageFile.ImageFile, data: bytes) -> bool:
 
 @contextlib.contextmanager
 def naming(picture: str) -> Iterator[None]:
-    """Put before the reason of a DataError, which names no picture, which `picture` it is of."""
+    """Say in a DataError, whose reason names no picture, which `picture` it is about."""
     try:
         yield
     except DataError as error:

@@ -51,9 +51,9 @@ def find_shards(data: str) -> Mapping[str | None, str] | None:
 def _splits_below(folder: Path) -> dict[str | None, str]:
     """Find folders of shards that are splits by their names, in the order of SPLITS."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        split = SPLIT_WORDS.get(path.name.lower())
-        if split is None or not _has_shards(path):
+    for word, split in SPLIT_WORDS.items():
+        path = folder / word
+        if not _has_shards(path):
             continue
         if split in found:
             raise DataError(

@@ -380,12 +380,9 @@ class _Positions(Dataset[Any]):
         raise DataError(f"No picture can be read from position {first} of the stream on: {reason}")
 
 
-def _where(replaced: Replaced) -> str:
-    return f"picture {replaced.key} of {replaced.source}"
-
-
 def _said(replaced: Replaced) -> str:
-    return f"{_where(replaced)}: {replaced.reason.removesuffix('.')}."
+    reason = replaced.reason.removesuffix(".")
+    return f"picture {replaced.key} of {replaced.source}: {reason}."
 
 
 def _stack(

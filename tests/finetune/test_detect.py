@@ -17,7 +17,8 @@ from finetune.detect import _windows, detect_all
 from finetune.evaluate import class_numbers, main, measure
 from finetune.weights import parts_of, save_detector
 from groundwork.data.labels import LabeledSamples, open_labeled
-from groundwork.errors import DataError, UsageError
+from groundwork.data.shards import Sample
+from groundwork.errors import DataError, UnavailableError, UsageError
 from tests.finetune.test_finder import lively_detector
 from tests.pretrain.commands import ROOT, environment, free_port
 
@@ -70,6 +71,35 @@ def test_what_is_found_in_a_picture_does_not_depend_on_its_neighbours(tmp_path: 
     one = detect_all(lively_detector(), opened(alone), image_size=96, score=0.1)
     assert one is not None and len(one.found[0].scores) > 3
     np.testing.assert_allclose(seen.found[0].boxes, one.found[0].boxes, atol=0.05)
+
+
+def out_of_reach(samples: Any, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the first reads of these samples fail as those of a server that does not answer do."""
+    read, left = samples.read, [times]
+
+    def unavailable(shard: int, index: int) -> Sample:
+        if left[0]:
+            left[0] -= 1
+            raise UnavailableError("no answer.")
+        found: Sample = read(shard, index)
+        return found
+
+    monkeypatch.setattr(samples, "read", unavailable)
+    monkeypatch.setattr("groundwork.data.reach.PAUSE", 0.001)
+
+
+def test_what_is_out_of_reach_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    labeled = opened(write_set(tmp_path / "set", MIXED[:2]))
+    out_of_reach(labeled, 3, monkeypatch)
+    seen = detect_all(lively_detector(), labeled, image_size=96)
+    assert seen is not None and seen.numbers == [0, 1]
+    assert "no answer. Waiting for up to 300 s." in caplog.text
+    out_of_reach(labeled, 10**6, monkeypatch)
+    monkeypatch.setattr("groundwork.data.reach.PATIENCE", 0.01)
+    with pytest.raises(UnavailableError, match="no answer"):
+        detect_all(lively_detector(), labeled, image_size=96)
 
 
 RANK = """

@@ -209,6 +209,10 @@ def test_patience_counts_from_where_it_is_wanted_and_weights_know_where_they_beg
     for name in ("out", "two"):
         _, about = read_product(tmp_path / name / "detector.safetensors")
         assert about["init"] == str(init)
+    # What was best by another measure is not what is kept, whatever lies there.
+    (tmp_path / "out" / "best.safetensors").write_bytes(b"of other labels")
+    done = run(1, tmp_path, "--resume", "out", "eval.iou=0.6")
+    assert done.returncode == 0 and "looked for anew" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

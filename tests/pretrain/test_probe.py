@@ -19,7 +19,7 @@ from groundwork.backbones.contract import Backbone, Level, Pyramid
 from groundwork.colour import normalise
 from groundwork.data.reading import Reading
 from groundwork.data.shards import Sample, evenly
-from groundwork.errors import DataError
+from groundwork.errors import DataError, UnavailableError
 from groundwork.settings import ProbeSettings
 from pretrain.probe import (
     CollapseAlarm,
@@ -33,7 +33,7 @@ from pretrain.probe import (
     open_probe,
     rankme,
 )
-from pretrain.probe_pictures import Pictures, evenly_over_shards, hold_out
+from pretrain.probe_pictures import Pictures, evenly_over_shards, hold_out, read_unlabeled
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
@@ -449,3 +449,19 @@ def test_the_drawn_objects_are_labeled_pictures(tmp_path: Path) -> None:
     assert probe._bank is not None and mapped._bank is not None
     assert torch.equal(mapped._bank.pixels, probe._bank.pixels)
     assert not torch.equal(mapped._train.pixels, probe._train.pixels)
+
+
+def test_a_store_that_does_not_answer_ends_the_probe_and_no_picture_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    samples, reads = coloured(8, labeled=False), []
+
+    def unavailable(shard: int, index: int) -> Sample:
+        reads.append(index)
+        raise UnavailableError("no answer.")
+
+    monkeypatch.setattr(samples, "read", unavailable)
+    monkeypatch.setattr("groundwork.data.reach.PATIENCE", -1.0)
+    with pytest.raises(UnavailableError, match="no answer"):
+        read_unlabeled(samples, 8, 32)
+    assert reads == [0]
