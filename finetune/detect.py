@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed
 
-from finetune.detector import Detector
+from finetune.detector import ALL, Detector, Limits
 from finetune.finder import STRIDE, Frame, frame_of, show, whole_of
 from finetune.looks import looking
 from finetune.metrics import Found, Truth
@@ -68,9 +68,7 @@ def detect_all(
     image_size: int,
     batch_size: int = 16,
     workers: int = 1,
-    score: float = 0.001,
-    iou: float = 0.7,
-    most: int = 300,
+    limits: Limits = ALL,
     looks: int = 1,
     rank: int = 0,
     world: int = 1,
@@ -85,7 +83,7 @@ def detect_all(
     """
     if image_size % STRIDE:
         raise UsageError(f"image_size={image_size} is not a multiple of {STRIDE}.")
-    finder = looking(detector, looks, score=score, iou=iou, most=most)
+    finder = looking(detector, looks, limits)
     windows = _windows(_places(labeled), batch_size)[rank::world]
     # On a CPU decoding would only take the cores that the detector computes on, so it gets them all
     # between two windows; beside another device it goes on meanwhile.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
@@ -24,6 +23,21 @@ Width = Literal["n", "s", "m", "l", "x"]
 CANDIDATES = 30_000
 
 
+class Limits(NamedTuple):
+    """Which boxes of a detector count.
+
+    Those of a score above `score` (0..1); of two boxes of one class whose intersection over union
+    is above `iou` the better one; and at most `most` of a picture, the best ones.
+    """
+
+    score: float = 0.001
+    iou: float = 0.7
+    most: int = 300
+
+
+ALL = Limits()  # what COCO's figures are made of
+
+
 class Detections(NamedTuple):
     """The boxes found in one picture, best first.
 
@@ -38,7 +52,7 @@ class Detections(NamedTuple):
 class Detector(nn.Module):
     """Pictures normalised with the backbone's mean and std -> Raw logits of every anchor point.
 
-    Sides are multiples of 32. Train and eval mode return the same thing; `detect` makes boxes.
+    Sides are multiples of 32. Train and eval mode return the same thing; `predict` makes boxes.
     """
 
     def __init__(self, backbone: Backbone, neck: nn.Module, head: DetectionHead) -> None:
@@ -71,37 +85,18 @@ class Detector(nn.Module):
             scores = scores * raw.objectness.float().sigmoid().unsqueeze(-1)
         return boxes, scores
 
-    @torch.no_grad()
-    def detect(
-        self,
-        image: Tensor,
-        *,
-        score: float = 0.001,
-        iou: float = 0.7,
-        most: int = 300,
-    ) -> list[Detections]:
-        """Find the boxes of each picture of N 3 H W; `suppress` says what the numbers mean."""
-        boxes, scores = self.predict(image)
-        return [
-            suppress(*one, score=score, iou=iou, most=most)
-            for one in zip(boxes, scores, strict=True)
-        ]
 
-
-def suppress(
-    boxes: Tensor, scores: Tensor, *, score: float = 0.001, iou: float = 0.7, most: int = 300
-) -> Detections:
+def suppress(boxes: Tensor, scores: Tensor, limits: Limits = ALL) -> Detections:
     """Keep the boxes of one picture (A 4 and A C) that no better box of their class overlaps.
 
-    Every class whose score is above `score` is a box of its own (so a cell may give several); of
-    two boxes of one class with more than `iou` in common the better one stays; at most `most`.
+    Every class with a score above that of `limits` is a box of its own, so a cell may give several.
     """
-    cells, classes = (scores > score).nonzero(as_tuple=True)
+    cells, classes = (scores > limits.score).nonzero(as_tuple=True)
     found = scores[cells, classes]
     if len(found) > CANDIDATES:
         found, best = found.topk(CANDIDATES)
         cells, classes = cells[best], classes[best]
-    kept = batched_nms(boxes[cells], found, classes, iou)[:most]
+    kept = batched_nms(boxes[cells], found, classes, limits.iou)[: limits.most]
     return Detections(boxes[cells[kept]], found[kept], classes[kept])
 
 

@@ -21,7 +21,7 @@ import torch.distributed
 from pydantic import Field
 
 from finetune.detect import Seen, detect_all
-from finetune.detector import Detector
+from finetune.detector import ALL, Detector, Limits
 from finetune.metrics import Results, score, to_coco, to_rows
 from groundwork.command import log_to_standard_output
 from groundwork.config import Section, parse_overrides, validate
@@ -48,9 +48,7 @@ def evaluate(
     image_size: int,
     batch_size: int = 16,
     workers: int = 1,
-    score: float = 0.001,
-    iou: float = 0.7,
-    most: int = 300,
+    limits: Limits = ALL,
     looks: int = 1,
     rank: int = 0,
     world: int = 1,
@@ -66,7 +64,7 @@ def evaluate(
     """
     found = detect_all(
         detector, labeled, image_size=image_size, batch_size=batch_size, workers=workers,
-        score=score, iou=iou, most=most, looks=looks, rank=rank, world=world, group=group,
+        limits=limits, looks=looks, rank=rank, world=world, group=group,
     )  # fmt: skip
     return None if found is None else measure(found, labeled.names)
 
@@ -154,7 +152,7 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
     try:
         seen = detect_all(
             detector, labeled, image_size=size,
-            batch_size=keys.batch_size, score=keys.score, iou=keys.iou, most=keys.most,
+            batch_size=keys.batch_size, limits=Limits(keys.score, keys.iou, keys.most),
             looks=keys.looks,
             workers=cores if keys.data.workers is None else keys.data.workers,
             numbers=class_numbers(source, labeled.names, about.names),

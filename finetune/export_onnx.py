@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.detector import Detector
+from finetune.detector import ALL, Detector, Limits
 from finetune.export_graph import SMALLEST, predictor, trace
 from groundwork.errors import GroundworkError, UsageError
 
@@ -108,16 +108,14 @@ def onnx_model(detector: Detector, about: Mapping[str, Any], *, opset: int = OPS
     return model
 
 
-def with_suppression(
-    model: Any, about: Mapping[str, Any], *, score: float = 0.001, iou: float = 0.7, most: int = 300
-) -> Any:
-    """Put non-maximum suppression behind a model; `suppress` says what the numbers mean."""
+def with_suppression(model: Any, about: Mapping[str, Any], limits: Limits = ALL) -> Any:
+    """Put non-maximum suppression behind a model, as finetune.detector.suppress does it."""
     onnx = _import("onnx")
     opset = next(one.version for one in model.opset_import if not one.domain)
-    text = _SUPPRESSION.format(ir=model.ir_version, opset=opset, most=most, iou=iou, score=score)
+    text = _SUPPRESSION.format(ir=model.ir_version, opset=opset, **limits._asdict())
     joins = [("boxes", "raw_boxes"), ("scores", "raw_scores")]
     joined = onnx.compose.merge_models(model, onnx.parser.parse_model(text), io_map=joins)
-    _note(joined, {**about, "score": score, "iou": iou, "most": most})
+    _note(joined, {**about, **limits._asdict()})
     onnx.checker.check_model(joined)
     return joined
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune.augment.letterbox import letterbox_geometry
 from finetune.augment.warp import GREY
-from finetune.detector import Detections, Detector, suppress
+from finetune.detector import ALL, Detections, Detector, Limits, suppress
 from finetune.fuse import fused
 from finetune.metrics import Found
 from groundwork import colour
@@ -100,20 +100,12 @@ class Finder(Protocol):
 
 
 class DetectorFinder:
-    """A detector as a Finder. It works on a fused copy, so the detector stays as it is.
+    """A detector as a Finder. It works on a fused copy, so the detector stays as it is."""
 
-    Boxes scored `score` or less are left out, of two boxes of a class that have more than `iou` in
-    common the better one stays, and at most `most` of a frame.
-    """
-
-    def __init__(
-        self, detector: Detector, *, score: float = 0.001, iou: float = 0.7, most: int = 300
-    ) -> None:
+    def __init__(self, detector: Detector, limits: Limits = ALL) -> None:
         self.detector = fused(detector)
         self.device = next(detector.parameters()).device
-        self.score = score
-        self.iou = iou
-        self.most = most
+        self.limits = limits
 
     @torch.inference_mode()
     def __call__(self, frames: npt.NDArray[np.uint8]) -> list[Found]:
@@ -127,17 +119,18 @@ class DetectorFinder:
     def suppressed(self, boxes: Tensor, scores: Tensor) -> Detections:
         """As finetune.detector.suppress, in less time where there are many candidates.
 
-        Suppression goes from the best box down, so the best `most` of all candidates are those of
-        the best few, if these are enough.
+        Suppression goes from the best box down, so the best `limits.most` of all candidates are
+        those of the best few, if these are enough.
         """
-        found = scores[scores > self.score]
+        limits = self.limits
+        found = scores[scores > limits.score]
         if len(found) > _FIRST:
             # Those of equal score come along, so that none is left out by chance.
             least = found.topk(_FIRST).values[-1].nextafter(found.new_zeros(()))
-            few = suppress(boxes, scores, score=float(least), iou=self.iou, most=self.most)
-            if len(few.boxes) == self.most:
+            few = suppress(boxes, scores, limits._replace(score=float(least)))
+            if len(few.boxes) == limits.most:
                 return few
-        return suppress(boxes, scores, score=self.score, iou=self.iou, most=self.most)
+        return suppress(boxes, scores, limits)
 
 
 def _plain(found: Detections) -> Found:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torchvision.ops import batched_nms
 
-from finetune.detector import Detector
+from finetune.detector import ALL, Detector, Limits
 from finetune.finder import DetectorFinder, Finder
 from finetune.metrics import Found
 from groundwork.errors import UsageError
@@ -34,25 +34,18 @@ _LEAST = 0.01  # the score of a box of one look that may join others
 Boxes = npt.NDArray[np.float32]
 
 
-def looking(
-    detector: Detector,
-    looks: int = 1,
-    *,
-    score: float = 0.001,
-    iou: float = 0.7,
-    most: int = 300,
-) -> Finder:
+def looking(detector: Detector, looks: int = 1, limits: Limits = ALL) -> Finder:
     """Return a Finder that looks `looks` times: 1, 2, 4 or 8. Raises UsageError for others.
 
     2: as it is and mirrored left to right; 4: upside down, too; 8: all turns by quarters. 4 and 8
-    are for pictures without an up. `score`, `iou` and `most` are those of DetectorFinder.
+    are for pictures without an up.
     """
     if looks not in LOOKS:
         raise UsageError(f"looks={looks} is none of {', '.join(map(str, LOOKS))}.")
     if looks == 1:
-        return DetectorFinder(detector, score=score, iou=iou, most=most)
-    finder = DetectorFinder(detector, score=min(score, _LEAST), iou=iou, most=most)
-    return LooksFinder(finder, looks, score=score, iou=iou, most=most)
+        return DetectorFinder(detector, limits)
+    each = limits._replace(score=min(limits.score, _LEAST))
+    return LooksFinder(DetectorFinder(detector, each), looks, limits)
 
 
 @dataclass(frozen=True)
@@ -60,15 +53,12 @@ class LooksFinder:
     """A Finder that asks another one several times; see `looking`.
 
     Boxes of two looks are of one thing where they are of one class and have more than `common` in
-    common. Of what this gives, boxes whose score is `score` or less are left out, of two of a class
-    with more than `iou` in common the better one stays, and at most `most` of a frame.
+    common. `limits` are for what this gives.
     """
 
     finder: Finder
     looks: int
-    score: float = 0.001
-    iou: float = 0.7
-    most: int = 300
+    limits: Limits = ALL
     common: float = 0.55  # the paper's
 
     def __call__(self, frames: npt.NDArray[np.uint8]) -> list[Found]:
@@ -89,8 +79,8 @@ class LooksFinder:
     def _fused(self, looks: Sequence[Found]) -> Found:
         found = fuse(looks, self.common)
         boxes, scores, classes = (torch.from_numpy(part) for part in found)
-        kept = batched_nms(boxes, scores, classes, self.iou).numpy()
-        kept = kept[found.scores[kept] > self.score][: self.most]
+        kept = batched_nms(boxes, scores, classes, self.limits.iou).numpy()
+        kept = kept[found.scores[kept] > self.limits.score][: self.limits.most]
         return Found(found.boxes[kept], found.scores[kept], found.classes[kept])
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from finetune.augment import build as build_augment
 from finetune.console import announce, tell_end
-from finetune.detector import Detector, build_detector
+from finetune.detector import Detector, Limits, build_detector
 from finetune.draw import save_boxes
 from finetune.evaluate import evaluate
 from finetune.losses import Loss
@@ -155,8 +155,8 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     began_with = (
         noted_init(saved.path.parent.parent) if saved is not None else init and init.resolve()
     )
+    limits = Limits(recipe.eval.score, recipe.eval.iou, recipe.eval.most)
     if sets.val is not None:
-        limits = (recipe.eval.score, recipe.eval.iou, recipe.eval.most)
         measured_on = sha256_text([sets.val.fingerprint, *map(repr, limits)])
         if saved is not None:
             bring_best(saved, run, position, measured_on)
@@ -235,9 +235,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             image_size=recipe.image_size,
             batch_size=recipe.eval.batch_size,
             workers=data_workers(recipe.data.workers),
-            score=recipe.eval.score,
-            iou=recipe.eval.iou,
-            most=recipe.eval.most,
+            limits=limits,
             rank=accelerator.process_index,
             world=world,
             group=group,

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from finetune.augment.warp import resized
-from finetune.detector import Detections, Detector
+from finetune.detector import ALL, Detections, Detector, Limits
 from finetune.finder import (
     STRIDE,
     Finder,
@@ -56,15 +56,14 @@ OVERLAP = 0.2  # of a tile's side that neighbours share
 class Predictor:
     """A finder, and how it looks at pictures.
 
-    `image_size` is the longer side of what it sees, in pixels; `iou` and `most` are those of
-    finetune.detector.suppress; `tile` (pixels; None: no tiles) and `overlap` (a share of it) those
-    of finetune.tiles.tiles_of.
+    `image_size` is the longer side of what it sees, in pixels; `limits` are the finder's, for what
+    tiles find together; `tile` (pixels; None: no tiles) and `overlap` (a share of it) are those of
+    groundwork.data.tiles.tiles_of.
     """
 
     finder: Finder
     image_size: int
-    iou: float = 0.7
-    most: int = 300
+    limits: Limits = ALL
     tile: int | None = None
     overlap: float = OVERLAP
     at_once: int = 1  # tiles in a batch
@@ -78,7 +77,7 @@ class Predictor:
         if self.tile is not None and needs_tiles(width, height, self.tile):
             return find_in_tiles(
                 picture.pixels(), self.find_in_areas, image_size=self.image_size, tile=self.tile,
-                overlap=self.overlap, iou=self.iou, most=self.most, at_once=self.at_once,
+                overlap=self.overlap, limits=self.limits, at_once=self.at_once,
             )  # fmt: skip
         # Cut to the size that is seen: a JPEG is decoded no larger than needed.
         frame = frame_of(width, height, self.image_size)
@@ -173,16 +172,14 @@ def _run(options: argparse.Namespace) -> None:
     reading = _reading(options, about.reading())
     check_channels(detector, reading)
     size = options.image_size or about.image_size
-    finder = looking(
-        detector, options.looks, score=options.score, iou=options.iou, most=options.most
-    )
+    limits = Limits(options.score, options.iou, options.most)
+    finder = looking(detector, options.looks, limits)
     # On a CPU one tile at a time is 1.1 times as fast as eight (LOG.md).
     at_once = 1 if next(detector.parameters()).device.type == "cpu" else 8
     predictor = Predictor(
         finder,
         size,
-        options.iou,
-        options.most,
+        limits,
         options.tile,
         options.overlap or OVERLAP,
         at_once,

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from finetune.detector import Detections
+from finetune.detector import Detections, Limits
 from groundwork.data.tiles import Tile, tiles_of
 
 # A picture is cut when its longer side is over so many tiles: below, the whole shows as much.
@@ -61,13 +61,12 @@ def find_in_tiles(
     image_size: int,
     tile: int,
     overlap: float,
-    iou: float,
-    most: int,
+    limits: Limits,
     at_once: int = 1,
 ) -> Detections:
     """Look at a picture (H W C) in tiles, `at_once` in a batch, and `image_size` long, as a whole.
 
-    `iou` and `most` are those of finetune.detector.suppress. The boxes are on the CPU, best first.
+    The boxes are on the CPU, best first.
     """
     height, width = pixels.shape[:2]
     tiles = tiles_of(width, height, tile, overlap)
@@ -80,15 +79,16 @@ def find_in_tiles(
             shift = torch.tensor([left, top, left, top], dtype=one.boxes.dtype)
             found.append(one._replace(boxes=one.boxes + shift))
     [whole] = find([pixels], image_size)
-    return merge(tiles, found, whole, iou=iou, most=most)
+    return merge(tiles, found, whole, limits)
 
 
 def merge(
-    tiles: Sequence[Tile], found: Sequence[Detections], whole: Detections, *, iou: float, most: int
+    tiles: Sequence[Tile], found: Sequence[Detections], whole: Detections, limits: Limits
 ) -> Detections:
     """Make one list of the boxes of tiles and of the whole picture, all in the picture's pixels.
 
-    `tiles` are those of tiles_of. The rule is in the module's docstring.
+    `tiles` are those of tiles_of; `found` and `whole` are above `limits.score`. The rule is in the
+    module's docstring.
     """
     seams = _Seams(tiles)
     every = _joined(found)
@@ -98,13 +98,13 @@ def merge(
     clear = _chosen(every, ~piece)
     small = (whole.boxes[:, 2:] - whole.boxes[:, :2]).amax(1) < seams.narrowest
     whole = _chosen(whole, ~(small & _covered(whole, clear, either=True)))
-    clear = _suppressed(_joined([clear, whole]), iou)
+    clear = _suppressed(_joined([clear, whole]), limits.iou)
     rest = (piece & ~dropped).nonzero().squeeze(1)
     rest = rest[~_covered(_chosen(every, rest), clear)]
     together = _put_together(_chosen(every, rest), seams.areas[origin[rest]])
-    together = _suppressed(_chosen(together, ~_covered(together, clear)), iou)
+    together = _suppressed(_chosen(together, ~_covered(together, clear)), limits.iou)
     result = _joined([clear, together])
-    return _chosen(result, result.scores.argsort(descending=True, stable=True)[:most])
+    return _chosen(result, result.scores.argsort(descending=True, stable=True)[: limits.most])
 
 
 class _Seams:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from finetune.augment import Rule
+from finetune.detector import Limits
 from finetune.looks import looking
 from finetune.predict import Predictor
 from finetune.weights import detector_from_file
@@ -86,11 +87,9 @@ def _predictor(teacher: Teacher) -> Predictor:
             f"task.weights={teacher.file} is another file than the one that training began with: "
             "put that one back."
         )
-    finder = looking(
-        detector.to(memory_format=torch.channels_last), teacher.looks,
-        score=teacher.score, iou=teacher.iou, most=MOST,
-    )  # fmt: skip
-    return Predictor(finder, teacher.image_size, teacher.iou, MOST)
+    limits = Limits(teacher.score, teacher.iou, MOST)
+    finder = looking(detector.to(memory_format=torch.channels_last), teacher.looks, limits)
+    return Predictor(finder, teacher.image_size, limits)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from finetune.assign import Targets
 from finetune.augment import Rule
-from finetune.detector import Detections, suppress
+from finetune.detector import Detections, Limits, suppress
 from finetune.weights import about_detector, detector_from_file
 from groundwork import colour
 from groundwork.backbones.contract import Backbone
@@ -242,8 +242,9 @@ class SelfTraining(WholeDetector):
         # Autocast would have boxes in half precision: half a pixel at stride 8.
         with torch.autocast(image.device.type, enabled=False):
             boxes, scores = self.teacher.read(raw, side, side)
+        limits = Limits(config.unsure, config.iou, MOST)
         found = [
-            suppress(*one, score=config.unsure, iou=config.iou, most=MOST)
+            suppress(*one, limits)
             for one in zip(boxes.clamp(0, side) * (own / side), scores, strict=True)
         ]
         # Of what lies outside the view the view's edge is left.

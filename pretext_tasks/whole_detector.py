@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from finetune.assign import Targets
-from finetune.detector import own_width, suppress
+from finetune.detector import Limits, own_width, suppress
 from finetune.head import DetectionHead, anchors_of
 from finetune.losses import DetectionLoss
 from finetune.recipe import LossKeys
@@ -73,7 +73,7 @@ class WholeDetector(ThroughNeck):
         told, found = [], []
         for row, (boxes, scores) in enumerate(zip(decoded, raw.classes.sigmoid(), strict=True)):
             told.append(_drawn(seen[row], wanted[row]))
-            best = suppress(boxes, scores, score=_SCORE, iou=0.5, most=_SHOWN)
+            best = suppress(boxes, scores, Limits(_SCORE, 0.5, _SHOWN))
             limits = boxes.new_tensor([width, height, width, height])
             found.append(_drawn(seen[row], best.boxes.clamp(min=0).minimum(limits)))
         return torch.stack(told), torch.stack(found)

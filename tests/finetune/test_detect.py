@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from finetune.detect import _windows, detect_all
+from finetune.detector import Limits
 from finetune.evaluate import class_numbers, main, measure
 from finetune.weights import parts_of, save_detector
 from groundwork.data.labels import LabeledSamples, open_labeled
@@ -63,12 +64,14 @@ def test_windows_hold_every_picture_once_and_are_whole_batches(total: int) -> No
 
 def test_what_is_found_in_a_picture_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
     labeled = opened(write_set(tmp_path / "set", MIXED * 2))
-    seen = detect_all(lively_detector(), labeled, image_size=96, batch_size=4, score=0.1)
+    seen = detect_all(
+        lively_detector(), labeled, image_size=96, batch_size=4, limits=Limits(score=0.1)
+    )
     assert seen is not None and seen.numbers == list(range(14))
     assert seen.keys[2].endswith("10")  # in the order of the files: 0, 1, 10, 11, ...
     alone = write_set(tmp_path / "alone", MIXED[:1])
     (alone / "images" / "0.png").write_bytes((tmp_path / "set/images/0.png").read_bytes())
-    one = detect_all(lively_detector(), opened(alone), image_size=96, score=0.1)
+    one = detect_all(lively_detector(), opened(alone), image_size=96, limits=Limits(score=0.1))
     assert one is not None and len(one.found[0].scores) > 3
     np.testing.assert_allclose(seen.found[0].boxes, one.found[0].boxes, atol=0.05)
 
@@ -106,6 +109,7 @@ RANK = """
 import json, sys, torch, torch.distributed as dist
 from pathlib import Path
 from finetune.detect import detect_all
+from finetune.detector import Limits
 from finetune.evaluate import measure
 from finetune.weights import detector_from_file
 from groundwork.data.labels import open_labeled
@@ -116,7 +120,7 @@ detector, _ = detector_from_file(Path(sys.argv[1]))
 labeled = open_labeled(sys.argv[2], None, cache=Path(sys.argv[2]) / "cache", cache_bytes=1 << 30)
 out = Path(f"{sys.argv[3]}-{dist.get_rank()}")
 try:
-    seen = detect_all(detector, labeled, image_size=96, batch_size=4, score=0.1,
+    seen = detect_all(detector, labeled, image_size=96, batch_size=4, limits=Limits(score=0.1),
                       rank=dist.get_rank(), world=dist.get_world_size(), group=dist.group.WORLD)
     boxes = [] if seen is None else [[part.tolist() for part in one] for one in seen.found]
     figures = None if seen is None else measure(seen, labeled.names).to_json()
@@ -173,7 +177,9 @@ def test_the_same_names_in_another_order_give_the_same_figures(tmp_path: Path) -
     for order in (NAMES, ("blue", "red", "green")):
         labeled = opened(write_set(tmp_path / order[0], MIXED[:3], order))
         numbers = class_numbers("data", labeled.names, NAMES)
-        seen = detect_all(detector, labeled, image_size=96, score=0.1, numbers=numbers)
+        seen = detect_all(
+            detector, labeled, image_size=96, limits=Limits(score=0.1), numbers=numbers
+        )
         assert seen is not None
         figures.append(measure(seen, NAMES).to_json())
     assert figures[0] == figures[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune.detector import build_detector, suppress
+from finetune.detector import Limits, build_detector, suppress
 from finetune.head import Raw
 from groundwork.errors import UsageError
 
@@ -97,16 +97,16 @@ _BOXES = torch.tensor([[0.0, 0, 10, 10], [0, 2, 10, 12], [20, 0, 30, 10]])
 
 def test_of_two_boxes_of_a_class_the_better_stays() -> None:
     scores = torch.tensor([[0.5, 0.0], [0.9, 0.0], [0.3, 0.0]])
-    found = suppress(_BOXES, scores, iou=0.6)
+    found = suppress(_BOXES, scores, Limits(iou=0.6))
     assert found.scores.tolist() == pytest.approx([0.9, 0.3])
     assert found.boxes.tolist() == [_BOXES[1].tolist(), _BOXES[2].tolist()]
     assert found.classes.tolist() == [0, 0]
-    assert len(suppress(_BOXES, scores, iou=0.7).boxes) == 3  # 2/3 is not more than 0.7
+    assert len(suppress(_BOXES, scores, Limits(iou=0.7)).boxes) == 3  # 2/3 is not more than 0.7
 
 
 def test_boxes_of_other_classes_do_not_suppress_and_a_cell_may_give_two() -> None:
     scores = torch.tensor([[0.5, 0.6], [0.9, 0.0], [0.3, 0.0]])
-    found = suppress(_BOXES, scores, iou=0.5)
+    found = suppress(_BOXES, scores, Limits(iou=0.5))
     assert list(zip(found.scores.tolist(), found.classes.tolist(), strict=True)) == [
         (pytest.approx(0.9), 0),
         (pytest.approx(0.6), 1),
@@ -116,15 +116,8 @@ def test_boxes_of_other_classes_do_not_suppress_and_a_cell_may_give_two() -> Non
 
 def test_least_score_and_most_boxes() -> None:
     scores = torch.tensor([[0.5], [0.9], [0.3]])
-    assert suppress(_BOXES, scores, score=0.3).scores.tolist() == pytest.approx([0.9, 0.5])
-    assert suppress(_BOXES, scores, most=1).scores.tolist() == pytest.approx([0.9])
-    nothing = suppress(_BOXES, scores, score=0.95)
+    assert suppress(_BOXES, scores, Limits(score=0.3)).scores.tolist() == pytest.approx([0.9, 0.5])
+    assert suppress(_BOXES, scores, Limits(most=1)).scores.tolist() == pytest.approx([0.9])
+    nothing = suppress(_BOXES, scores, Limits(score=0.95))
     assert nothing.boxes.shape == (0, 4)
     assert nothing.classes.dtype is torch.int64
-
-
-def test_detect_gives_one_result_a_picture() -> None:
-    detector = build_detector("timm/test_resnet", 2).eval()
-    found = detector.detect(torch.rand(3, 3, 32, 64), score=0.0, most=5)
-    assert [len(one.boxes) for one in found] == [5, 5, 5]
-    assert all((one.scores.diff() <= 0).all() for one in found)

@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from finetune.detector import build_detector
+from finetune.detector import Limits, build_detector
 from finetune.evaluate import detect_all, evaluate, main
 from finetune.weights import detector_from_file, parts_of, save_detector
 from groundwork.data.labels import LabeledSamples, open_labeled
@@ -83,7 +83,14 @@ def test_the_batch_size_and_the_number_of_threads_change_nothing(tmp_path: Path)
     labeled = opened(write_set(tmp_path / "set", [(96, 64)] * 5))
     detector = random_detector().train()
     runs = [
-        detect_all(detector, labeled, image_size=64, batch_size=size, workers=workers, score=0.0)
+        detect_all(
+            detector,
+            labeled,
+            image_size=64,
+            batch_size=size,
+            workers=workers,
+            limits=Limits(score=0.0),
+        )
         for size, workers in ((1, 1), (4, 3))
     ]
     assert runs[0] is not None and runs[1] is not None
@@ -103,6 +110,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 RANK = """
 import json, sys, torch, torch.distributed as dist
 from pathlib import Path
+from finetune.detector import Limits
 from finetune.evaluate import evaluate
 from finetune.weights import detector_from_file
 from groundwork.data.labels import open_labeled
@@ -110,8 +118,8 @@ dist.init_process_group("gloo")
 torch.set_num_threads(1)
 detector, _ = detector_from_file(Path(sys.argv[1]))
 labeled = open_labeled(sys.argv[2], None, cache=Path(sys.argv[2]) / "cache", cache_bytes=1 << 30)
-found = evaluate(detector, labeled, image_size=64, batch_size=1, score=0.0, rank=dist.get_rank(),
-                 world=dist.get_world_size(), group=dist.group.WORLD)
+found = evaluate(detector, labeled, image_size=64, batch_size=1, limits=Limits(score=0.0),
+                 rank=dist.get_rank(), world=dist.get_world_size(), group=dist.group.WORLD)
 assert (found is None) == (dist.get_rank() != 0)
 if found is not None:
     Path(sys.argv[3]).write_text(json.dumps(found.to_json()))

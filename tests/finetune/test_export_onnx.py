@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.detector import Detector, build_detector, suppress
+from finetune.detector import Detector, Limits, build_detector, suppress
 from finetune.export_graph import ABOUT_FILE, predictor, save_torch_export
 from finetune.export_onnx import check_onnx, onnx_model, require_onnx, with_suppression
 from groundwork.errors import GroundworkError, UsageError
@@ -78,7 +78,7 @@ def pictures(shared_data: Path) -> Callable[[int, int, int], Tensor]:
 # ---- suppression alone -------------------------------------------------------------------------
 
 
-def _suppression(**limits: Any) -> Any:
+def _suppression(limits: Limits) -> Any:
     """Build a model that is suppression and nothing else: its input are boxes and scores."""
     text = """
     <ir_version: 10, opset_import: ["" : 18]>
@@ -86,7 +86,7 @@ def _suppression(**limits: Any) -> Any:
         => (float[batch, anchors, 4] boxes, float[batch, anchors, classes] scores)
     { boxes = Identity (b)  scores = Identity (s) }
     """
-    model = with_suppression(onnx.parser.parse_model(text), ABOUT, **limits)
+    model = with_suppression(onnx.parser.parse_model(text), ABOUT, limits)
     return onnxruntime.InferenceSession(model.SerializeToString())
 
 
@@ -101,27 +101,25 @@ def _boxes(pictures: int, anchors: int, classes: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "limits",
     [
-        {"score": 0.3, "iou": 0.5, "most": 300},
-        {"score": 0.001, "iou": 0.7, "most": 10},
-        {"score": 0.9, "iou": 0.1, "most": 300},
-        {"score": 0.9999, "iou": 0.5, "most": 300},  # nothing is left
+        Limits(0.3, 0.5, 300),
+        Limits(0.001, 0.7, 10),
+        Limits(0.9, 0.1, 300),
+        Limits(0.9999, 0.5, 300),  # nothing is left
     ],
 )
-def test_suppression_is_what_suppress_does(limits: dict[str, Any]) -> None:
+def test_suppression_is_what_suppress_does(limits: Limits) -> None:
     boxes, scores = _boxes(3, 80, 4)
     scores[1] *= 0.5  # a picture with fewer boxes
     feed = {"b": boxes.numpy(), "s": scores.numpy()}
-    rows = torch.from_numpy(_suppression(**limits).run(["detections"], feed)[0])
+    rows = torch.from_numpy(_suppression(limits).run(["detections"], feed)[0])
     _same_as_suppress(rows, boxes, scores, limits)
 
 
-def _same_as_suppress(
-    rows: Tensor, boxes: Tensor, scores: Tensor, limits: Mapping[str, Any]
-) -> None:
+def _same_as_suppress(rows: Tensor, boxes: Tensor, scores: Tensor, limits: Limits) -> None:
     assert rows.shape[1] == 7
     assert (rows[:, 0].diff() >= 0).all()
     for number, one in enumerate(zip(boxes, scores, strict=True)):
-        wanted = suppress(*one, **limits)
+        wanted = suppress(*one, limits)
         found = rows[rows[:, 0] == number]
         assert len(found) == len(wanted.boxes)
         torch.testing.assert_close(found[:, 1:5], wanted.boxes, atol=1e-3, rtol=0)
@@ -157,8 +155,8 @@ def test_onnx_gives_what_torch_gives_on_real_pictures(
     module = predictor(detector)
     with torch.no_grad():  # a fifth of all scores are above the least one
         least = module(pictures(*SIZES[0]))[1].flatten().quantile(0.8).item()
-    limits: dict[str, Any] = {"score": round(least, 3), "iou": 0.5, "most": 40}
-    whole = with_suppression(model, ABOUT, **limits)
+    limits = Limits(round(least, 3), 0.5, 40)
+    whole = with_suppression(model, ABOUT, limits)
     for size in SIZES:
         images = pictures(*size)
         with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from finetune.detector import Detector, build_detector, suppress
+from finetune.detector import Detector, Limits, build_detector, suppress
 from finetune.finder import STRIDE, DetectorFinder, frame_of, show, whole_of
 from finetune.fuse import fused
 from groundwork.data.decode import open_picture
@@ -98,9 +98,10 @@ def test_suppressing_the_best_alone_gives_the_same(most: int, levels: int | None
     scores = torch.randperm(6000, generator=generator).view(3000, 2) / 6000
     if levels is not None:
         scores = (scores * levels).round() / levels
-    finder = DetectorFinder(build_detector("yolo12n", 2), score=0.01, iou=0.5, most=most)
+    limits = Limits(0.01, 0.5, most)
+    finder = DetectorFinder(build_detector("yolo12n", 2), limits)
     quick = finder.suppressed(boxes, scores)
-    slow = suppress(boxes, scores, score=0.01, iou=0.5, most=most)
+    slow = suppress(boxes, scores, limits)
     assert torch.equal(quick.scores, slow.scores)
     if levels is None:  # of equal scores any may be the first
         assert torch.equal(quick.boxes, slow.boxes) and torch.equal(quick.classes, slow.classes)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from finetune.detector import Detector
+from finetune.detector import Detector, Limits
 from finetune.finder import DetectorFinder
 from finetune.looks import LOOKS, LooksFinder, fuse, looking
 from finetune.metrics import Found
@@ -122,11 +122,11 @@ class _Some:
 
 def test_best_first_above_the_score_and_at_most_so_many() -> None:
     frame = np.zeros((1, 32, 96, 3), np.uint8)
-    [found] = LooksFinder(_Some(), 2, score=0.2)(frame)
+    [found] = LooksFinder(_Some(), 2, Limits(score=0.2))(frame)
     # The third has 0.15 in the mean, and the best of one look is not the best of two.
     assert found.scores == pytest.approx([0.65, 0.5, 0.45])
     np.testing.assert_allclose(found.boxes, [_Some.boxes[n] for n in (1, 0, 3)], atol=1e-4)
-    [fewer] = LooksFinder(_Some(), 2, score=0.2, most=1)(frame)
+    [fewer] = LooksFinder(_Some(), 2, Limits(score=0.2, most=1))(frame)
     assert fewer.scores == pytest.approx([0.65])
 
 
@@ -139,7 +139,7 @@ def test_of_two_that_did_not_become_one_and_still_overlap_the_better_one_stays()
     frame = np.zeros((1, 32, 64, 3), np.uint8)
 
     def count(iou: float) -> int:
-        [found] = LooksFinder(Two(), 2, iou=iou, common=0.99)(frame)
+        [found] = LooksFinder(Two(), 2, Limits(iou=iou), common=0.99)(frame)
         return len(found.boxes)
 
     assert count(0.9) == 2 and count(0.3) == 1

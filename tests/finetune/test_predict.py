@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.detector import Detector, build_detector
+from finetune.detector import Detector, Limits, build_detector
 from finetune.finder import Finder, frame_of
 from finetune.looks import looking
 from finetune.metrics import Found
@@ -107,9 +107,9 @@ def test_looks_are_as_many_as_are_asked_for(
 ) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def watched(detector: Detector, looks: int, **keys: Any) -> Finder:
-        asked.append((looks, keys["score"]))
-        return looking(detector, looks, **keys)
+    def watched(detector: Detector, looks: int, limits: Limits) -> Finder:
+        asked.append((looks, limits.score))
+        return looking(detector, looks, limits)
 
     monkeypatch.setattr("finetune.predict.looking", watched)
     command = [str(weights), str(pictures / "a.jpg"), "--no-pictures", "--out"]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from finetune.detector import Detections
+from finetune.detector import Detections, Limits
 from finetune.tiles import Find, find_in_tiles, merge, needs_tiles
 from groundwork.data.tiles import tiles_of
 
@@ -64,7 +64,7 @@ def rows(found: Detections | npt.NDArray[np.int64]) -> list[list[float]]:
 def run(boxes: npt.NDArray[np.int64], width: int, height: int, *, whole: bool) -> Detections:
     return find_in_tiles(
         painted(boxes, width, height), finder(whole),
-        image_size=96, tile=TILE, overlap=OVERLAP, iou=0.7, most=300,
+        image_size=96, tile=TILE, overlap=OVERLAP, limits=Limits(),
     )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def test_the_detector_sees_each_tile_once_and_the_whole(at_once: int) -> None:
     boxes = scattered(1, 500, 330)
     found = find_in_tiles(
         painted(boxes, 500, 330), finder(True, seen), image_size=96, tile=128, overlap=0.25,
-        iou=0.7, most=300, at_once=at_once,
+        limits=Limits(), at_once=at_once,
     )  # fmt: skip
     assert seen == [(128, 128)] * 20 + [(330, 500)]
     assert rows(found) == rows(boxes)
@@ -134,7 +134,7 @@ def test_the_detector_sees_each_tile_once_and_the_whole(at_once: int) -> None:
 def merged(first: Detections, second: Detections, whole: Detections, most: int = 300) -> Detections:
     tiles = tiles_of(200, 100, 120, 0.3)  # 0 to 120 and 80 to 200
     assert len(tiles) == 2
-    return merge(tiles, [first, second], whole, iou=0.7, most=most)
+    return merge(tiles, [first, second], whole, Limits(most=most))
 
 
 NONE = detections([])

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from finetune.augment import Rule
 from finetune.detect import detect_all
+from finetune.detector import Limits
 from finetune.weights import detector_from_file
 from groundwork.backbones.contract import Backbone
 from groundwork.colour import Colour
@@ -152,10 +153,9 @@ def test_what_is_found_is_what_evaluation_finds(
 ) -> None:
     detector, _ = detector_from_file(weights)
     samples = open_labeled(str(labeled), "val", cache=labeled, cache_bytes=10**9)
-    how: dict[str, Any] = {"image_size": 96, "looks": looks, "score": 0.1, "iou": 0.5}
-    seen = detect_all(detector, samples, **how, most=MOST)
+    seen = detect_all(detector, samples, image_size=96, looks=looks, limits=Limits(0.1, 0.5, MOST))
     assert seen is not None
-    teacher = _teacher(weights, **how)
+    teacher = _teacher(weights, image_size=96, looks=looks, score=0.1, iou=0.5)
     for number, wanted in enumerate(seen.found):
         one = open_picture(samples.read(number, 0).image)
         got = teacher.find(one)
