@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.detector import Detector
+from finetune.detector import ALL, Detector, Limits
 from finetune.exchange import (
     backbone_to_ultralytics,
     from_ultralytics,
@@ -55,10 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-# Of --nms: the least score, the largest overlap, and how many boxes of a picture.
-LIMITS: dict[str, Any] = {"score": 0.001, "iou": 0.7, "most": 300}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m finetune.export", description="Write a detector for others to load."
@@ -71,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     onnx = parser.add_argument_group("onnx")
     onnx.add_argument("--nms", action="store_true", help="with non-maximum suppression inside")
-    onnx.add_argument("--score", type=float, help=f"least score ({LIMITS['score']})")
-    onnx.add_argument("--iou", type=float, help=f"largest overlap ({LIMITS['iou']})")
-    onnx.add_argument("--most", type=int, help=f"boxes of a picture ({LIMITS['most']})")
+    onnx.add_argument("--score", type=float, help=f"least score ({ALL.score})")
+    onnx.add_argument("--iou", type=float, help=f"largest overlap ({ALL.iou})")
+    onnx.add_argument("--most", type=int, help=f"boxes of a picture ({ALL.most})")
     onnx.add_argument("--opset", type=int, default=18, help="of the ONNX standard (%(default)s)")
     return parser
 
@@ -82,17 +78,18 @@ def _check(options: argparse.Namespace) -> None:
     """Find mistakes in the flags before any file is read."""
     if options.nms and options.format != "onnx":
         raise UsageError("--nms goes with --format onnx; the other formats have raw outputs.")
-    said = {name: getattr(options, name) for name in LIMITS if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in Limits._fields}
+    said = {name: value for name, value in given.items() if value is not None}
     if said and not options.nms:
         names = ", ".join(f"--{name}" for name in said)
         raise UsageError(f"{names}: without --nms nothing is suppressed; add it.")
-    options.limits = LIMITS | said
+    limits: Limits = ALL._replace(**said)
+    options.limits = limits
     if options.image_size is not None and options.format not in ("onnx", "torch_export"):
         raise UsageError(f"--image-size is noted in onnx and torch_export, not {options.format}.")
     if options.opset < 18:
         raise UsageError(f"--opset {options.opset} is too old: 18 is the first that has it all.")
-    limits = options.limits
-    if not (0 <= limits["score"] < 1 and 0 < limits["iou"] <= 1 and limits["most"] > 0):
+    if not (0 <= limits.score < 1 and 0 < limits.iou <= 1 and limits.most > 0):
         raise UsageError("--score and --iou are between 0 and 1, and --most is 1 or more.")
     if options.image_size is not None and (options.image_size < 64 or options.image_size % 32):
         raise UsageError(
@@ -137,7 +134,7 @@ def _onnx(options: argparse.Namespace, out: Path) -> str:
     off, rounding = check_onnx(model, detector)
     outputs = "boxes: N A 4 (left, top, right, bottom, pixels); scores: N A C"
     if options.nms:
-        model = with_suppression(model, noted, **options.limits)
+        model = with_suppression(model, noted, options.limits)
         check_runs(model, detector)
         outputs = "detections: K 7: picture, left, top, right, bottom (pixels), score, class"
     _write(out, lambda path: save_onnx(model, path))

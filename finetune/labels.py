@@ -32,9 +32,10 @@ from groundwork.command import whole_number
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
+from groundwork.data.reach import read_patiently
 from groundwork.data.reading import MAX_PIXELS, PLAIN, add_flags, stated_by
 from groundwork.data.shards import evenly
-from groundwork.errors import DataError, GroundworkError
+from groundwork.errors import DataError, GroundworkError, UnavailableError
 from groundwork.settings import Data
 
 UNREADABLE = "picture that cannot be read, replaced by another one in training"
@@ -199,9 +200,11 @@ def _survey(
     for shard, index in places:
         source, shown = samples.name, ""
         try:
-            sample = samples.read(shard, index)
+            sample = read_patiently(samples, shard, index)
             source, shown = sample.source, f"{sample.key}: "
             picture = open_picture(sample.image, samples.reading)
+        except UnavailableError:  # no fault of the picture
+            raise
         except DataError as error:
             samples.defects.add(UNREADABLE, source, f"{shown}{error}")
             with _COUNTING:
@@ -291,11 +294,13 @@ def _tiles(opened: dict[str | None, LabeledSamples], count: int) -> Iterator[Ima
     shares = [count // len(opened) + (n < count % len(opened)) for n in range(len(opened))]
     for (split, samples), share in zip(opened.items(), shares, strict=True):
         for place in evenly(samples.shard_sizes, share):
-            sample = samples.read(*place)
             try:
+                sample = read_patiently(samples, *place)
                 picture = open_picture(sample.image, samples.reading)
                 annotations = samples.annotations(sample, picture)
                 tile = draw_labels(*scaled(picture, _TILE), annotations, samples.names)
+            except UnavailableError:
+                raise
             except DataError:
                 continue  # told of among the defects, unless its damage lies behind the header
             title = sample.key.rpartition("/")[2]

@@ -128,7 +128,7 @@ def score(found: Sequence[Found], truth: Sequence[Truth], names: Sequence[str]) 
         figures,
         per_class,
         pictures=len(truth),
-        boxes=len(annotations),
+        boxes=len(real),
         recall=recall,
         precision=precision[0].T.astype(np.float64),
         confusion=confusion(found, truth, len(names)),

@@ -42,11 +42,18 @@ from finetune.tiles import find_in_tiles, needs_tiles
 from finetune.weights import About, check_channels, detector_from_file
 from groundwork.command import number_between, whole_number
 from groundwork.data.decode import Picture, naming, open_picture
+from groundwork.data.reach import read_patiently
 from groundwork.data.reading import MAX_PIXELS, PLAIN, Reading, add_flags, stated_by
 from groundwork.data.samples import open_samples
 from groundwork.data.shards import Sample, Samples, ShardSamples
 from groundwork.data.tar_format import picture_suffix
-from groundwork.errors import CheckpointError, DataError, GroundworkError, UsageError
+from groundwork.errors import (
+    CheckpointError,
+    DataError,
+    GroundworkError,
+    UnavailableError,
+    UsageError,
+)
 from groundwork.settings import Data
 
 OVERLAP = 0.2  # of a tile's side that neighbours share
@@ -136,11 +143,13 @@ def predict(
     with Writer(folder, names) as writer, bar:
         for shard, index in bar:
             try:
-                sample = samples.read(shard, index)
+                sample = read_patiently(samples, shard, index)
                 if drawings.made(sample.source):
                     continue
                 name = _file_name(samples, sample, shard, index)
                 picture, found = _found(predictor, sample, name, reading)
+            except UnavailableError:  # no fault of the pictures
+                raise
             except DataError as error:
                 unreadable += 1
                 bar.write(_shown(f"Left out: {error}"), file=sys.stderr)

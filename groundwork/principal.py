@@ -12,7 +12,8 @@ _ROBUST = 0.02  # of the values at either end are clipped before colours are str
 def principal_colours(maps: Tensor) -> Tensor:
     """Return the three main directions of N C H W as uint8 N 3 H W, stretched over all pictures."""
     n, channels, height, width = maps.shape
-    cells = maps.permute(0, 2, 3, 1).reshape(-1, channels).double()
+    # A view for a person must not end a run whose features are not finite: its guard will.
+    cells = maps.permute(0, 2, 3, 1).reshape(-1, channels).double().nan_to_num(0.0, 0.0, 0.0)
     cells = cells - cells.mean(0)
     _, _, directions = torch.linalg.svd(cells, full_matrices=False)
     values = cells @ directions[:3].T  # n H W, at most 3

@@ -149,6 +149,10 @@ class SelfTraining(WholeDetector):
                 f"task.weights={self.config.weights} is another file than the one that this run "
                 "began with: put that one back, or start a new run."
             )
+        about = state_dict.get(f"{prefix}metadata_bytes")
+        if about is not None:  # its length is that of a text
+            self.metadata_bytes = about.to(self.metadata_bytes.device, copy=True)
+            self._scores = None
         super()._load_from_state_dict(state_dict, prefix, *others, **named)
 
     def train(self, mode: bool = True) -> Self:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from groundwork.backbones.contract import Backbone
@@ -68,7 +69,9 @@ def visible_only(backbone: nn.Module, hidden: Tensor) -> Iterator[None]:
                 isinstance(module, nn.Conv2d) and module.bias is not None
             ):
                 hooks.append(module.register_forward_hook(partial(_emptied, cells)))
-        yield
+        # A compiled network does not hear of what was hooked up after it was compiled.
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -83,11 +83,18 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print_recipe:
             sys.stdout.write(to_yaml(recipe))
             return 0
+        from groundwork.backbones.from_timm import has_parallel_branches
         from groundwork.run_folder import prepare_run
         from pretrain.loop import pretrain
 
         name = f"{recipe.task_name}-{recipe.backbone.name}"
-        run = prepare_run(recipe, name, options.out, resumed=options.resume is not None)
+        run = prepare_run(
+            recipe,
+            name,
+            options.out,
+            resumed=options.resume is not None,
+            parts_without_gradient=has_parallel_branches(recipe.backbone.name),
+        )
         stop_with_the_launcher()
         note_init(run.folder, options.init, resumed=options.resume is not None)
         product = pretrain(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.no_network.sitecustomize import outside
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    host = outside(event, arguments)
+    if host is not None:
+        pytest.fail(f"The test wanted to reach {host}.")
+
+
+sys.addaudithook(_refuse)
 
 
 @pytest.fixture(scope="session")

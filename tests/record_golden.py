@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pretext_tasks import TASKS
-from tests.pretrain.commands import losses, run
+from tests.commands import losses, run
 
 GOLDEN = Path(__file__).parent / "golden"
 KEYS = [

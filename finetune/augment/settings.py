@@ -14,7 +14,8 @@ from groundwork.config import Section
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
-Angle = Annotated[float, Field(ge=0, lt=90)]
+Angle = Annotated[float, Field(ge=0, le=89.9)]
+Alpha = Annotated[float, Field(ge=1e-3, le=1e6)]  # of a Beta distribution
 Scale = Annotated[float, Field(gt=0)]
 
 
@@ -29,14 +30,14 @@ class MixUpSettings(Section):
     """Two pictures blended (mixing.py); the weight is drawn from Beta(alpha, alpha)."""
 
     prob: Probability = 0.0
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: Alpha = 32.0
 
 
 class CutMixSettings(Section):
     """A rectangle of one picture pasted into another (mixing.py)."""
 
     prob: Probability = 0.0
-    alpha: float = Field(default=1.0, gt=0)
+    alpha: Alpha = 1.0
 
 
 class GridMaskSettings(Section):

@@ -7,8 +7,9 @@ tensor keeps timm's own name, below one prefix: `model.<timm's name>`.
 
 Layers that only the classifier needs are pruned. What no feature map depends on and timm keeps all
 the same (some branches of HRNet) becomes a buffer: distributed training stops at a parameter
-without a gradient. Models that are built for one size of picture are told to take any
-(`strict_img_size=False`: the Swin families) where they can.
+without a gradient (and where a task looks at C5 alone, see `has_parallel_branches`). Models that
+are built for one size of picture are told to take any (`strict_img_size=False`: the Swin families)
+where they can.
 
 Nothing is ever downloaded: weights come from a file, see `load_init`. `mean` and `std` are those
 of the model's own pretraining, from its `pretrained_cfg`. Initialisation is timm's.
@@ -264,6 +265,15 @@ def _find_levels(name: str, model: Any) -> tuple[tuple[Level, Level, Level], lis
     indices = [max(i for i, (s, _) in enumerate(maps) if s == stride) for stride in STRIDES]
     c3, c4, c5 = (Level(*maps[index]) for index in indices)
     return (c3, c4, c5), indices
+
+
+def has_parallel_branches(name: str) -> bool:
+    """Tell whether a backbone has parts that C3 or C4 depends on and C5 does not.
+
+    Then a task that looks at C5 alone leaves parameters without a gradient, which distributed
+    training has to be told.
+    """
+    return name.startswith("timm/hrnet")
 
 
 def _keep_used_parameters(model: nn.Module, outputs: Iterable[Tensor]) -> None:

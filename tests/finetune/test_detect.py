@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ from finetune.weights import parts_of, save_detector
 from groundwork.data.labels import LabeledSamples, open_labeled
 from groundwork.data.shards import Sample
 from groundwork.errors import DataError, UnavailableError, UsageError
+from tests.commands import environment, finished
+from tests.commands import on_ranks as command_on_ranks
 from tests.finetune.test_finder import lively_detector
-from tests.pretrain.commands import ROOT, environment, free_port
 
 NAMES = ("red", "green", "blue")
 
@@ -136,14 +135,8 @@ def on_ranks(ranks: int, weights: Path, root: Path, out: Path) -> list[str]:
     """Evaluate on several processes; return what each of them wrote."""
     script = out.with_suffix(".py")
     script.write_text(RANK)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-            "--master-port", str(free_port()), str(script), str(weights), str(root), str(out),
-        ],
-        cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    command = command_on_ranks(ranks, str(script), str(weights), str(root), str(out))
+    done = finished(command, out.parent, environment(root=True))
     assert done.returncode == 0, done.stderr
     return [out.with_name(f"{out.name}-{rank}").read_text() for rank in range(ranks)]
 

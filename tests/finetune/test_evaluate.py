@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from finetune.evaluate import detect_all, evaluate, main
 from finetune.weights import detector_from_file, parts_of, save_detector
 from groundwork.data.labels import LabeledSamples, open_labeled
 from groundwork.errors import DataError
-from tests.pretrain.commands import ROOT, environment, free_port
 
 
 def write_set(root: Path, sizes: list[tuple[int, int]]) -> Path:
@@ -105,52 +102,6 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (root / "images" / "1.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"1\.png|images/1"):
         evaluate(random_detector(), labeled, image_size=64)
-
-
-RANK = """
-import json, sys, torch, torch.distributed as dist
-from pathlib import Path
-from finetune.detector import Limits
-from finetune.evaluate import evaluate
-from finetune.weights import detector_from_file
-from groundwork.data.labels import open_labeled
-dist.init_process_group("gloo")
-torch.set_num_threads(1)
-detector, _ = detector_from_file(Path(sys.argv[1]))
-labeled = open_labeled(sys.argv[2], None, cache=Path(sys.argv[2]) / "cache", cache_bytes=1 << 30)
-found = evaluate(detector, labeled, image_size=64, batch_size=1, limits=Limits(score=0.0),
-                 rank=dist.get_rank(), world=dist.get_world_size(), group=dist.group.WORLD)
-assert (found is None) == (dist.get_rank() != 0)
-if found is not None:
-    Path(sys.argv[3]).write_text(json.dumps(found.to_json()))
-dist.barrier()  # a process that leaves first may take the other down inside torch
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.dist
-def test_seven_pictures_on_two_ranks_score_as_on_one_exactly(tmp_path: Path) -> None:
-    root = write_set(tmp_path / "set", SIZES)
-    weights = tmp_path / "detector.safetensors"
-    detector = random_detector()
-    save_detector(weights, parts_of(detector), names=["square"], image_size=64, metadata={})
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    told = []
-    for ranks in (1, 2):
-        out = tmp_path / f"{ranks}.json"
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-            "--master-port", str(free_port()), str(script), str(weights), str(root), str(out),
-        ]  # fmt: skip
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        told.append(json.loads(out.read_text()))
-    assert told[0] == told[1]
-    assert told[0]["pictures"] == 7 and told[0]["boxes"] == 7
 
 
 def test_the_command_writes_figures_boxes_and_pictures(

@@ -12,6 +12,9 @@ import pytest
 from PIL import Image
 
 from finetune.labels import main
+from groundwork.data.reach import Readable
+from groundwork.data.shards import Sample
+from groundwork.errors import DataError
 
 MakeJpeg = Callable[..., bytes]
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +63,24 @@ def test_what_was_found_is_told_and_drawn(
     red = (pixels == (255, 0, 0)).all(axis=2)  # the first class
     # The first tile, below its title of 26 pixels: the right half of its first box's upper edge.
     assert red[26 + 90, 250:355].all() and not red[26 + 180, 250:350].any()
+
+
+def test_a_file_that_cannot_be_opened_is_told_and_left_out_of_the_sheet(
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(samples: Readable, shard: int, index: int) -> Sample:
+        sample = samples.read(shard, index)
+        if sample.key.endswith("b"):
+            raise DataError("b cannot be read: permission denied.")
+        return sample
+
+    monkeypatch.setattr("finetune.labels.read_patiently", read)
+    assert main([str(root), "--out", str(tmp_path / "sheet.png")]) == 0
+    assert "2 x picture that cannot be read" in capsys.readouterr().out
+    assert (tmp_path / "sheet.png").exists()
 
 
 def test_one_split_and_no_sheet(

@@ -190,6 +190,7 @@ def test_confusion_counts_each_box_once_best_overlap_first() -> None:
 
 def test_a_box_on_a_crowd_of_its_class_is_no_mistake() -> None:
     crowd = Truth(Annotations.of([SQUARE], [0], [True]), 100, 100)
+    assert score([found((OTHER, 0.9, 0))], [crowd], ["a"]).boxes == 0
     inside = (12.0, 12.0, 20.0, 20.0)
     matrix = confusion([found((inside, 0.9, 0), (inside, 0.9, 1), (OTHER, 0.9, 0))], [crowd], 2)
     assert matrix.tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 0]]

@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from finetune.metrics import Found
 from finetune.predict import Predictor, main
 from finetune.weights import parts_of, save_detector
 from groundwork.data.decode import open_picture
+from groundwork.data.samples import FolderSamples
+from groundwork.data.shards import Sample
+from groundwork.errors import UnavailableError
 from pretrain.pack import main as pack
 
 MakeJpeg = Callable[..., bytes]
@@ -276,6 +279,32 @@ def test_exit_codes(
     file.touch()
     assert main([str(weights), str(pictures), "--out", str(file)]) == 3
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_store_that_does_not_answer_is_waited_for_and_no_picture_left_out(
+    weights: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    calls = []
+
+    def flaky(self: FolderSamples, shard: int, index: int) -> Sample:
+        calls.append(shard)
+        if len(calls) in failing:
+            raise UnavailableError("no answer.")
+        return healthy(self, shard, index)
+
+    healthy = FolderSamples.read
+    monkeypatch.setattr(FolderSamples, "read", flaky)
+    monkeypatch.setattr("groundwork.data.reach.PAUSE", 0.001)
+    failing: Container[int] = {2, 3}
+    command = [str(weights), str(pictures), "--no-pictures", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert len(read(tmp_path / "out")["images"]) == 3
+    monkeypatch.setattr("groundwork.data.reach.PATIENCE", 0.01)
+    failing = range(10**6)
+    assert main([*command[:-1], str(tmp_path / "other")]) == 3
+    assert capsys.readouterr().err.endswith("no answer.\n")
+    assert not (tmp_path / "other" / "predictions.json").exists()
 
 
 @pytest.mark.parametrize(

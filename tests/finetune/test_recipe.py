@@ -51,6 +51,29 @@ def test_the_full_stack_is_the_customers_chain() -> None:
     assert sorted(ours, key=str) == sorted(settings_of(chain), key=str)
 
 
+@pytest.mark.parametrize("prefix", recipes.FIXED)
+def test_a_resumed_run_stays_the_same_model_on_the_same_stream(prefix: str) -> None:
+    old = recipes.resolve(None, ["data.train=pictures"])
+    changed = {
+        "backbone": "backbone.name=yolo12s", "detector": "detector.objectness=true",
+        "seed": "seed=5", "image_size": "image_size=320", "optim.name": "optim.name=sgd",
+        "data.window_shards": "data.window_shards=3", "data.bands": "data.bands=[1]",
+        "data.value_range": "data.value_range=[0,4095]", "ema.": "ema.enabled=false",
+        "batchnorm": "batchnorm=file", "freeze": "freeze.backbone=0.5",
+        "phases": "phases=[{until: 1.0, batch_size: 8}]", "augment": "augment.mosaic.prob=0.25",
+    }[prefix]  # fmt: skip
+    with pytest.raises(UsageError, match=f"cannot change {prefix}"):
+        recipes.refuse_changes(old, recipes.resolve(None, ["data.train=pictures", changed]))
+    harmless = recipes.resolve(None, ["data.train=pictures", "log.every_steps=3"])
+    assert recipes.refuse_changes(old, harmless) == ["log.every_steps: 10 -> 3"]
+
+
+@pytest.mark.parametrize("wrong", ["mixup={alpha: 0.0001}", "cutmix.alpha=1e7", "affine.shear=90"])
+def test_what_a_transform_refuses_the_recipe_refuses(wrong: str) -> None:
+    with pytest.raises(UsageError, match=f"augment.{wrong[:5]}"):
+        recipes.resolve(None, [f"augment.{wrong}"])
+
+
 def test_one_key_of_a_section_leaves_the_others_as_they_are() -> None:
     recipe = recipes.resolve(None, ["ema.decay=0.5", "schedule.warmup=0.2"])
     assert recipe.ema.enabled and recipe.ema.decay == 0.5

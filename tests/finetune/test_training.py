@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from finetune.training import measure_batchnorm, scale_learning_rates
 from groundwork.data.labels import open_labeled
 from groundwork.data.order import Order
 from groundwork.optim import build_optimizer, set_learning_rate
-from tests.pretrain.commands import ROOT, environment, free_port
+from tests.commands import ROOT, environment, finished, on_ranks
 
 
 def test_each_layer_learns_at_its_share_of_the_rate() -> None:
@@ -88,13 +86,8 @@ dist.destroy_process_group()
 def test_every_rank_gets_the_statistics_of_the_first(tmp_path: Path) -> None:
     """What is scored is what is saved: each rank's BatchNorm has seen other pictures."""
     (tmp_path / "rank.py").write_text(RANK)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "--master-port", str(free_port()), str(tmp_path / "rank.py"), str(tmp_path),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
-    )
+    command = on_ranks(2, str(tmp_path / "rank.py"), str(tmp_path))
+    done = finished(command, ROOT, environment(root=True))
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for part in second:

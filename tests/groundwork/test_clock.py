@@ -44,11 +44,12 @@ def test_even_marks_are_crossed_once_each() -> None:
     assert not any(clock.crossed(step / 10, step + 1, times=0) for step in range(10))
 
 
-def test_a_signal_is_noted_and_handlers_are_given_back() -> None:
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_handlers_are_given_back(first: signal.Signals) -> None:
     before = signal.getsignal(signal.SIGTERM)
     request = StopRequest()
     assert not request.asked
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), first)
     assert request.asked
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)

@@ -312,9 +312,9 @@ def test_classes_are_those_of_the_checkpoint_whatever_the_file_says_later(
     make_task: MakeTask,
 ) -> None:
     first, second = make_task(), make_task()
-    other = json.dumps({"names": ["b", "a"], "image_size": 64}).encode()
-    second.metadata_bytes.copy_(torch.tensor(list(other), dtype=torch.uint8))
-    assert second.metadata()["names"] == ["b", "a"]
+    other = json.dumps({"names": ["bee", "a"], "image_size": 1024}).encode()
+    second.metadata_bytes = torch.tensor(list(other), dtype=torch.uint8)
+    assert second.metadata()["names"] == ["bee", "a"]
     second.load_state_dict(first.state_dict())
     assert second.metadata()["names"] == ["a", "b"]
 

@@ -138,6 +138,12 @@ def test_cells_that_are_alike_have_one_colour() -> None:
     assert (colours[1] == lower.view(3, 1, 1)).all()
 
 
+def test_features_that_are_not_finite_end_no_run() -> None:
+    maps = torch.randn(2, 5, 4, 4)
+    maps[0, 2, 1, 1], maps[1, 0, 0, 0] = float("nan"), float("inf")
+    assert principal_colours(maps).shape == (2, 3, 4, 4)
+
+
 def test_the_nearest_neighbour_of_a_picture_is_its_double() -> None:
     torch.manual_seed(0)
     backbone = build_backbone("timm/resnet18").train()

@@ -15,7 +15,7 @@ from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
 
 from groundwork.backbones import build_backbone
-from groundwork.backbones.from_timm import TimmBackbone, synchronised
+from groundwork.backbones.from_timm import TimmBackbone, has_parallel_branches, synchronised
 from groundwork.errors import UsageError
 
 TINY = ["test_resnet", "test_convnext", "test_efficientnet"]  # timm's own, for tests
@@ -70,6 +70,15 @@ def test_every_parameter_has_a_gradient(model: str) -> None:
     outputs = backbone(_image(64, 96))
     sum(output.square().mean() for output in outputs).backward()
     assert [name for name, one in backbone.named_parameters() if one.grad is None] == []
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_c5_does_not_depend_on_is_known(model: str) -> None:
+    """A task that looks at C5 alone runs under DistributedDataParallel all the same."""
+    backbone = _build(model).train()
+    backbone(_image(64, 96)).c5.square().mean().backward()
+    idle = [name for name, one in backbone.named_parameters() if one.grad is None]
+    assert bool(idle) == has_parallel_branches(backbone.name)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -320,7 +320,9 @@ def test_real_data_has_the_boxes_that_it_is_known_to_have(
 
 
 def test_real_label_fractions_name_real_pictures(shared_data: Path) -> None:
-    for path in sorted((shared_data / "label-fractions").glob("*-seed0.txt")):
+    paths = sorted((shared_data / "label-fractions").glob("*-seed0.txt"))
+    assert paths
+    for path in paths:
         data = path.name.rsplit("-", 2)[0]
         samples = open_(shared_data / data, "train", path)
         assert len(samples) == len(set(path.read_text().split()))

@@ -167,13 +167,17 @@ def test_nonsense_is_refused() -> None:
 
 def test_a_hundred_million_samples_open_at_once_and_small() -> None:
     sizes = np.full(100_000, 1000)
+
+    def opened() -> float:
+        start = time.process_time()
+        order = Order(sizes, seed=0)
+        for position in (0, 1, 99_999_999, 100_000_000, 5_000_000_000):
+            order[position]
+        return time.process_time() - start
+
+    assert min(opened() for _ in range(3)) < 0.5
     tracemalloc.start()
-    start = time.process_time()
-    order = Order(sizes, seed=0)
-    for position in (0, 1, 99_999_999, 100_000_000, 5_000_000_000):
-        order[position]
-    seconds = time.process_time() - start
+    opened()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert seconds < 0.5
     assert peak < 50e6

@@ -94,6 +94,7 @@ def test_a_killed_fetch_holds_neither_the_lock_nor_the_room(tmp_path: Path) -> N
     process = multiprocessing.get_context("fork").Process(target=hang, args=(cache, ready))
     process.start()
     while not ready.exists():
+        assert process.is_alive()
         time.sleep(0.01)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)

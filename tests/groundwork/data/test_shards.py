@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext
 
 from groundwork.data.shard_index import INDEX_NAME, SetIndex, default_key, split_member
 from groundwork.data.shards import open_shards
@@ -228,6 +229,7 @@ def test_every_name_round_trips_and_webdataset_finds_its_key(key: str) -> None:
     assert unescape_key(escaped) == key
     # Both webdataset's rule as we apply it to others' shards, and its own code.
     assert split_member(f"{escaped}.jpg") == (escaped, "jpg")
+    assert base_plus_ext(f"{escaped}.jpg") == (escaped, "jpg")
 
 
 @given(st.lists(PARTS, min_size=1, max_size=4).map("/".join))
