@@ -6,6 +6,8 @@ Every error says what is wrong, where, and what to do. Only a run.py turns one i
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
 # Of a file that is out of reach for now: a network file system, or this machine, is at its limits.
 _PASSING = frozenset(
@@ -41,9 +43,24 @@ class UnavailableError(DataError):
     """Data that cannot be reached now: no fault of the picture, which may be read later."""
 
 
-def not_read(error: OSError, sentence: str) -> DataError:
-    """Return the error for a file that could not be read: its own fault, or one that passes."""
-    return (UnavailableError if error.errno in _PASSING else DataError)(sentence)
+def not_read(error: OSError, sentence: str, folder: Path | None = None) -> DataError:
+    """Return the error for a file that could not be read: its own fault, or one that passes.
+
+    `folder` is that of the whole set: where it is gone or empty as well, the file is not to blame.
+    """
+    passing = error.errno in _PASSING or (
+        error.errno in (errno.ENOENT, errno.EIO) and folder is not None and _gone(folder)
+    )
+    return (UnavailableError if passing else DataError)(sentence)
+
+
+def _gone(folder: Path) -> bool:
+    """Tell whether a folder cannot be listed, or is empty, as where a disk is not mounted."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
 
 
 class CheckpointError(GroundworkError):

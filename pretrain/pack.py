@@ -27,7 +27,7 @@ from groundwork.data.label_lookup import LabelLookup, open_lookup
 from groundwork.data.reading import MAX_PIXELS, Reading, add_flags, stated_by
 from groundwork.errors import GroundworkError, UsageError
 from groundwork.files import write_file
-from pretrain.pack_labels import DEFECTS_NAME, summary, with_labels
+from pretrain.pack_labels import DEFECTS_NAME, UNNAMED, summary, with_labels
 from pretrain.pack_plan import (
     Findings,
     Source,
@@ -324,11 +324,16 @@ def _summary(
         f"{pictures:,} pictures in {shards:,} shards, {size / 1e6:,.1f} MB, in {folder}",
         f"  {len(made):,} shards written now, in {seconds:,.1f} s{speed}",
     ]
-    bad = [item for done in results for item in done.quarantined]
+    left_out = [item for done in results for item in done.quarantined]
+    bad = [item for item in left_out if item[1] != UNNAMED]
+    if len(bad) < len(left_out):
+        lines.append(
+            f"  {len(left_out) - len(bad):,} pictures left out that the labels do not name, see "
+            f"{folder / QUARANTINE_NAME}"
+        )
     if bad:
         lines.append(
-            f"  {len(bad):,} {'unreadable ' * (lookup is None)}pictures left out, see "
-            f"{folder / QUARANTINE_NAME}:"
+            f"  {len(bad):,} unreadable pictures left out, see {folder / QUARANTINE_NAME}:"
         )
         lines += [f"    {path!r}: {reason}" for path, reason in bad[:5]]
         lines += [f"    and {len(bad) - 5:,} more"] * (len(bad) > 5)

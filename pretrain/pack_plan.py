@@ -24,6 +24,7 @@ from pathlib import Path
 
 from groundwork.data.folders import walk
 from groundwork.data.label_policy import Labels
+from groundwork.data.lists import read_lines
 from groundwork.data.shard_index import default_key, sha256_text
 from groundwork.data.tar_format import BLOCK, PICTURE_SUFFIXES, picture_suffix
 from groundwork.data.write_shards import shard_name
@@ -145,9 +146,7 @@ def _walk(folder: str, other_files: Counter[str]) -> Iterator[str]:
 
 def _read_list(path: Path) -> tuple[str, list[str]]:
     """Read a list of pictures, one path a line, relative to the list's own folder."""
-    lines = os.fsdecode(path.read_bytes()).split("\n")
-    named = [line.strip("\r") for line in lines if line.strip()]
-    files = [os.path.abspath(path.parent / line) for line in named]  # noqa: PTH100
+    files = [os.path.abspath(path.parent / line) for line in read_lines(path)]  # noqa: PTH100
     folder = str(path.parent)
     if any(not file.startswith(folder.rstrip("/") + "/") for file in files):
         folder = os.path.commonpath([str(Path(file).parent) for file in files])

@@ -51,7 +51,7 @@ from groundwork.data.write_shards import (
 )
 from groundwork.errors import DataError, UsageError
 from groundwork.files import TEMPORARY_SUFFIX, write_file
-from pretrain.pack_labels import DEFECTS_NAME, labeled_member, settled, tile_member
+from pretrain.pack_labels import DEFECTS_NAME, UNNAMED, labeled_member, settled, tile_member
 from pretrain.pack_plan import PlannedShard, Source
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -349,12 +349,16 @@ def _check_bad_fraction(
     folder: Path, results: Sequence[Packed], pictures: int, limit: float
 ) -> None:
     """Raise DataError where too many of the pictures that were given are bad, tiled or not."""
-    bad = sum(len(done.quarantined) for done in results)
-    if any(done.row.pictures for done in results) and bad <= limit * pictures:
+    bad = [item for done in results for item in done.quarantined if item[1] != UNNAMED]
+    if any(done.row.pictures for done in results) and len(bad) <= limit * pictures:
         return
-    first = next(done.quarantined[0] for done in results if done.quarantined)
+    if not bad:
+        raise DataError(
+            f"The labels name none of the {pictures} pictures: give the labels of these pictures."
+        )
+    first = bad[0]
     raise DataError(
-        f"{bad} of {pictures} pictures cannot be read, the first being {first[0]!r} "
+        f"{len(bad)} of {pictures} pictures cannot be read, the first being {first[0]!r} "
         f"({first[1]}); all are in {folder / QUARANTINE_NAME}. Mend or remove them, or allow "
         "more with --max-bad-fraction."
     )

@@ -19,6 +19,7 @@ from groundwork.data.folders import files_below, walk
 from groundwork.data.foreign_shards import read_member
 from groundwork.data.shard_index import (
     INDEX_NAME,
+    SAMPLES_SUFFIX,
     SampleIndex,
     index_shard,
     is_set_index,
@@ -91,7 +92,7 @@ def verify(folder: Path, *, threads: int, progress: Callable[[int], object]) -> 
 
 
 def _is_indexed(folder: Path) -> bool:
-    return is_set_index(folder / INDEX_NAME) or any(folder.glob("*.samples.json"))
+    return is_set_index(folder / INDEX_NAME) or any(folder.glob(f"*{SAMPLES_SUFFIX}"))
 
 
 @dataclass(slots=True)
@@ -128,8 +129,8 @@ def _expected(folder: Path, problems: list[Problem]) -> list[Row]:
     else:
         problems.append(Problem(path, "the index of the set is missing", again))
     rows = []
-    for samples in sorted(folder.glob("*.samples.json")):
-        name = samples.name.removesuffix(".samples.json") + ".tar"
+    for samples in sorted(folder.glob(f"*{SAMPLES_SUFFIX}")):
+        name = samples.name.removesuffix(SAMPLES_SUFFIX) + ".tar"
         try:
             row = Row.of(name, SampleIndex.parse(samples.read_bytes(), str(samples)))
         except (OSError, DataError) as error:

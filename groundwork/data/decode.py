@@ -93,19 +93,29 @@ class Picture:
 
     `width` and `height` are the upright size in pixels, `channels` those of its pixels. Damage
     behind the header shows when the pixels are asked for: `cut` and `pixels` raise DataError too.
+    `orientation` is what the file says of how it lies, 1 to 8 as in EXIF.
     """
 
-    def __init__(self, data: bytes, image: Stored, orientation: int, reading: Reading) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        image: Stored,
+        orientation: int,
+        reading: Reading,
+        *,
+        turned: bool = False,  # by the reader of the format, its size included
+    ) -> None:
         self._data = data
         self._reading = reading
         self._fresh: Stored | None = image  # as the header left it, for one decode
         self.orientation = orientation
+        self._turn = 1 if turned else orientation
         self._decoded: Decoded | None = None
         self._scale = 0  # the scale of _decoded: 1, 2, 4, 8
         self._drafts = isinstance(image, JpegImagePlugin.JpegImageFile)
         self._stored_size = image.size
         width, height = image.size
-        self.width, self.height = (height, width) if orientation >= _EXCHANGED else (width, height)
+        self.width, self.height = (height, width) if self._turn >= _EXCHANGED else (width, height)
         self.channels = reading.channels
 
     def cut(self, boxes: Sequence[Box], size: tuple[int, int] | int) -> list[npt.NDArray[np.uint8]]:
@@ -121,7 +131,7 @@ class Picture:
         """
         height, width = (size, size) if isinstance(size, int) else size
         stored = [self._to_stored(self._checked(box)) for box in boxes]
-        if self.orientation >= _EXCHANGED:
+        if self._turn >= _EXCHANGED:
             height, width = width, height
         scale = _draft_scale(stored, width, height) if self._drafts else 1
         scaled = [_divided(box, scale) for box in stored]
@@ -178,14 +188,14 @@ class Picture:
             6: (top, far_left, bottom, far_right),
             7: (far_top, far_left, far_bottom, far_right),
             8: (far_top, left, far_bottom, right),
-        }[self.orientation]
+        }[self._turn]
 
     def _upright(self, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        if self.orientation >= _EXCHANGED:
+        if self._turn >= _EXCHANGED:
             stored = stored.swapaxes(0, 1)
-        if self.orientation in _COLUMNS_REVERSED:
+        if self._turn in _COLUMNS_REVERSED:
             stored = stored[:, ::-1]
-        if self.orientation in _ROWS_REVERSED:
+        if self._turn in _ROWS_REVERSED:
             stored = stored[::-1]
         return np.ascontiguousarray(stored)
 
@@ -237,7 +247,8 @@ def open_picture(data: bytes, reading: Reading = PLAIN) -> Picture:
         return Picture(data, image, image.orientation, reading)
     if image.format == "PNG" and "exif" not in image.info and b"eXIf" in data:
         _guard(image.load)  # PNG allows eXIf behind the pixels, where only decoding finds it
-    return Picture(data, image, _orientation(image), reading)
+    turned = image.format == "TIFF"  # Pillow does it by itself
+    return Picture(data, image, _orientation(image), reading, turned=turned)
 
 
 def _open(data: bytes, reading: Reading) -> Stored:
@@ -342,14 +353,12 @@ def _guard(action: Callable[[], Result]) -> Result:
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    # Pillow's TIFF reader turns the picture by itself, its size included. Pillow's getexif would
-    # decode a PNG that has none.
-    if image.format == "TIFF":
-        return 1
+    # Pillow's getexif would decode a PNG that has none.
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return 1
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else image.getexif()
+        value = tags.get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF: a defined answer, see above
         return 1
     return value if value in _ORIENTATIONS else 1

@@ -45,8 +45,9 @@ def index_foreign(tars: Sequence[Path], cache: Path) -> tuple[Path, Path]:
 
     Raises DataError for shards that cannot be read or indexed (`shard_index.index_shard`).
     """
-    root = Path(os.path.commonpath([tar.parent.absolute() for tar in tars]))
-    names = [tar.absolute().relative_to(root).as_posix() for tar in tars]
+    places = [Path(os.path.abspath(tar)) for tar in tars]  # noqa: PTH100 (pathlib keeps `..`)
+    root = Path(os.path.commonpath([place.parent for place in places]))
+    names = [place.relative_to(root).as_posix() for place in places]
     signature = _signature(tars, names)
     beside = root / FOLDER_NAME / signature
     # The same names, sizes and times may occur in two places; the cache serves them all.

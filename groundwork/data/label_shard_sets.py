@@ -12,6 +12,7 @@ class_0 and so on.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from groundwork.data.label_roots import find_root
 from groundwork.data.label_shards import ShardLabels, read_document, unlabeled
 from groundwork.data.label_table import MOST_CLASSES, SPLIT_WORDS, SPLITS, HeldOut, choose
 from groundwork.data.remote import is_remote, open_remote
 from groundwork.data.remote_samples import RemoteSamples
 from groundwork.data.scenes import CLASSES, open_scenes
 from groundwork.data.shard_index import INDEX_NAME, is_set_index
-from groundwork.data.shards import ShardSamples, open_shards
+from groundwork.data.shards import ShardSamples, is_tar, open_shards
 from groundwork.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 SCENES = "scenes"
 # Of the drawn scenes, in sixteenths: train has the first 14, val one, test one.
@@ -42,7 +46,7 @@ def find_shards(data: str) -> Mapping[str | None, str] | None:
     path = Path(data)
     if path.is_dir():
         if _has_shards(path):
-            return {None: data}
+            return None if _labels_lie_beside(path) else {None: data}
         return _splits_below(path) or None
     pattern = not path.exists() and any(mark in data for mark in "*?[{")
     return {None: data} if data.endswith(".tar") or pattern else None
@@ -65,9 +69,27 @@ def _splits_below(folder: Path) -> dict[str | None, str]:
 
 
 def _has_shards(folder: Path) -> bool:
-    return folder.is_dir() and (
-        is_set_index(folder / INDEX_NAME) or next(folder.glob("*.tar"), None) is not None
+    return folder.is_dir() and (is_set_index(folder / INDEX_NAME) or _tar_in(folder) is not None)
+
+
+def _tar_in(folder: Path) -> str | None:
+    return min((path.name for path in folder.glob("*.tar") if is_tar(path.name)), default=None)
+
+
+def _labels_lie_beside(folder: Path) -> bool:
+    """Tell whether a tar is what a labeled set came in, which lies unpacked beside it."""
+    if is_set_index(folder / INDEX_NAME):
+        return False
+    try:
+        find_root(str(folder))
+    except DataError:
+        return False
+    logger.warning(
+        "%s has labels in files as well as %s: the files are read, and the tar is not.",
+        folder,
+        _tar_in(folder),
     )
+    return True
 
 
 def open_shard_labels(

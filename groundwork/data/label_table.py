@@ -26,6 +26,7 @@ from groundwork.data.label_policy import (
     digest,
     find_broken,
 )
+from groundwork.data.lists import read_lines
 from groundwork.data.shard_index import default_key, sha256_text
 from groundwork.errors import DataError
 
@@ -241,12 +242,8 @@ def _named(names_in: Path, paths: Sequence[str]) -> list[int]:
     with or without its extension. Raises DataError for a name that no picture has or that several
     have, and for a file that cannot be read or names nothing.
     """
-    try:
-        lines = names_in.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise DataError(f"The list {names_in} cannot be read: {error.strerror}.") from error
-    wanted = [line.strip().removeprefix("./") for line in lines]
-    if not any(wanted):
+    wanted = [line.strip().removeprefix("./") for line in read_lines(names_in)]
+    if not wanted:
         raise DataError(f"The list {names_in} names no picture: write one name on each line.")
     by_name: dict[str, list[int]] = {}
     for number, path in enumerate(paths):
@@ -254,9 +251,7 @@ def _named(names_in: Path, paths: Sequence[str]) -> list[int]:
         for name in {base, default_key(base)}:
             by_name.setdefault(name, []).append(number)
     chosen: set[int] = set()
-    for number, name in enumerate(wanted, start=1):
-        if not name:
-            continue
+    for name in wanted:
         found = [
             place
             for place in by_name.get(name.rpartition("/")[2], [])
@@ -265,7 +260,7 @@ def _named(names_in: Path, paths: Sequence[str]) -> list[int]:
         if len(found) != 1:
             shown = f"several pictures, such as {paths[found[0]]!r}," if found else "no picture"
             raise DataError(
-                f"{names_in}, line {number}: {shown} of the data set have the name {name!r}: "
+                f"{names_in}: {shown} of the data set have the name {name!r}: "
                 "write a name as its file has it, with as many folders as tell it apart."
             )
         chosen.add(found[0])

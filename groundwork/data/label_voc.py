@@ -26,6 +26,7 @@ from pathlib import Path
 from groundwork.data.label_policy import NO_LABEL_FILE, NO_PICTURE, TWIN, Defects
 from groundwork.data.label_table import LabelTable, relative
 from groundwork.data.label_yolo import read_names
+from groundwork.data.lists import read_lines
 from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError
 
@@ -159,8 +160,7 @@ def _read_list(path: Path, pictures: Mapping[str, str]) -> list[str]:
     VOC's lists of one class have 1, 0 or -1 behind every name. Names may have blanks otherwise, and
     may end in a number.
     """
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in read_lines(path)]
     marked = [_MARKED.fullmatch(line) for line in lines]
     names = [match[1] for match in marked if match]
     if len(names) < len(lines) or all(_stem(line) in pictures for line in lines):

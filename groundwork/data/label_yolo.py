@@ -24,8 +24,9 @@ from typing import Any
 
 from groundwork.config import parse_yaml
 from groundwork.data.folders import walk
-from groundwork.data.label_policy import NO_LABEL_FILE, NO_PICTURE, Defects
+from groundwork.data.label_policy import NO_LABEL_FILE, NO_PICTURE, TWIN, Defects
 from groundwork.data.label_table import MOST_CLASSES, LabelTable, relative
+from groundwork.data.lists import read_lines
 from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError, UsageError
 
@@ -197,11 +198,14 @@ def read_names(path: Path) -> tuple[str, ...]:
 
 
 def _table(root: YoloRoot, sources: Sequence[Path], defects: Defects) -> LabelTable:
-    pictures = list(dict.fromkeys(path for source in sources for path in _pictures(source)))
-    if not pictures:
+    first: dict[str, str] = {}  # label file -> picture
+    for picture in dict.fromkeys(path for source in sources for path in _pictures(source)):
+        if first.setdefault(label_file(picture), picture) != picture:
+            defects.add(TWIN, picture)
+    if not first:
         shown = ", ".join(map(str, sources))
         raise DataError(f"There is no picture in {shown}.")
-    files = [label_file(picture) for picture in pictures]
+    files, pictures = list(first), list(first.values())
     with ThreadPoolExecutor(_THREADS) as pool:
         contents = list(pool.map(_content, files))
     if all(content is None for content in contents):
@@ -236,14 +240,9 @@ def _pictures(source: Path) -> list[str]:
         return sorted(found)
     if source.suffix != ".txt":
         raise DataError(f"{source} is neither a folder of pictures nor a list of them (.txt).")
-    try:
-        lines = source.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise DataError(f"The list {source} cannot be read: {error.strerror}.") from error
     return [
         os.path.abspath(source.parent / line.strip())  # noqa: PTH100
-        for line in lines
-        if line.strip()
+        for line in read_lines(source)
     ]
 
 

@@ -31,7 +31,7 @@ from groundwork.data.shard_index import (
     sha256_text,
 )
 from groundwork.data.shards import Sample
-from groundwork.errors import DataError, UnavailableError
+from groundwork.errors import DataError, UnavailableError, not_read
 
 _LOGGER = logging.getLogger(__name__)
 _STREAMS = 4  # shards fetched at once by one process
@@ -109,7 +109,10 @@ class RemoteSamples:
             os.close(descriptor)
 
     def _bytes(self, descriptor: int, shard: int, key: str, offset: int, size: int) -> bytes:
-        content = os.pread(descriptor, size, offset)
+        try:
+            content = os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise self._unusable(shard, error) from error
         if len(content) != size:
             raise DataError(
                 f"The cached copy of {self._url(shard)} ends inside the sample {key!r}: delete"
@@ -189,6 +192,18 @@ class RemoteSamples:
 
     def _open(self, shard: int) -> tuple[int, SampleIndex]:
         """Return a descriptor of a shard's tar, for the caller to close, and its sample index."""
+        try:
+            return self._cached_or_fetched(shard)
+        except OSError as error:
+            raise self._unusable(shard, error) from error
+
+    def _unusable(self, shard: int, error: OSError) -> DataError:
+        sentence = f"The cached copy of {self._url(shard)} cannot be used ({error.strerror})"
+        return not_read(
+            error, f"{sentence}: look after {self._cache.folder}, or set another data.cache."
+        )
+
+    def _cached_or_fetched(self, shard: int) -> tuple[int, SampleIndex]:
         key = self._key(shard)
         samples = self._samples.get(shard)
         descriptor = self._cache.open(key)

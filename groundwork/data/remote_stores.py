@@ -202,6 +202,15 @@ def read(store: Store, name: str) -> bytes:
     return _tried(attempt, threading.Event())
 
 
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Tell a disk's errors, which are ours, from those of the connection."""
+    try:
+        yield
+    except OSError as error:
+        raise UnavailableError(f"The cache cannot be written: {error}.") from error
+
+
 def fetch(
     store: Store, name: str, begin: Callable[[int | None], Any], stop: threading.Event
 ) -> tuple[int, str]:
@@ -214,17 +223,22 @@ def fetch(
     def attempt() -> tuple[int, str]:
         digest = hashlib.sha256()
         count = 0
-        with store.open(name) as (reader, length), begin(length) as file:
-            while piece := reader.read(_CHUNK):
-                if stop.is_set():
-                    raise Stopped
-                try:
-                    file.write(piece)
-                except OSError as error:  # ours, not the connection's
-                    raise UnavailableError(f"The cache cannot be written: {error}.") from error
-                digest.update(piece)
-                count += len(piece)
-            file.truncate()
+        with store.open(name) as (reader, length):
+            with _writing():
+                file = begin(length)
+            try:
+                while piece := reader.read(_CHUNK):
+                    if stop.is_set():
+                        raise Stopped
+                    with _writing():
+                        file.write(piece)
+                    digest.update(piece)
+                    count += len(piece)
+                with _writing():
+                    file.truncate()
+            finally:
+                with _writing():
+                    file.close()
         _check_whole(count, length)
         return count, digest.hexdigest()
 

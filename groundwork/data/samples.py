@@ -8,6 +8,7 @@ pictures on, shards are the better form (python -m pretrain.pack).
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from array import array
@@ -17,13 +18,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from groundwork.data.folders import files_below
+from groundwork.data.folders import walk
+from groundwork.data.lists import read_lines
 from groundwork.data.remote import is_remote, open_remote
 from groundwork.data.scenes import open_scenes
 from groundwork.data.shard_index import INDEX_NAME, default_key, is_set_index, sha256_text
-from groundwork.data.shards import Sample, Samples, open_shards
+from groundwork.data.shards import Sample, Samples, is_tar, mixed, open_shards
 from groundwork.data.tar_format import MAX_MEMBER_BYTES, PICTURE_SUFFIXES, picture_suffix
 from groundwork.errors import DataError, UsageError, not_read
+
+logger = logging.getLogger(__name__)
 
 SCENES = "scenes"
 _PACK_HINT = "`python -m pretrain.pack IMAGES SHARDS` makes shards of a folder of pictures."
@@ -54,20 +58,46 @@ def open_samples(
 
 
 def _refuse_doubles(given: Sequence[str], key: str) -> None:
-    """Raise DataError where one place is named twice, or lies in another one."""
+    """Raise DataError where one place is named twice, or lies in another one.
+
+    Of a text file's pictures the folders are looked at, and all else that it names.
+    """
     places: dict[str, str] = {}
     for item in given:
         place = item.rstrip("/") if _scheme(item) else os.path.realpath(item)
         if place in places:
             raise DataError(f"{key} names {item} twice: name each of them once.")
         places[place] = item
-    for place, item in places.items():
-        for above in () if _scheme(item) else Path(place).parents:
-            if str(above) in places:
-                raise DataError(
-                    f"{key} names {item}, which lies in {places[str(above)]}: its pictures would "
-                    "be there twice. Name one of the two."
-                )
+    inner = {
+        (str(above), item) for item in given if not _scheme(item)
+        for above in Path(os.path.realpath(item)).parents
+    }  # fmt: skip
+    if len(given) > 1:
+        inner |= {
+            (str(above), f"{item}, whose {place}")
+            for item in given
+            for place in _listed_places(item)
+            for above in (place, *Path(place).parents)
+        }
+    for above, item in sorted(inner):
+        if above in places:
+            raise DataError(
+                f"{key} names {item}, which lies in {places[above]}: its pictures would be there "
+                "twice. Name one of the two."
+            )
+
+
+def _listed_places(item: str) -> set[str]:
+    """Return what a text file names, and of its pictures the folders that they lie in."""
+    path = Path(item)
+    if _scheme(item) or path.suffix != ".txt" or not path.is_file():
+        return set()
+    named = {
+        os.path.dirname(line) if picture_suffix(line) else line  # noqa: PTH120 (there are many)
+        for line in read_lines(path)
+        if not _scheme(line)
+    }
+    return {os.path.realpath(path.parent / place) for place in named}
 
 
 def _open_one(train: str, cache: Path, cache_bytes: int, key: str) -> Samples:
@@ -78,7 +108,6 @@ def _open_one(train: str, cache: Path, cache_bytes: int, key: str) -> Samples:
     _refuse_schemes(train, key)
     path = Path(train)
     if _is_local_shards(train):
-        _refuse_mixed(path, key)
         return open_shards(train, cache)
     if path.name == INDEX_NAME and is_set_index(path):
         return open_shards(path.parent, cache)
@@ -86,8 +115,8 @@ def _open_one(train: str, cache: Path, cache_bytes: int, key: str) -> Samples:
         try:
             return FolderSamples(path)
         except DataError:
-            if files_below(path, ".tar"):  # shards, but all of them in folders of their own
-                return open_shards(train, cache)
+            if any(is_tar(name) for _, names in walk(path) for name in names):
+                return open_shards(train, cache)  # all of them in folders of their own
             raise
     if path.is_file() and train.endswith(".txt"):
         return _open_list(path, cache, cache_bytes, key)
@@ -113,23 +142,8 @@ def _is_local_shards(train: str) -> bool:
         if is_set_index(path / INDEX_NAME):
             return True
         with os.scandir(path) as entries:
-            return any(entry.name.endswith(".tar") for entry in entries)
+            return any(is_tar(entry.name) for entry in entries)
     return train.endswith(".tar") or (not path.exists() and any(mark in train for mark in "*?[{"))
-
-
-def _refuse_mixed(path: Path, key: str) -> None:
-    """Raise DataError for a folder of tars that nobody indexed in which pictures lie, too."""
-    if not path.is_dir() or is_set_index(path / INDEX_NAME):
-        return
-    with os.scandir(path) as entries:
-        names = sorted(e.name for e in entries if not e.name.startswith("."))
-    picture = next((name for name in names if picture_suffix(name)), None)
-    if picture is not None:
-        tar = next(name for name in names if name.endswith(".tar"))
-        raise DataError(
-            f"{key}={path} holds pictures ({picture}) as well as a tar ({tar}): put them into "
-            "folders of their own, and name one of these, or both."
-        )
 
 
 def _scheme(train: str) -> str:
@@ -215,7 +229,7 @@ class PictureFiles:
                 content = file.read()
         except OSError as error:
             sentence = f"The picture {file_path} cannot be read: {error.strerror}."
-            raise not_read(error, sentence) from error
+            raise not_read(error, sentence, self.root) from error
         return Sample(default_key(path), content, _label(path), str(file_path), 0)
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -234,11 +248,14 @@ class FolderSamples(PictureFiles):
     of links has an end. No folder is read twice. A link that leads nowhere is kept, and is a bad
     picture when it is read.
 
-    Raises DataError where there is no picture.
+    Raises DataError where there is no picture, and where tars lie among the pictures.
     """
 
     def __init__(self, root: Path) -> None:
-        super().__init__(root, _pictures_below(root), str(root))
+        tars: list[str] = []
+        super().__init__(root, _pictures_below(root, tars), str(root))
+        if len(self) and tars:
+            raise mixed(root, self.path(0), tars[0])
         if not len(self):
             raise DataError(
                 f"There is no picture in {root.absolute()} or below it: looked for the extensions"
@@ -246,8 +263,11 @@ class FolderSamples(PictureFiles):
             )
 
 
-def _pictures_below(root: Path) -> Iterator[tuple[str, int]]:
-    """Yield (relative path, bytes) of every picture, folder by folder, each sorted by name."""
+def _pictures_below(root: Path, tars: list[str]) -> Iterator[tuple[str, int]]:
+    """Yield (relative path, bytes) of every picture, folder by folder, each sorted by name.
+
+    Relative paths of tars that are passed go into `tars`.
+    """
     own = os.path.realpath(root)
     walked: set[str] = set()  # real paths
     # A stack instead of recursion: what is on top comes next, so names go on it in reverse.
@@ -269,6 +289,8 @@ def _pictures_below(root: Path) -> Iterator[tuple[str, int]]:
                     found.append((below + "/", real.rstrip("/") + "/"))
             elif picture_suffix(entry.name) and (entry.is_symlink() or entry.is_file()):
                 found.append((below, entry.path))
+            elif is_tar(entry.name):
+                tars.append(below)
         stack.extend(reversed(found))
 
 
@@ -306,13 +328,19 @@ def _label(path: str) -> str | None:
 
 def _open_list(path: Path, cache: Path, cache_bytes: int, key: str) -> Samples:
     """Open a text file of paths, one a line, relative to the folder that the file lies in."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    except OSError as error:
-        raise DataError(f"The list {path} cannot be read: {error.strerror}.") from error
-    given = [line.removesuffix("\r") for line in lines if line.strip()]
+    lines = read_lines(path)
+    once = {line if _scheme(line) else os.path.normpath(line): line for line in reversed(lines)}
+    given = list(reversed(once.values()))
+    if len(given) < len(lines):
+        logger.warning(
+            "The list %s names %d things more than once: each is in once.",
+            path,
+            len(lines) - len(given),
+        )
     pictures = [line for line in given if picture_suffix(line) and not _scheme(line)]
     others = [line for line in given if not picture_suffix(line) or _scheme(line)]
+    if any(os.path.realpath(path.parent / line) == os.path.realpath(path) for line in others):
+        raise DataError(f"The list {path} names itself: take that line out.")
     parts: list[Samples] = []
     if pictures:
         parts.append(PictureFiles(path.parent, pictures, str(path)))

@@ -281,9 +281,12 @@ class SetIndex:
         return index
 
 
+SAMPLES_SUFFIX = ".samples.json"
+
+
 def samples_name(shard: str) -> str:
     """Return the name of the sample index beside a shard."""
-    return shard.removesuffix(".tar") + ".samples.json"
+    return shard.removesuffix(".tar") + SAMPLES_SUFFIX
 
 
 def is_set_index(path: Path) -> bool:

@@ -28,6 +28,7 @@ from groundwork.data.folders import walk
 from groundwork.data.foreign_shards import index_foreign
 from groundwork.data.shard_index import (
     INDEX_NAME,
+    SAMPLES_SUFFIX,
     SampleIndex,
     SetIndex,
     is_set_index,
@@ -35,6 +36,7 @@ from groundwork.data.shard_index import (
     sha256_bytes,
     sha256_text,
 )
+from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError, UsageError, not_read
 
 # More than a shuffle window (16 shards) together with the next one.
@@ -215,6 +217,7 @@ class ShardSamples:
                 error,
                 f"The shard {place.tar} cannot be opened: {error.strerror}. Copy it again; find "
                 f"every damage with `{verify_command(place.tar.parent)}`.",
+                place.tar.parent,
             ) from error
         found = os.fstat(descriptor).st_size
         if found != place.tar_bytes:
@@ -239,7 +242,7 @@ def _bytes(descriptor: int, place: Shard, key: str, offset: int, size: int) -> b
             content += more
     except OSError as error:
         sentence = f"The sample {key!r} of the shard {place.tar} cannot be read"
-        raise not_read(error, f"{sentence}: {error.strerror}.") from error
+        raise not_read(error, f"{sentence}: {error.strerror}.", place.tar.parent) from error
     if len(content) != size:
         raise DataError(
             f"The shard {place.tar} ends inside the sample {key!r}: it has been cut off since it "
@@ -255,7 +258,7 @@ def read_sample_index(place: Shard, pictures: int) -> SampleIndex:
         content = place.samples.read_bytes()
     except OSError as error:
         sentence = f"The index {place.samples} cannot be read ({error.strerror}): {advice}."
-        raise not_read(error, sentence) from error
+        raise not_read(error, sentence, place.samples.parent) from error
     if sha256_bytes(content) != place.samples_sha256:
         raise DataError(
             f"The index {place.samples} is not the one that index.json means: {advice}."
@@ -307,21 +310,33 @@ def _open_item(item: str, index_cache: Path) -> list[ShardSet]:
     if item.startswith("pipe:"):
         raise DataError(f"Shards that are commands are not run: {item!r}. Name files instead.")
     path = Path(item)
+    deeper: list[ShardSet] = []
     if path.is_dir():
         if is_set_index(path / INDEX_NAME):
+            _refuse_below(path)
             return [_open_own(path, None)]
         places = list(walk(item))
         whole = [Path(place) for place, _ in places if is_set_index(Path(place, INDEX_NAME))]
         inside = {str(place) for place in whole}
-        tars = [
-            os.path.join(place, name)  # noqa: PTH118
-            for place, names in places
-            for name in names
-            if name.endswith(".tar") and place not in inside
-        ]
+        others = [(place, name) for place, names in places if place not in inside for name in names]
+        tars = [os.path.join(*one) for one in others if is_tar(one[1])]  # noqa: PTH118
+        picture = next((one for one in others if picture_suffix(one[1])), None)
+        if picture is not None and (tars or whole):
+            shown = tars[0] if tars else str(whole[0] / INDEX_NAME)
+            raise mixed(path, os.path.join(*picture), shown)  # noqa: PTH118
     else:
         whole = []
         tars = _expanded(item)
+        for odd in [name for name in tars if not name.endswith(".tar")]:
+            if not Path(odd).is_dir():
+                raise DataError(
+                    f"{item!r} matches {odd}, which is neither a tar nor a folder of them: name "
+                    "pictures by their folder, or by a list (.txt)."
+                )
+            tars.remove(odd)
+            deeper += _open_item(odd, index_cache)
+        if deeper and not tars:
+            return deeper
     if not tars and not whole:
         raise DataError(f"No shard found: {item!r} is, or matches, no tar file.")
     # Text, not paths, which would take seconds for 100,000 shards.
@@ -332,12 +347,38 @@ def _open_item(item: str, index_cache: Path) -> list[ShardSet]:
     own = [folder for folder in names if _is_own(Path(folder))]
     sets = [_open_own(folder, None) for folder in whole]
     sets += [_open_own(Path(folder), names.pop(folder)) for folder in own]
-    others = [Path(folder) / name for folder in names for name in names[folder]]
-    if others:
-        root, home = index_foreign(others, index_cache)
+    foreign = [Path(folder) / name for folder in names for name in names[folder]]
+    if foreign:
+        root, home = index_foreign(foreign, index_cache)
         index = read_set_index(home / INDEX_NAME)
         sets.append(ShardSet(root, home, index, np.arange(len(index)), index.fingerprint()))
-    return sets
+    return deeper + sets
+
+
+def is_tar(name: str) -> bool:
+    """Tell whether a file's name is that of a tar; those that begin with a dot are passed over."""
+    return name.endswith(".tar") and not name.startswith(".")
+
+
+def mixed(where: Path, picture: str, tar: str) -> DataError:
+    """Return the error for a folder in which pictures lie as well as shards."""
+    return DataError(
+        f"{where} holds pictures ({picture}) as well as tar shards ({tar}): put them into folders "
+        "of their own, and name one of these, or both."
+    )
+
+
+def _refuse_below(folder: Path) -> None:
+    """Raise DataError for a set of ours with folders in it whose data would be passed over."""
+    with os.scandir(folder) as entries:
+        below = [one.path for one in entries if one.is_dir() and not one.name.startswith(".")]
+    for place, names in (found for one in below for found in walk(one)):
+        data = next((name for name in names if is_tar(name) or picture_suffix(name)), None)
+        if data is not None:
+            raise DataError(
+                f"{folder} is a set of shards, and {place} in it holds more ({data}), which its "
+                "index.json does not name: put that into a folder of its own, and name both."
+            )
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -349,7 +390,8 @@ def _expanded(pattern: str) -> list[str]:
         if any(mark in name for mark in "*?["):
             anchor = Path(name).anchor
             matches = Path(anchor or ".").glob(str(Path(name).relative_to(anchor)))
-            found.extend(sorted(map(str, matches)))
+            hidden = Path(name).name.startswith(".")
+            found.extend(sorted(str(one) for one in matches if hidden or one.name[0] != "."))
         elif name != pattern:  # whether it exists shows when its folder is looked at
             found.append(name)
     return found
@@ -380,13 +422,19 @@ def _is_own(folder: Path) -> bool:
             f"The packing of {folder} was not finished: run the same `python -m pretrain.pack` "
             "command again, and it goes on where it stopped."
         )
+    if next(folder.glob(f"*{SAMPLES_SUFFIX}"), None) is not None:
+        raise DataError(
+            f"The shards of {folder} were packed here, and their {INDEX_NAME} is not there or "
+            f"damaged: copy it again; see `{verify_command(folder)}`. (Without the files "
+            f"*{SAMPLES_SUFFIX} they are read as anybody's tars, as many as there are.)"
+        )
     return False
 
 
 def _open_own(folder: Path, chosen: list[str] | None) -> ShardSet:
     """Open shards of ours: the whole folder, or the chosen ones in their order."""
     index = read_set_index(folder / INDEX_NAME)
-    present = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar")}
+    present = {entry.name for entry in os.scandir(folder) if is_tar(entry.name)}
     advice = f"see `{verify_command(folder)}`"
     if chosen is None:
         rows = list(range(len(index)))

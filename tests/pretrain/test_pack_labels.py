@@ -44,6 +44,28 @@ def all_boxes(samples: LabeledSamples) -> dict[str, Any]:
     return found
 
 
+def test_pictures_that_the_labels_do_not_name_are_left_out_and_no_damage(
+    tmp_path: Path, make_jpeg: MakeJpeg, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = {
+        "images": [{"id": 1, "file_name": "0.jpg", "width": 64, "height": 48}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 20]}],
+        "categories": [{"id": 1, "name": "car"}],
+    }
+    pictures = tmp_path / "pictures"
+    for number in range(10):
+        write(pictures / f"{number}.jpg", make_jpeg(number))
+    write(tmp_path / "labels.json", json.dumps(document))
+    command = ["--labels", tmp_path / "labels.json", pictures]
+    assert pack(*command, tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    assert "1 pictures in 1 shards" in told
+    assert "9 pictures left out that the labels do not name" in told
+    (pictures / "0.jpg").unlink()
+    assert pack(*command, tmp_path / "none") == 3
+    assert "The labels name none of the 9 pictures" in capsys.readouterr().err
+
+
 @pytest.fixture
 def root(tmp_path: Path, make_jpeg: MakeJpeg) -> Path:
     """A YOLO data set with boxes, background, a box to clip, and a copy."""
@@ -166,7 +188,7 @@ def test_a_json_that_came_alone_finds_pictures_by_name_and_leaves_others_out(
     path = write(tmp_path / "elsewhere" / "boxes.json", coco("train/a.jpg", "b.c.jpg"))
     assert pack("--labels", path, root / "images", tmp_path / "shards") == 0
     told = capsys.readouterr().out
-    assert "2 pictures left out" in told and "the labels do not name it" in told
+    assert "2 pictures left out that the labels do not name" in told
     assert all_boxes(open_(tmp_path / "shards")) == {
         "a": ([[0, 1, 5, 6]], [0]),
         "b.c": ([[1, 1, 6, 6]], [0]),

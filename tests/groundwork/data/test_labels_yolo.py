@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from groundwork.data import label_policy
+from groundwork.data.label_policy import TWIN
 from groundwork.data.labels import splits_of
 from groundwork.errors import DataError
 from tests.groundwork.data.label_sets import (
@@ -115,6 +116,31 @@ def test_a_line_that_cannot_be_meant_is_refused_with_its_number(
     path = write(root / "labels" / "train" / "a.b.txt", f"0 0.5 0.5 0.1 0.1\n{line}\n")
     with pytest.raises(DataError, match=rf"{path}, line 2: .*{match}"):
         open_(root, "train")
+
+
+def test_two_pictures_of_one_stem_have_one_label_file_and_the_second_is_left_out(
+    tmp_path: Path, make_jpeg: MakeJpeg
+) -> None:
+    root = write_yolo(tmp_path / "set", make_jpeg)
+    write(root / "images" / "train" / "a.b.png", make_jpeg(7))
+    samples = open_(root, "train")
+    assert sum(key.endswith("a.b") for key in all_boxes(samples)) == 1
+    assert [(d.reason, d.file) for d in samples.defects if d.reason == TWIN] == [
+        (TWIN, str(root / "images" / "train" / "a.b.png"))
+    ]
+
+
+def test_an_archive_beside_its_unpacked_set_is_passed_over(
+    tmp_path: Path, make_jpeg: MakeJpeg, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_yolo(tmp_path / "set", make_jpeg)
+    expected = all_boxes(open_(root, "train"))
+    write(root / "._dataset.tar", b"what macOS leaves")
+    assert all_boxes(open_(root, "train")) == expected and not caplog.text
+    write(root / "dataset.tar", b"whatever")
+    assert splits_of(str(root)) == ("train", "val")
+    assert all_boxes(open_(root, "train")) == expected
+    assert "labels in files as well as dataset.tar" in caplog.text
 
 
 def test_a_class_without_names_still_must_not_be_negative(

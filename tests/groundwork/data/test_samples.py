@@ -21,7 +21,7 @@ from groundwork.data.samples import FolderSamples, JoinedSamples, PictureFiles, 
 from groundwork.data.shard_index import SetIndex
 from groundwork.data.shards import Samples, ShardSamples
 from groundwork.data.write_shards import write_shards
-from groundwork.errors import DataError, UsageError
+from groundwork.errors import DataError, UnavailableError, UsageError
 from tests.groundwork.data.web import serving
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -120,8 +120,60 @@ def test_a_link_to_a_folder_around_a_linked_one_is_followed(
 def test_pictures_and_a_stray_tar_in_one_folder_are_refused(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(folder / "backup.tar", "w") as tar:
         tar.add(folder / "b.jpg", "b.jpg")
-    with pytest.raises(DataError, match=r"pictures \(A\.JPG\) as well as a tar \(backup\.tar\)"):
+    with pytest.raises(DataError, match=r"pictures .* as well as tar shards .*backup\.tar\)"):
         opened(str(folder), tmp_path)
+    (folder / "backup.tar").rename(folder / "ships" / "deep" / "backup.tar")
+    with pytest.raises(DataError, match=r"pictures .* as well as tar shards .*backup\.tar\)"):
+        opened(str(folder), tmp_path)
+    (folder / "ships" / "deep" / "backup.tar").rename(folder / "._backup.tar")  # as macOS leaves
+    assert len(opened(str(folder), tmp_path)) == 6
+
+
+def test_nothing_is_passed_over_where_sets_and_pictures_lie_in_one_tree(
+    folder: Path, tmp_path: Path, make_jpeg: Make
+) -> None:
+    pictures = [(f"{number}", {"jpg": make_jpeg(number)}) for number in range(4)]
+    write_shards(folder.parent / "tree" / "set", pictures, shard_size=2)
+    tree = tmp_path / "tree"
+    assert len(opened(str(tree), tmp_path)) == 4
+    folder.rename(tree / "pictures")
+    with pytest.raises(DataError, match=r"pictures .* as well as tar shards"):
+        opened(str(tree), tmp_path)
+    assert len(opened([str(tree / "set"), str(tree / "pictures")], tmp_path)) == 10
+    (tree / "pictures").rename(tree / "set" / "more")
+    with pytest.raises(DataError, match=r"set is a set of shards, and .*more.* holds more"):
+        opened(str(tree / "set"), tmp_path)
+
+
+def test_a_list_names_each_picture_once_whatever_tool_wrote_it(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = folder / "list.txt"
+    names.write_bytes("\ufeffb.jpg\r\nA.JPG\r\n./b.jpg\r\nA.JPG\r\n".encode())
+    samples = opened(str(names), tmp_path)
+    assert keys(samples) == ["b", "A"]
+    assert "names 2 things more than once" in caplog.text
+    other = tmp_path / "other.txt"
+    other.write_text(f"{folder / 'ships/x.y.png'}\n")
+    with pytest.raises(DataError, match=r"other\.txt, whose .*ships, which .* be there twice"):
+        opened([str(other), str(folder)], tmp_path)
+    names.write_text("list.txt\n")
+    with pytest.raises(DataError, match="names itself"):
+        opened(str(names), tmp_path)
+
+
+def test_a_disk_that_is_not_there_any_more_is_waited_for(folder: Path, tmp_path: Path) -> None:
+    samples = opened(str(folder), tmp_path)
+    (folder / "A.JPG").unlink()
+    with pytest.raises(DataError) as caught:
+        samples.read(0, 0)
+    assert not isinstance(caught.value, UnavailableError)  # this picture alone
+    folder.rename(tmp_path / "unmounted")
+    with pytest.raises(UnavailableError, match=r"A\.JPG cannot be read"):
+        samples.read(0, 0)
+    folder.mkdir()
+    with pytest.raises(UnavailableError):
+        samples.read(0, 0)
 
 
 def test_pictures_beside_shards_are_shuffled_like_shards(tmp_path: Path) -> None:

@@ -137,6 +137,34 @@ def test_a_missing_or_an_extra_shard_is_noticed_at_the_start(tmp_path: Path) -> 
         open_shards(folder, tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["gone", "empty", "flipped"])
+def test_a_set_without_its_index_is_not_read_as_a_smaller_one(tmp_path: Path, damage: str) -> None:
+    folder = write_set(tmp_path / "set")
+    index = folder / "index.json"
+    content = bytearray(index.read_bytes())
+    content[5] ^= 1
+    index.write_bytes(content if damage == "flipped" else b"")
+    if damage == "gone":
+        index.unlink()
+    next(folder.glob("*.tar")).unlink()
+    with pytest.raises(DataError, match=r"their index\.json is not there or damaged.*verify"):
+        open_shards(folder, tmp_path / "cache")
+    for samples in folder.glob("*.samples.json"):
+        samples.unlink()
+    assert len(open_shards(folder, tmp_path / "cache")) == 4
+
+
+def test_patterns_over_folders_open_them_and_over_pictures_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_set(tmp_path / "sets" / name)
+    cache = tmp_path / "cache"
+    for pattern in ("sets/*", "sets/{a,b}"):
+        assert len(open_shards(str(tmp_path / pattern), cache)) == 14
+    (tmp_path / "sets" / "c.jpg").write_bytes(b"no tar")
+    with pytest.raises(DataError, match=r"matches .*c\.jpg, which is neither a tar nor a folder"):
+        open_shards(str(tmp_path / "sets" / "*"), cache)
+
+
 def test_a_shard_cut_off_later_is_named_and_the_others_still_read(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set")
     shards = open_shards(folder, tmp_path)
