@@ -23,22 +23,19 @@ from groundwork.config import (
     validate,
 )
 from groundwork.settings import (
-    BackboneKeys,
-    Budget,
-    CheckpointKeys,
+    WHOLE,
     Count,
     Data,
     Ema,
     Fraction,
-    Guard,
-    Log,
     Optimiser,
+    RunKeys,
     Schedule,
+    Side,
 )
 
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Side = Annotated[int, Field(ge=32, multiple_of=32)]
 
 
 # Where a detector's recipe differs from pretraining's; one key given leaves the others as here.
@@ -165,17 +162,13 @@ class EvalKeys(Section):
     patience_from: Fraction = 0.5  # share of the budget before which patience does not count
 
 
-class Recipe(Section):
+class Recipe(RunKeys):
     """A fine-tuning recipe, resolved: what runs is what is written in the run folder."""
 
-    backbone: BackboneKeys = BackboneKeys()
     detector: DetectorKeys = DetectorKeys()
     data: LabeledData = LabeledData()
     image_size: Side = 640  # longer side of what the network sees, px
     image_sizes: tuple[Side, ...] = ()  # multi-scale: every batch draws one; empty: image_size
-    batch_size: Count = 16  # of one optimiser step, over all ranks
-    accumulate: Count = 1  # forwards for one optimiser step
-    budget: Budget = Budget(epochs=100)
     phases: tuple[Phase, ...] = ()
     optim: Optim = Optim()
     schedule: Annotated[Schedule, starting_from(SCHEDULE)] = SCHEDULE
@@ -190,21 +183,14 @@ class Recipe(Section):
     augment: Augment = Augment()
     regularize: Regularize = Regularize()
     eval: EvalKeys = EvalKeys()
-    report: bool = True  # report.html at the end, see finetune/report.py
-    checkpoint: CheckpointKeys = CheckpointKeys()
-    log: Log = Log()
-    guard: Guard = Guard()
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False  # compiles backbone, neck and head in place
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    threads: Count | None = None  # of a one-process CPU run; null: all allowed cores
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        for size in (self.batch_size, *(p.batch_size or self.batch_size for p in self.phases)):
-            if size % self.accumulate:
+        for phase in self.phases:
+            if phase.batch_size is not None and phase.batch_size % self.accumulate:
                 raise ValueError(
-                    f"batch_size={size} is not divisible by accumulate={self.accumulate}"
+                    f"phases: batch_size={phase.batch_size} is not divisible by "
+                    f"accumulate={self.accumulate}"
                 )
         if self.freeze.neck > self.freeze.backbone:
             raise ValueError(
@@ -217,10 +203,6 @@ class Recipe(Section):
         if ends != sorted(set(ends)):
             raise ValueError("phases: each `until` must be larger than the one before it")
         return self
-
-
-# A later layer that sets one budget replaces the earlier layer's.
-WHOLE = frozenset({"budget"})
 
 
 def resolve(recipe: str | None, overrides: Sequence[str]) -> Recipe:

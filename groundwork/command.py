@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from groundwork.backbones import METADATA_KEY
-from groundwork.config import Section, merge, parse_overrides, read_yaml
+from groundwork.config import merge, parse_overrides, read_yaml
 from groundwork.errors import GroundworkError, StoppedError, UsageError
 from groundwork.files import write_file
-from groundwork.settings import BackboneKeys
+from groundwork.settings import WHOLE, BackboneKeys, RunKeys
 
-RecipeT = TypeVar("RecipeT", bound=Section)
+RecipeT = TypeVar("RecipeT", bound=RunKeys)
 
 logger = logging.getLogger("groundwork.command")
 
@@ -171,7 +171,7 @@ def with_backbone_of_init(recipe: RecipeT, options: argparse.Namespace) -> Recip
     Only a file of ours names one. What cannot be read here is told where the file is loaded.
     """
     init: Path | None = options.init
-    chosen: BackboneKeys = recipe.backbone  # type: ignore[attr-defined]
+    chosen = recipe.backbone
     if init is None or "name" in chosen.model_fields_set or init.suffix != ".safetensors":
         return recipe
     from safetensors import SafetensorError, safe_open
@@ -216,7 +216,6 @@ def recipe_of_run(
     stage: str,
     build: Callable[[dict[str, Any]], RecipeT],
     refuse_changes: Callable[[RecipeT, RecipeT], list[str]],
-    whole: frozenset[str],
 ) -> RecipeT:
     """Return the recipe of the run that --resume names, with the overrides laid over it.
 
@@ -226,7 +225,7 @@ def recipe_of_run(
     options.resume, folder = find_run(options.resume, stage)
     check_other_folder(options.out, folder)
     old = build(read_yaml(folder / "recipe.yaml"))
-    new = build(merge(old.model_dump(mode="json"), parse_overrides(options.overrides), whole))
+    new = build(merge(old.model_dump(mode="json"), parse_overrides(options.overrides), WHOLE))
     for line in refuse_changes(old, new):
         logger.info("Changed on resume: %s", line)
     options.out = options.out or folder

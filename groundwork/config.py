@@ -139,8 +139,13 @@ def starting_from(default: BaseModel) -> BeforeValidator:
 
 
 def to_yaml(model: BaseModel) -> str:
-    """Write the resolved recipe, every key with its value, as YAML that can be read again."""
-    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Write the resolved recipe, every key with its value, as YAML that can be read again.
+
+    What is its own comes first, and then what it shares with others.
+    """
+    values = model.model_dump(mode="json")
+    own = {key: values[key] for key in type(model).__annotations__ if key in values}
+    return yaml.safe_dump(own | values, sort_keys=False, allow_unicode=True)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

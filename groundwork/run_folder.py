@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from accelerate.utils import (
     DistributedType,
     broadcast_object_list,
 )
-from pydantic import BaseModel
 
 from groundwork import checkpoint as checkpoints
 from groundwork.backbones.product import read_product
@@ -39,7 +38,7 @@ from groundwork.config import to_yaml
 from groundwork.data.shards import Samples
 from groundwork.errors import CheckpointError, UsageError
 from groundwork.files import copy_file, write_file
-from groundwork.settings import Log
+from groundwork.settings import RunKeys
 from groundwork.tracking import check_trackers
 from groundwork.training_state import Position
 
@@ -49,34 +48,6 @@ BEST = "best.safetensors"  # of a run folder: the weights with the best score so
 LOCK = ".lock"  # of a run folder
 _TRIES, _PAUSE = 12, 0.5  # of taking it, or seeing what another wrote; seconds between two
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-class RunKeys(Protocol):
-    """The keys of a recipe that say how it is run; both stages' recipes have them."""
-
-    @property
-    def log(self) -> Log:
-        """Where metrics go."""
-
-    @property
-    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
-        """Of forward and backward."""
-
-    @property
-    def batch_size(self) -> int:
-        """Of one step, over all ranks."""
-
-    @property
-    def accumulate(self) -> int:
-        """Forwards for one step."""
-
-    @property
-    def compile(self) -> bool:
-        """Whether networks are compiled."""
-
-    @property
-    def threads(self) -> int | None:
-        """Of a one-process CPU run."""
 
 
 class Lock:
@@ -92,7 +63,7 @@ class Run:
 
     folder: Path
     accelerator: Accelerator
-    recipe: BaseModel
+    recipe: RunKeys
     resumed: bool
     lock: Lock | None = None  # of the folder, as long as the run lives
     # Whether the folder is this run's: one that is gone on with stays as it was until then.
@@ -139,7 +110,6 @@ def prepare_run(
     Raises UsageError where the launcher and Accelerate disagree on the number of processes, a
     tracker is not installed, or a CPU is to run in fp16 or to compile half precision.
     """
-    assert isinstance(recipe, BaseModel)
     check_trackers(recipe.log.trackers)
     state = PartialState(cpu=not torch.cuda.is_available())
     if recipe.precision == "fp16" and state.device.type == "cpu":

@@ -18,6 +18,7 @@ from groundwork.errors import UsageError
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=32, multiple_of=32)]  # of what a network sees, in pixels
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -82,7 +83,7 @@ class DetectionProbeSettings(Section):
     train_list: str | None = None  # a file of picture names, one a line
     val: str | None = None  # null: the validation split of the root of data
     pictures: int = Field(default=64, ge=1)  # of training and of validation, at most
-    image_size: int = Field(default=256, ge=32, multiple_of=32)
+    image_size: Side = 256
     batch_size: int = Field(default=8, ge=1)
     steps: int = Field(default=150, ge=1)  # of the head
 
@@ -96,7 +97,7 @@ class ProbeSettings(Section):
     # rank of healthy features is too small to tell a collapse.
     pictures: int = Field(default=512, ge=32)
     # The side the probe sees; None is the side of training. A multiple of 32.
-    image_size: int | None = Field(default=None, ge=32, multiple_of=32)
+    image_size: Side | None = None
     batch_size: int = Field(default=64, ge=1)
     # Labeled pictures (class folders, shards with .cls members, or `scenes`) for kNN and linear
     # probe; without `val` every fifth picture of a class is held out.
@@ -226,3 +227,32 @@ class Guard(Section):
 
     skips: Count = 10
     rollbacks: Annotated[int, Field(ge=0)] = 2
+
+
+class RunKeys(Section):
+    """How a network is trained, whatever it learns: what the recipes of both stages have."""
+
+    backbone: BackboneKeys = BackboneKeys()
+    batch_size: Count = 16  # of one optimiser step, over all ranks
+    accumulate: Count = 1  # forwards for one optimiser step
+    budget: Budget = Budget(epochs=100)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False  # compiles the networks in place
+    threads: Count | None = None  # of a one-process CPU run; null: all allowed cores
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    checkpoint: CheckpointKeys = CheckpointKeys()
+    log: Log = Log()
+    guard: Guard = Guard()
+    report: bool = True  # report.html at the end
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not divisible by accumulate={self.accumulate}"
+            )
+        return self
+
+
+# A later layer that sets one budget replaces the earlier layer's.
+WHOLE = frozenset({"budget"})

@@ -8,9 +8,9 @@ torch, so that a mistake is told before anything heavy is loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import JsonValue, field_validator, model_validator
 
 from groundwork.config import (
     Section,
@@ -24,43 +24,30 @@ from groundwork.config import (
 )
 from groundwork.errors import UsageError
 from groundwork.settings import (
-    BackboneKeys,
-    Budget,
-    CheckpointKeys,
+    WHOLE,
     Count,
     Data,
     Ema,
-    Guard,
-    Log,
     Optimiser,
     ProbeSettings,
+    RunKeys,
     Schedule,
+    Side,
 )
 from pretext_tasks import TASKS, parts_of
 
 
-class Recipe(Section):
+class Recipe(RunKeys):
     """A pretraining recipe, resolved: what runs is what is written in the run folder."""
 
     task: dict[str, JsonValue]  # name, and the keys of the task's Config
-    backbone: BackboneKeys = BackboneKeys()
     data: Data = Data()
-    image_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224  # what the network sees, px
-    batch_size: Count = 64  # of one optimiser step, over all ranks
-    accumulate: Count = 1  # forwards for one optimiser step
-    budget: Budget = Budget(epochs=100)
+    image_size: Side = 224  # what the network sees, px
+    batch_size: Count = 64
     optim: Optimiser = Optimiser()
     schedule: Schedule = Schedule()
     ema: Ema = Ema()
     probe: ProbeSettings = ProbeSettings()
-    checkpoint: CheckpointKeys = CheckpointKeys()
-    log: Log = Log()
-    guard: Guard = Guard()
-    report: bool = True  # report.html at the end, see pretrain/report.py
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False  # compiles the backbone in place
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    threads: Count | None = None  # of a one-process CPU run; null: all allowed cores
 
     @field_validator("task")
     @classmethod
@@ -71,14 +58,6 @@ class Recipe(Section):
         except KeyError as error:
             raise ValueError(_unknown(str(name), str(error.args[0]))) from error
         return task
-
-    @model_validator(mode="after")
-    def _batch_divides(self) -> Self:
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"batch_size={self.batch_size} is not divisible by accumulate={self.accumulate}"
-            )
-        return self
 
     @model_validator(mode="after")
     def _drawn_objects_have_colours(self) -> Self:
@@ -104,10 +83,6 @@ class Recipe(Section):
     def task_keys(self) -> dict[str, Any]:
         """The keys of the task's own Config, as they were given."""
         return {key: value for key, value in self.task.items() if key != "name"}
-
-
-# A later layer that sets one budget replaces the earlier layer's.
-WHOLE = frozenset({"budget"})
 
 
 def resolve(task: str | None, recipe: str | None, overrides: Sequence[str]) -> Recipe:

@@ -72,9 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.resume is None:
             recipe = recipes.resolve(options.task, options.recipe, options.overrides)
         else:
-            recipe = recipe_of_run(
-                options, "pretrain", recipes.build, recipes.refuse_changes, recipes.WHOLE
-            )
+            recipe = recipe_of_run(options, "pretrain", recipes.build, recipes.refuse_changes)
         recipe = with_backbone_of_init(recipe, options)
         check_backbone_name(recipe.backbone.name)
         task_class = load_task(recipe.task_name)

@@ -26,13 +26,13 @@ from groundwork.run_folder import (
     prepare_run,
     refuse_sharded_networks,
 )
-from groundwork.settings import Guard
+from groundwork.settings import RunKeys
 from groundwork.training_state import Position
 
 
 def _run(folder: Path) -> Run:
     folder.mkdir(exist_ok=True)
-    return Run(folder, Accelerator(cpu=True), Guard(), resumed=True)
+    return Run(folder, Accelerator(cpu=True), RunKeys(), resumed=True)
 
 
 def _best(folder: Path, step: int) -> None:
