@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed
+import torch.distributed as dist
 
 from finetune.detector import ALL, Detector, Limits
 from finetune.finder import STRIDE, Frame, frame_of, show, whole_of
@@ -70,20 +70,20 @@ def detect_all(
     workers: int = 1,
     limits: Limits = ALL,
     looks: int = 1,
-    rank: int = 0,
-    world: int = 1,
-    group: torch.distributed.ProcessGroup | None = None,
+    group: dist.ProcessGroup | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Seen | None:
     """Find the boxes of every picture, in the pictures' own pixels; see finetune.evaluate.
 
-    None on every process but the first. The detector is copied and stays as it is.
+    `group` is a gloo group of all processes where there are several; None on all but the first.
+    The detector is copied and stays as it is.
 
     `numbers` are the detector's numbers of the labels' classes; None: they are the same.
     """
     if image_size % STRIDE:
         raise UsageError(f"image_size={image_size} is not a multiple of {STRIDE}.")
     finder = looking(detector, looks, limits)
+    rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     windows = _windows(_places(labeled), batch_size)[rank::world]
     # On a CPU decoding would only take the cores that the detector computes on, so it gets them all
     # between two windows; beside another device it goes on meanwhile.
@@ -101,7 +101,7 @@ def detect_all(
                     rows.append(_Row(one.number, upright, truth, one.key))
     except DataError as error:
         failure = error
-    whole = _gathered(rows, failure, world, group)
+    whole = _gathered(rows, failure, group)
     if whole is None:
         return None
     whole.sort(key=lambda row: row.number)
@@ -177,21 +177,22 @@ def _renumbered(truth: Truth, numbers: Sequence[int] | None) -> Truth:
 def _gathered(
     rows: list[_Row],
     failure: DataError | None,
-    world: int,
-    group: torch.distributed.ProcessGroup | None,
+    group: dist.ProcessGroup | None,
 ) -> list[_Row] | None:
     """Bring all processes' pictures to the first; None on the others.
 
     Where one process failed, all of them raise what it raised, and none waits for it.
     """
-    if world > 1:
-        failures: list[DataError | None] = [None] * world
-        torch.distributed.all_gather_object(failures, failure, group=group)
-        failure = next((one for one in failures if one is not None), None)
+    if group is None:
+        if failure is not None:
+            raise failure
+        return rows
+    world = dist.get_world_size(group)
+    failures: list[DataError | None] = [None] * world
+    dist.all_gather_object(failures, failure, group=group)
+    failure = next((one for one in failures if one is not None), None)
     if failure is not None:
         raise failure
-    if world == 1:
-        return rows
-    parts = [rows] * world if torch.distributed.get_rank() == 0 else None
-    torch.distributed.gather_object(rows, parts, group=group)
+    parts = [rows] * world if dist.get_rank(group) == 0 else None
+    dist.gather_object(rows, parts, group=group)
     return None if parts is None else [row for part in parts for row in part]

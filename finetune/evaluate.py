@@ -50,8 +50,6 @@ def evaluate(
     workers: int = 1,
     limits: Limits = ALL,
     looks: int = 1,
-    rank: int = 0,
-    world: int = 1,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Results | None:
     """Score a detector on all of `labeled`; None on every process but the first.
@@ -64,7 +62,7 @@ def evaluate(
     """
     found = detect_all(
         detector, labeled, image_size=image_size, batch_size=batch_size, workers=workers,
-        limits=limits, looks=looks, rank=rank, world=world, group=group,
+        limits=limits, looks=looks, group=group,
     )  # fmt: skip
     return None if found is None else measure(found, labeled.names)
 

@@ -236,8 +236,6 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             batch_size=recipe.eval.batch_size,
             workers=data_workers(recipe.data.workers),
             limits=limits,
-            rank=accelerator.process_index,
-            world=world,
             group=group,
         )
 

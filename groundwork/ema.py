@@ -31,10 +31,6 @@ class Ema:
         """Move the average after the step that counted as number `step`, from 1; 1 copies."""
         self._average.update(self._live, step=step)
 
-    def decay(self, step: int) -> float:
-        """Return the share of the old average that step number `step` keeps."""
-        return float(self._average.get_decay(step))
-
     def product(self) -> dict[str, nn.Module]:
         """Return the averaged modules, in eval mode and without gradients."""
         return dict(self._average.module.items())

@@ -37,6 +37,7 @@ from groundwork.data.shards import Samples
 from groundwork.ema import Ema
 from groundwork.errors import CheckpointError, DivergedError, StoppedError
 from groundwork.files import optional
+from groundwork.modes import evaluating
 from groundwork.optim import (
     build_optimizer,
     set_learning_rate,
@@ -418,11 +419,8 @@ def _sheet(run: Run, task: PretextTask, views: dict[str, Tensor], step: int) -> 
     accelerator = run.accelerator
     if not accelerator.is_main_process:
         return
-    training = task.training
-    task.eval()
-    with torch.no_grad(), accelerator.autocast():
+    with evaluating(task), torch.no_grad(), accelerator.autocast():
         shown = task.pictures({k: v.to(accelerator.device) for k, v in views.items()})
-    task.train(training)
     for name, pictures in shown.items():
         path = run.folder / "pictures" / f"step-{step}-{name}.png"
         with optional(path):

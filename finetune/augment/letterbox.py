@@ -1,12 +1,12 @@
 """A picture in a frame of a given size: scaled with its aspect kept, centred, grey around it.
 
-Training ends with it and evaluation begins with it, so that both see objects in the same shape.
+Training ends with it; evaluation frames pictures in the same scale (finetune/finder.py), so that
+both see objects in the same shape.
 The grey is 114 of 255, as detectors of the YOLO family pad with: about the mean of natural
 pictures, so that the frame is nearly zero once it is normalised.
 
 The picture is placed at whole pixels, and its sides are rounded to whole pixels, which moves the
-far edge of its shorter side by up to half a pixel against `scale`; boxes follow `scale` alone, both
-ways, and come back exactly.
+far edge of its shorter side by up to half a pixel against `scale`; boxes follow `scale` alone.
 """
 
 from __future__ import annotations
@@ -35,10 +35,6 @@ class Geometry(NamedTuple):
     def apply(self, boxes: Boxes) -> Boxes:
         """Bring boxes of the picture into the frame."""
         return moved(scaled(boxes, self.scale, self.scale), self.left, self.top)
-
-    def undo(self, boxes: Boxes) -> Boxes:
-        """Bring boxes of the frame back to the picture; they are not clipped to it."""
-        return scaled(moved(boxes, -self.left, -self.top), 1 / self.scale, 1 / self.scale)
 
     def shown(self, width: int, height: int) -> tuple[int, int]:
         """Return (height, width) in the frame of a picture of this width and height."""

@@ -120,7 +120,7 @@ labeled = open_labeled(sys.argv[2], None, cache=Path(sys.argv[2]) / "cache", cac
 out = Path(f"{sys.argv[3]}-{dist.get_rank()}")
 try:
     seen = detect_all(detector, labeled, image_size=96, batch_size=4, limits=Limits(score=0.1),
-                      rank=dist.get_rank(), world=dist.get_world_size(), group=dist.group.WORLD)
+                      group=dist.group.WORLD)
     boxes = [] if seen is None else [[part.tolist() for part in one] for one in seen.found]
     figures = None if seen is None else measure(seen, labeled.names).to_json()
     out.write_text(json.dumps({"figures": figures, "boxes": boxes}))

@@ -37,11 +37,19 @@ def test_an_average_by_hand_over_parameters_and_buffers() -> None:
 
 
 def test_warmup_grows_the_decay_up_to_its_limit() -> None:
-    ema = Ema(settings.Ema(decay=0.9), make_product())
-    assert ema.decay(1) == 0
-    assert ema.decay(2) == pytest.approx(1 - 2 ** (-2 / 3))
-    assert ema.decay(8) == pytest.approx(0.75)
-    assert ema.decay(1000) == 0.9
+    def left(step: int) -> float:
+        """How much of an average of zeros is left when a one comes in."""
+        live = nn.Linear(1, 1)
+        nn.init.zeros_(live.weight)
+        ema = Ema(settings.Ema(decay=0.9), {"live": live})
+        nn.init.ones_(live.weight)
+        ema.update(step)
+        return 1 - float(ema.state()["live.weight"])
+
+    assert left(1) == 0
+    assert left(2) == pytest.approx(1 - 2 ** (-2 / 3))
+    assert left(8) == pytest.approx(0.75)
+    assert left(1000) == pytest.approx(0.9)
 
 
 def test_the_average_is_apart_from_the_modules_that_train() -> None:
