@@ -82,6 +82,8 @@ class DetectionProbeSettings(Section):
     data: str | None = None  # a labeled data set's root; null: no detection probe
     train_list: str | None = None  # a file of picture names, one a line
     val: str | None = None  # null: the validation split of the root of data
+    # Share of the labeled pictures held out where there is no such split, as fine-tuning does.
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     pictures: int = Field(default=64, ge=1)  # of training and of validation, at most
     image_size: Side = 256
     batch_size: int = Field(default=8, ge=1)

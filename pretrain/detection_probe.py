@@ -30,6 +30,7 @@ from finetune.recipe import LossKeys
 from groundwork.backbones.contract import Backbone
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import naming, open_picture
+from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled, training_split
 from groundwork.data.reach import read_patiently
 from groundwork.data.reading import PLAIN, Reading
@@ -97,7 +98,7 @@ class DetectionProbe:
                 "same names in the same order."
             )
         self._settings = settings
-        how = settings.model_dump_json(exclude={"data", "train_list", "val"})
+        how = settings.model_dump_json(exclude={"data", "train_list", "val", "holdout"})
         self.fingerprint = sha256_text([how, train.fingerprint, val.fingerprint])
         self._names = train.names
         self._train = read_pictures(train, settings.pictures, settings.image_size)
@@ -203,21 +204,36 @@ def open_detection_probe(
 ) -> DetectionProbe | None:
     """Open what the settings name; None where they name nothing.
 
-    Raises DataError where the set has no validation split and `val` names none, or has splits but
-    no train split.
+    Raises DataError where the set has no validation split and neither `val` nor `holdout` makes
+    one, or where it has one besides; and where it has splits but no train split.
     """
     if settings.data is None:
         return None
     names = None if settings.train_list is None else Path(settings.train_list)
     split = training_split(settings.data, "the detection probe (probe.detection.data)")
-    if settings.val is None and not has_split(settings.data, "val"):
+    own = settings.val is not None or has_split(settings.data, "val")
+    if own and settings.holdout:
+        raise DataError(
+            f"probe.detection.holdout={settings.holdout:g}: there are pictures for validation, "
+            f"{settings.val or settings.data}: take it away."
+        )
+    if not own and not settings.holdout:
         raise DataError(
             f"{settings.data} has no validation split for the detection probe: give one as "
-            "probe.detection.val."
+            "probe.detection.val, or hold out a part of it by probe.detection.holdout=0.2."
         )
     where: dict[str, Any] = {"cache": cache, "cache_bytes": cache_bytes, "reading": reading}
-    train = open_labeled(settings.data, split, names_in=names, **where)
-    val = open_labeled(settings.val or settings.data, "val", **where)
+
+    def part(*, kept: bool) -> LabeledSamples:
+        held_out = HeldOut(settings.holdout, kept) if settings.holdout else None
+        return open_labeled(settings.data or "", split, names_in=names, held_out=held_out, **where)
+
+    train = part(kept=False)
+    val = (
+        part(kept=True)
+        if settings.holdout
+        else open_labeled(settings.val or settings.data, "val", **where)
+    )
     try:
         return DetectionProbe(settings, train, val)
     finally:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groundwork.backbones.contract import Backbone, Level, Pyramid
+from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import open_labeled
 from groundwork.errors import DataError
 from groundwork.settings import DetectionProbeSettings
@@ -120,6 +121,19 @@ def test_nothing_named_is_no_probe_and_a_missing_split_is_told(labeled: Path) ->
     (labeled / "annotations" / "val.json").unlink()
     with pytest.raises(DataError, match=r"no validation split .* probe\.detection\.val"):
         probe_of(labeled)
+
+
+def test_what_is_held_out_is_what_fine_tuning_holds_out(labeled: Path) -> None:
+    with pytest.raises(DataError, match=r"holdout=0\.2: there are pictures for validation"):
+        probe_of(labeled, holdout=0.2)
+    (labeled / "annotations" / "val.json").unlink()
+    held_out = open_labeled(
+        str(labeled), "train", cache=labeled, cache_bytes=10**6, held_out=HeldOut(0.4, kept=True)
+    )
+    expected = read_pictures(held_out, 10, SIDE)
+    probe = probe_of(labeled, holdout=0.4)
+    assert len(probe._train.truth) + len(probe._val.truth) == 10
+    assert torch.equal(probe._val.pixels, expected.pixels)
 
 
 def test_other_classes_are_refused(labeled: Path) -> None:
