@@ -26,7 +26,8 @@ from torch import Tensor
 
 from finetune.detector import Detector
 from finetune.weights import About, detector_from_file, parts_of, save_detector
-from groundwork.errors import GroundworkError, UsageError
+from groundwork.command import exit_code_of
+from groundwork.errors import UsageError
 
 logger = logging.getLogger("finetune.average")
 
@@ -87,15 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     files, shares = options.files, options.shares or [1.0] * len(options.files)
-    try:
+
+    def work() -> None:
         if options.out.resolve() in [file.resolve() for file in files]:
             raise UsageError(f"--out {options.out} is one of the files: name another.")
         write(options.out, files, shares)
         logger.info("%s is the mean of %s.", options.out, ", ".join(map(str, files)))
-        return 0
-    except GroundworkError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+
+    return exit_code_of(work)
 
 
 def write(out: Path, files: Sequence[Path], shares: Sequence[float]) -> None:

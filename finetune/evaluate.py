@@ -23,12 +23,12 @@ from pydantic import Field
 from finetune.detect import Seen, detect_all
 from finetune.detector import ALL, Detector, Limits
 from finetune.metrics import Results, score, to_coco, to_rows
-from groundwork.command import log_to_standard_output
+from groundwork.command import exit_code_of, log_to_standard_output
 from groundwork.config import Section, parse_overrides, validate
 from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples, open_labeled
 from groundwork.data.reading import MAX_PIXELS, Reading
-from groundwork.errors import DataError, GroundworkError, UsageError
+from groundwork.errors import DataError, UsageError
 from groundwork.files import write_file
 from groundwork.settings import Count, Data, Fraction
 
@@ -115,13 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a folder (default: evaluation-<split> beside it)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.val=ROOT ...")
     options = parser.parse_intermixed_args(arguments)
-    try:
+
+    def work() -> None:
         keys = validate(Keys, parse_overrides(options.overrides))
         _evaluate_file(options.weights, options.out, keys)
-    except GroundworkError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    return 0
+
+    return exit_code_of(work)
 
 
 def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:

@@ -32,7 +32,8 @@ from finetune.export_backbone import Form, to_timm, to_torchvision
 from finetune.weights import About, detector_from_file
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.product import backbone_from_file, read_product
-from groundwork.errors import CheckpointError, GroundworkError, UsageError
+from groundwork.command import exit_code_of
+from groundwork.errors import CheckpointError, UsageError
 from groundwork.files import replacing
 
 __all__ = ["from_ultralytics", "main", "to_ultralytics"]
@@ -46,13 +47,12 @@ _PUBLIC_CLASSES = 80  # what yolo12n.yaml and its kind are for
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 2 usage, 4 weights."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def work() -> None:
         _check(options)
         sys.stdout.write(_export(options))
-    except GroundworkError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    return 0
+
+    return exit_code_of(work)
 
 
 def _parser() -> argparse.ArgumentParser:

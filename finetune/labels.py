@@ -28,14 +28,14 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from finetune.draw import TEXT, colour_of, draw_labels, draw_tag, scaled
-from groundwork.command import whole_number
+from groundwork.command import exit_code_of, printable, whole_number
 from groundwork.data.annotations import Annotations
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.labels import LabeledSamples, open_labeled, splits_of
 from groundwork.data.reach import read_patiently
 from groundwork.data.reading import MAX_PIXELS, PLAIN, add_flags, stated_by
 from groundwork.data.shards import evenly
-from groundwork.errors import DataError, GroundworkError, UnavailableError
+from groundwork.errors import DataError, UnavailableError
 from groundwork.settings import Data
 
 UNREADABLE = "picture that cannot be read, replaced by another one in training"
@@ -85,12 +85,7 @@ class Survey:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 2 usage, 3 data."""
     given = _parser().parse_args(arguments)
-    try:
-        _show(given)
-    except GroundworkError as error:
-        sys.stderr.write(f"{_shown(str(error))}\n")
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: _show(given))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -278,12 +273,7 @@ def _defects(samples: LabeledSamples) -> Iterator[str]:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{_shown(text)}\n")
-
-
-def _shown(text: str) -> str:
-    """Make names that are no UTF-8 printable."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    sys.stdout.write(f"{printable(text)}\n")
 
 
 # ---- the sheet ---------------------------------------------------------------------------------
@@ -310,7 +300,7 @@ def _tiles(opened: dict[str | None, LabeledSamples], count: int) -> Iterator[Ima
 def _titled(tile: Image.Image, title: str, boxes: int) -> Image.Image:
     titled = Image.new("RGB", (_TILE, tile.height + 2 * TEXT), "white")
     titled.paste(tile, ((_TILE - tile.width) // 2, 2 * TEXT))
-    text = _shown(title)
+    text = printable(title)
     shown = f"{text if len(text) <= 40 else text[:18] + '...' + text[-19:]}, {boxes} boxes"
     ImageDraw.Draw(titled).text((4, 3), shown, "black", ImageFont.load_default(TEXT))
     return titled

@@ -40,7 +40,7 @@ from finetune.looks import LOOKS, looking
 from finetune.predictions import Drawings, Writer
 from finetune.tiles import find_in_tiles, needs_tiles
 from finetune.weights import About, check_channels, detector_from_file
-from groundwork.command import number_between, whole_number
+from groundwork.command import exit_code_of, number_between, printable, whole_number
 from groundwork.data.decode import Picture, naming, open_picture
 from groundwork.data.reach import read_patiently
 from groundwork.data.reading import MAX_PIXELS, PLAIN, Reading, add_flags, stated_by
@@ -50,7 +50,6 @@ from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import (
     CheckpointError,
     DataError,
-    GroundworkError,
     UnavailableError,
     UsageError,
 )
@@ -115,12 +114,7 @@ class Predictor:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 2 usage, 3 data, 4 weights."""
     options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except GroundworkError as error:
-        sys.stderr.write(f"{_shown(str(error))}\n")
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: _run(options))
 
 
 def predict(
@@ -152,7 +146,7 @@ def predict(
                 raise
             except DataError as error:
                 unreadable += 1
-                bar.write(_shown(f"Left out: {error}"), file=sys.stderr)
+                bar.write(printable(f"Left out: {error}"), file=sys.stderr)
                 continue
             number = writer.add(name, picture.width, picture.height, found)
             if pictures:
@@ -206,7 +200,7 @@ def _run(options: argparse.Namespace) -> None:
         ) from error
     finally:
         samples.close()
-    sys.stdout.write(_shown(f"{told}: {options.out}\n"))
+    sys.stdout.write(printable(f"{told}: {options.out}\n"))
 
 
 def _reading(options: argparse.Namespace, trained: Reading) -> Reading:
@@ -248,11 +242,6 @@ def _found(
     with naming(f"{name} of {sample.source}"):
         picture = open_picture(sample.image, reading)
         return picture, predictor.find(picture)
-
-
-def _shown(text: str) -> str:
-    """Make names that are no UTF-8 printable."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

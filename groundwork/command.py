@@ -35,6 +35,21 @@ LAUNCHER = "GROUNDWORK_LAUNCHER"  # in the environment of what a program of ours
 INIT_NAME = "init.txt"  # of a run folder: the file that --init named
 
 
+def printable(text: str) -> str:
+    """Make names that are no UTF-8 printable."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def exit_code_of(work: Callable[[], object]) -> int:
+    """Do what a command is for; tell an error that is meant for a person, and return its code."""
+    try:
+        work()
+    except GroundworkError as error:
+        sys.stderr.write(f"{printable(str(error))}\n")
+        return error.exit_code
+    return 0
+
+
 def flags(program: str, description: str) -> argparse.ArgumentParser:
     """Return a parser of the flags that both stages have; all else is key=value."""
     parser = argparse.ArgumentParser(

@@ -13,7 +13,6 @@ import html
 import io
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from PIL import Image
 
-from groundwork.command import stage_of
-from groundwork.errors import GroundworkError, UsageError
+from groundwork.command import exit_code_of, stage_of
+from groundwork.errors import UsageError
 from groundwork.files import write_file
 
 logger = logging.getLogger("groundwork.page")
@@ -102,12 +101,7 @@ def run_command(
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
     options = parser.parse_args(arguments)
-    try:
-        logger.info("%s", write(options.run, options.out))
-        return 0
-    except GroundworkError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    return exit_code_of(lambda: logger.info("%s", write(options.run, options.out)))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

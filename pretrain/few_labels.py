@@ -40,10 +40,10 @@ from typing import Any
 from finetune import recipe as finetune_recipes
 from finetune.average import write as write_average
 from finetune.sets import open_sets
-from groundwork.command import log_to_standard_output, status_of
+from groundwork.command import exit_code_of, log_to_standard_output, status_of
 from groundwork.config import read_yaml
 from groundwork.data.labels import has_split
-from groundwork.errors import DataError, GroundworkError, UsageError
+from groundwork.errors import DataError, UsageError
 from groundwork.files import copy_file, write_file
 from groundwork.stages import check, go_on, run_command, same_as_before
 from pretext_tasks import load_task
@@ -295,7 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.launch,
         *(tuple(vars(options)[name]) for name in _KEYS),
     )
-    try:
+
+    def work() -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError(
                 "This command starts the stages itself: call it once, by python, with --launch "
@@ -303,10 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         chain.check()
         _tell(chain.run(), chain.out / "detector.safetensors")
-        return 0
-    except GroundworkError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+
+    return exit_code_of(work)
 
 
 def _tell(document: dict[str, Any], kept: Path) -> None:

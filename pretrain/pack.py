@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from groundwork.command import number_between, whole_number
+from groundwork.command import number_between, printable, whole_number
 from groundwork.data.label_lookup import LabelLookup, open_lookup
 from groundwork.data.reading import MAX_PIXELS, Reading, add_flags, stated_by
 from groundwork.errors import GroundworkError, UsageError
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _verify(_verify_parser().parse_args(given[1:]))
         return _pack(_pack_parser().parse_args(given))
     except GroundworkError as error:
-        sys.stderr.write(f"{_shown(str(error))}\n")
+        sys.stderr.write(f"{printable(str(error))}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped. The same command goes on where it stopped.\n")
@@ -379,12 +379,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{_shown(text)}\n")
-
-
-def _shown(text: str) -> str:
-    """Make names that are no UTF-8 printable."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    sys.stdout.write(f"{printable(text)}\n")
 
 
 if __name__ == "__main__":
