@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from finetune.detector import ALL, Detector, Limits
-from finetune.finder import STRIDE, Frame, frame_of, show, whole_of
+from finetune.finder import STRIDE, Frame, frame_of, show
 from finetune.looks import looking
 from finetune.metrics import Found, Truth
 from groundwork.data.annotations import Annotations
@@ -142,7 +142,7 @@ def _decoded(
             picture = open_picture(sample.image, labeled.reading)
             truth = Truth(labeled.annotations(sample, picture), picture.width, picture.height)
             frame = frame_of(picture.width, picture.height, image_size)
-            pixels = show(picture, whole_of(picture), frame)
+            pixels = show(picture, picture.whole, frame)
         return _Shown(number, sample.key, pixels, frame, truth)
 
     waiting: list[list[Future[_Shown]]] = []

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from finetune.head import DetectionHead, Raw, anchors_of
+from finetune.head import DetectionHead, Raw
 from groundwork.backbones import build_backbone
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.yolo12 import SCALES
@@ -67,23 +67,19 @@ class Detector(nn.Module):
         return self.scales
 
     def forward(self, image: Tensor) -> Raw:
-        """N 3 H W -> logits."""
+        """N C H W -> logits."""
         pyramid = self.backbone(image)
         features = self.neck(pyramid)
         raw: Raw = self.head(features)
         return raw
 
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """N 3 H W -> boxes N A 4 in pixels and scores N A C in 0..1, before any suppression."""
+        """N C H W -> boxes N A 4 in pixels and scores N A C in 0..1, before any suppression."""
         return self.read(self(image), image.shape[2], image.shape[3])
 
     def read(self, raw: Raw, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Logits of pictures of height x width -> boxes N A 4 in pixels, scores N A C."""
-        boxes = self.head.decode(raw.boxes.float(), anchors_of(height, width, raw.boxes))
-        scores = raw.classes.float().sigmoid()
-        if raw.objectness is not None:
-            scores = scores * raw.objectness.float().sigmoid().unsqueeze(-1)
-        return boxes, scores
+        return self.head.read(raw, height, width)
 
 
 def suppress(boxes: Tensor, scores: Tensor, limits: Limits = ALL) -> Detections:

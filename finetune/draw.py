@@ -45,8 +45,7 @@ def scaled(picture: Picture, side: int) -> tuple[Image.Image, float]:
     """
     scale = side / max(picture.width, picture.height)
     size = max(1, round(picture.height * scale)), max(1, round(picture.width * scale))
-    whole = (0.0, 0.0, float(picture.width), float(picture.height))
-    return as_image(picture.cut([whole], size)[0]), scale
+    return as_image(picture.cut([picture.whole], size)[0]), scale
 
 
 def draw_labels(

@@ -87,11 +87,6 @@ def placed(inner: npt.NDArray[np.uint8], frame: Frame) -> npt.NDArray[np.uint8]:
     return pixels
 
 
-def whole_of(picture: Picture) -> Box:
-    """Return all of a picture as a region."""
-    return 0.0, 0.0, float(picture.width), float(picture.height)
-
-
 class Finder(Protocol):
     """Frames of one size (uint8 N H W C) -> what is in each, in pixels of the frame."""
 

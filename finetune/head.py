@@ -115,6 +115,14 @@ class DetectionHead(nn.Module):
             (anchors.points - distances[..., :2], anchors.points + distances[..., 2:]), -1
         )
 
+    def read(self, raw: Raw, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Turn logits of pictures of height x width into boxes N A 4 in pixels and scores N A C."""
+        boxes = self.decode(raw.boxes.float(), anchors_of(height, width, raw.boxes))
+        scores = raw.classes.float().sigmoid()
+        if raw.objectness is not None:
+            scores = scores * raw.objectness.float().sigmoid().unsqueeze(-1)
+        return boxes, scores
+
     def _start(self) -> None:
         """Set the last layers' biases."""
         # Shares that fall by the same factor from bin to bin: of infinitely many bins, factor

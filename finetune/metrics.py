@@ -30,9 +30,10 @@ CONFUSION_SCORE, CONFUSION_IOU = 0.25, 0.5
 
 
 class Found(NamedTuple):
-    """The boxes that a detector found in one picture, in any order, as plain arrays.
+    """The boxes that a detector found in one picture, as plain arrays.
 
-    `boxes` K 4 (left, top, right, bottom in the picture's own pixels), `scores` K, `classes` K.
+    `boxes` K 4 (left, top, right, bottom in pixels: of the frame where a Finder gives them, of the
+    picture itself where they are scored, which asks for no order), `scores` K, `classes` K.
     """
 
     boxes: npt.NDArray[np.float32]

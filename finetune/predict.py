@@ -34,7 +34,6 @@ from finetune.finder import (
     frame_of,
     placed,
     show,
-    whole_of,
 )
 from finetune.looks import LOOKS, looking
 from finetune.predictions import Drawings, Writer
@@ -87,7 +86,7 @@ class Predictor:
             )  # fmt: skip
         # Cut to the size that is seen: a JPEG is decoded no larger than needed.
         frame = frame_of(width, height, self.image_size)
-        [found] = self._look([show(picture, whole_of(picture), frame)], frame)
+        [found] = self._look([show(picture, picture.whole, frame)], frame)
         return found
 
     def find_in_areas(

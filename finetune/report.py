@@ -21,7 +21,7 @@ from PIL import Image
 from finetune.detector import Detector
 from finetune.draw import draw_boxes, draw_labels, scaled, sheet_of
 from finetune.evaluate import class_numbers
-from finetune.finder import DetectorFinder, frame_of, show, whole_of
+from finetune.finder import DetectorFinder, frame_of, show
 from finetune.metrics import CONFUSION_SCORE, FIGURES
 from finetune.plots import confusion_of
 from finetune.recipe import Recipe, build
@@ -144,7 +144,7 @@ def _pictures(
     for place in evenly(held_out.shard_sizes, _LOOKED_AT):
         _, picture, labels = held_out.look(*place)
         frame = frame_of(picture.width, picture.height, about.image_size)
-        [found] = finder(show(picture, whole_of(picture), frame)[None])
+        [found] = finder(show(picture, picture.whole, frame)[None])
         kept = found.scores >= least[found.classes]
         boxes, classes, scores = frame.undo(found.boxes[kept]), found.classes[kept], found.scores
         image, scale = scaled(picture, _SIDE)

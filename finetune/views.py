@@ -122,8 +122,7 @@ class _Source:
         scale = max(self.size) / max(picture.width, picture.height)
         width = max(1, round(picture.width * scale))
         height = max(1, round(picture.height * scale))
-        whole = (0.0, 0.0, float(picture.width), float(picture.height))
-        [pixels] = picture.cut([whole], (height, width))
+        [pixels] = picture.cut([picture.whole], (height, width))
         found = self.views.labeled.annotations(sample, picture)
         by = np.array([width / picture.width, height / picture.height] * 2, np.float32)
         # A crowd goes through the chain as a box of the class ~c, which is below 0.

@@ -135,9 +135,8 @@ class RegionsViews:
 
     def _found(self, picture: Picture) -> bytes:
         """Look for the regions: four numbers each, of two bytes, in steps of the sides."""
-        whole = (0, 0, picture.width, picture.height)
         width, height = size_for(picture.width, picture.height, self.config.regions)
-        (pixels,) = picture.cut([whole], (height, width))
+        (pixels,) = picture.cut([picture.whole], (height, width))
         sides = np.array([width, height, width, height], np.float32)
         shares = stable_regions(pixels, self.config.regions) / sides
         return (shares.clip(0, 1) * _STEPS).round().astype("<u2").tobytes()

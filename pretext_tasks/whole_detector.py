@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.assign import Targets
 from finetune.detector import Limits, own_width, suppress
-from finetune.head import DetectionHead, anchors_of
+from finetune.head import DetectionHead
 from finetune.losses import DetectionLoss
 from finetune.recipe import LossKeys
 from groundwork import colour
@@ -69,9 +69,9 @@ class WholeDetector(ThroughNeck):
         with evaluating(self):
             raw = self.head(self.through(self.backbone(image)))
         with torch.autocast(image.device.type, enabled=False):
-            decoded = self.head.decode(raw.boxes.float(), anchors_of(height, width, raw.boxes))
+            decoded = zip(*self.head.read(raw, height, width), strict=True)
         told, found = [], []
-        for row, (boxes, scores) in enumerate(zip(decoded, raw.classes.sigmoid(), strict=True)):
+        for row, (boxes, scores) in enumerate(decoded):
             told.append(_drawn(seen[row], wanted[row]))
             best = suppress(boxes, scores, Limits(_SCORE, 0.5, _SHOWN))
             limits = boxes.new_tensor([width, height, width, height])

@@ -151,8 +151,7 @@ def _entries(picture: Source, options: Options, defects: Defects) -> list[Entry]
     size = opened.height, opened.width
     if options.resize is not None and min(size) > options.resize:
         size = _resized_to(opened, options.resize)
-        whole = (0.0, 0.0, float(opened.width), float(opened.height))
-        suffix, content = _encoded(opened.cut([whole], size)[0])
+        suffix, content = _encoded(opened.cut([opened.whole], size)[0])
     elif options.reading.stated and (options.resize or options.tiles):
         # One set, one mapping: all of it as it was read, and nothing as it was stored.
         suffix, content = _encoded(opened.pixels())
@@ -192,8 +191,7 @@ def _check_pixels(picture: Picture) -> None:
     A JPEG is decoded at an eighth of its size, which reads every byte of it and is two to four
     times as fast: most of the time of packing.
     """
-    whole = (0.0, 0.0, float(picture.width), float(picture.height))
-    picture.cut([whole], (max(1, picture.height // 8), max(1, picture.width // 8)))
+    picture.cut([picture.whole], (max(1, picture.height // 8), max(1, picture.width // 8)))
 
 
 def _resized_to(picture: Picture, side: int) -> tuple[int, int]:

@@ -127,4 +127,4 @@ def hold_out(pictures: Pictures, where: str) -> tuple[Pictures, Pictures]:
 
 def _whole(data: bytes, side: int, reading: Reading) -> npt.NDArray[np.uint8]:
     picture = open_picture(data, reading)
-    return picture.cut([(0.0, 0.0, float(picture.width), float(picture.height))], side)[0]
+    return picture.cut([picture.whole], side)[0]

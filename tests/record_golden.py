@@ -107,12 +107,24 @@ def first_losses(task: str) -> list[float]:
         return [loss for _, loss in sorted(losses(out).items())]
 
 
+def machine() -> str:
+    """What rounding depends on: the kind of CPU, and torch."""
+    import torch
+
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().split("\n\n")[0].splitlines() if about.exists() else []
+    values = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    kind = [values.get(key, "?") for key in ("vendor_id", "cpu family", "model")]
+    return " ".join([*kind, "torch", torch.__version__.partition("+")[0]])
+
+
 def record(tell: Callable[[str], object]) -> None:
     """Write golden/losses_<task>.json for every task."""
     GOLDEN.mkdir(exist_ok=True)
     for task in sorted(TASKS):
         found = first_losses(task)
-        (GOLDEN / f"losses_{task}.json").write_text(json.dumps(found, indent=1) + "\n")
+        document = {"machine": machine(), "losses": found}
+        (GOLDEN / f"losses_{task}.json").write_text(json.dumps(document, indent=1) + "\n")
         tell(f"{task}: {found[0]:.4f} ... {found[-1]:.4f}\n")
 
 

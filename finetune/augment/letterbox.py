@@ -54,8 +54,7 @@ def letterboxed(picture: Picture, size: tuple[int, int]) -> tuple[Pixels, Geomet
     Raises DataError for pixels that cannot be decoded.
     """
     geometry = letterbox_geometry(picture.width, picture.height, size)
-    whole = (0.0, 0.0, float(picture.width), float(picture.height))
-    [inner] = picture.cut([whole], geometry.shown(picture.width, picture.height))
+    [inner] = picture.cut([picture.whole], geometry.shown(picture.width, picture.height))
     frame = np.full((*size, inner.shape[2]), GREY, np.uint8)
     bottom, right = geometry.top + inner.shape[0], geometry.left + inner.shape[1]
     frame[geometry.top : bottom, geometry.left : right] = inner

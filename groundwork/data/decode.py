@@ -118,6 +118,11 @@ class Picture:
         self.width, self.height = (height, width) if self._turn >= _EXCHANGED else (width, height)
         self.channels = reading.channels
 
+    @property
+    def whole(self) -> Box:
+        """All of the picture, as a box."""
+        return 0.0, 0.0, float(self.width), float(self.height)
+
     def cut(self, boxes: Sequence[Box], size: tuple[int, int] | int) -> list[npt.NDArray[np.uint8]]:
         """Cut every box out and resize it: bilinear, antialiased; uint8, H W channels, writable.
 

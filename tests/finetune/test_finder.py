@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from finetune.detector import Detector, Limits, build_detector, suppress
-from finetune.finder import STRIDE, DetectorFinder, frame_of, show, whole_of
+from finetune.finder import STRIDE, DetectorFinder, frame_of, show
 from finetune.fuse import fused
 from groundwork.data.decode import open_picture
 
@@ -59,7 +59,7 @@ def test_the_frames_factors_are_those_that_the_pixels_were_scaled_by() -> None:
     Image.fromarray(pixels).save(file, "PNG")
     picture = open_picture(file.getvalue())
     frame = frame_of(1000, 333, 320)
-    shown = show(picture, whole_of(picture), frame)[..., 0].astype(np.float64) / 255
+    shown = show(picture, picture.whole, frame)[..., 0].astype(np.float64) / 255
     inner = shown[frame.top :, frame.left :][: frame.shown_height, : frame.shown_width]
     # How far the white reaches, to a fraction of a pixel.
     bottom, right = frame.top + inner[:, 10].sum(), frame.left + inner[10].sum()

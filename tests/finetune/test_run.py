@@ -19,6 +19,7 @@ from tests import commands
 from tests.commands import (
     FINETUNE,
     LAUNCHER,
+    ROOT,
     finished,
     losses,
     metrics,
@@ -251,6 +252,40 @@ def test_frozen_parts_stand_still_whatever_the_penalty_and_the_average_waits(
         average = load_file(folder / "ema.safetensors")
         assert name in average, sorted(average)[:3]
         assert torch.equal(average[name], saved[step][name]) == follows, step
+
+
+@pytest.mark.dist
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    labeled: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from finetune.training import Training\n"
+        "calls, healthy = 0, Training.forward\n"
+        "def forward(self, batch):\n"
+        "    global calls\n"
+        "    loss = healthy(self, batch)\n"
+        "    calls += self.training\n"
+        "    if calls != 3 or os.environ['RANK'] == '0':\n"
+        "        return loss\n"
+        "    for buffer in self.buffers():\n"
+        "        if buffer.is_floating_point(): buffer.data.mul_(float('nan'))\n"
+        "    return loss._replace(total=loss.total * float('nan'))\n"
+        "Training.forward = forward\n"
+        "from finetune.run import main\n"
+        "sys.exit(main())\n"
+    )
+    keys = [f"data.train={labeled}", "budget.steps=5", *TINY]
+    done = commands.run(2, tmp_path, "--out", "out", *keys, script=str(script))
+    assert done.returncode == 0, done.stderr
+    assert "Step 3 is skipped" in done.stdout
+    assert sorted(losses(tmp_path / "out")) == [1, 2, 3, 4, 5]
+    assert max(line.get("train/skipped", 0) for line in metrics(tmp_path / "out")) == 1
+    kept = load_file(tmp_path / "out" / "detector.safetensors")  # of the moving average
+    trained = load_file(tmp_path / "out" / "checkpoints" / "step-5" / "detector.safetensors")
+    assert all(bool(one.isfinite().all()) for one in (*kept.values(), *trained.values()))
 
 
 @pytest.mark.slow

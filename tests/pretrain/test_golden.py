@@ -7,17 +7,23 @@ import json
 import pytest
 
 from pretext_tasks import TASKS
-from tests.record_golden import GOLDEN, first_losses
+from tests.record_golden import GOLDEN, first_losses, machine
+
+# How far tasks were off on another kind of CPU, at most (LOG.md), where that is more than 3 %.
+WIDE = {"lejepa": 0.1, "simclr": 0.15}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_the_first_ten_losses_are_golden(task: str) -> None:
-    golden = json.loads((GOLDEN / f"losses_{task}.json").read_text())
+    document = json.loads((GOLDEN / f"losses_{task}.json").read_text())
+    golden = document["losses"]
     assert len(golden) == 10
-    # Rounding differs between kinds of CPU and grows from step to step: on another kind than the
-    # recorded one 1 % at the third loss and 10 % at the tenth (LOG.md). The first is of a forward
-    # alone, the second of one update.
     found = first_losses(task)
+    if document["machine"] == machine():
+        assert found == pytest.approx(golden, rel=1e-4)
+        return
+    # Rounding differs between kinds of CPU and grows from step to step. The first loss is of a
+    # forward alone, the second of one update.
     assert found[:2] == pytest.approx(golden[:2], rel=1e-3, abs=1e-4)
-    assert found == pytest.approx(golden, rel=0.15, abs=1e-3)
+    assert found == pytest.approx(golden, rel=WIDE.get(task, 0.03), abs=1e-3)

@@ -178,6 +178,28 @@ def test_a_run_on_two_ranks_and_two_workers_goes_on_on_one_without(
 
 
 @pytest.mark.slow
+def test_features_that_collapse_end_a_run_that_is_told_so(pictures: Path, tmp_path: Path) -> None:
+    script = tmp_path / "collapsed.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pretrain import probe\n"
+        "probe.NO_SPREAD = 9.0\n"  # more than any features have
+        "from pretrain.run import main\n"
+        "sys.exit(main())\n"
+    )
+    keys = [f"data.train={pictures}", "budget.steps=8", *TINY, "probe.times=4"]
+    for stops, code, last in ((False, 0, 8), (True, 5, 2)):
+        command = [sys.executable, str(script), "--task", "inpainting", "--out", f"out-{stops}"]
+        done = finished([*command, *keys, f"probe.stop_on_collapse={stops}"], tmp_path)
+        out = tmp_path / f"out-{stops}"
+        assert done.returncode == status(out)["exit_code"] == code, done.stderr
+        assert "The features have collapsed" in (done.stderr if stops else done.stdout)
+        assert max(losses(out)) == last
+        assert (out / "checkpoints" / f"step-{last}" / "manifest.json").exists()
+
+
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_skipped_rolled_back_and_given_up(
     pictures: Path, tmp_path: Path
 ) -> None:
