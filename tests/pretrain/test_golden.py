@@ -9,8 +9,8 @@ import pytest
 from pretext_tasks import TASKS
 from tests.record_golden import GOLDEN, first_losses, machine
 
-# How far tasks were off on another kind of CPU, at most (LOG.md), where that is more than 3 %.
-WIDE = {"lejepa": 0.1, "simclr": 0.15}
+# How far tasks may be off on another kind of CPU, where they were by more than 0.4 % (LOG.md).
+WIDE = {"lejepa": 0.15, "self_training": 0.1, "simclr": 0.15}
 
 
 @pytest.mark.slow
@@ -26,4 +26,4 @@ def test_the_first_ten_losses_are_golden(task: str) -> None:
     # Rounding differs between kinds of CPU and grows from step to step. The first loss is of a
     # forward alone, the second of one update.
     assert found[:2] == pytest.approx(golden[:2], rel=1e-3, abs=1e-4)
-    assert found == pytest.approx(golden, rel=WIDE.get(task, 0.03), abs=1e-3)
+    assert found == pytest.approx(golden, rel=WIDE.get(task, 0.01), abs=1e-3)
