@@ -36,7 +36,7 @@ from groundwork.data.reach import read_patiently
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shard_index import sha256_text
 from groundwork.data.shards import evenly
-from groundwork.errors import DataError
+from groundwork.errors import DataError, UsageError
 from groundwork.modes import evaluating
 from groundwork.necks.yolo12 import Features
 from groundwork.precise_batchnorm import measured_statistics
@@ -205,7 +205,7 @@ def open_detection_probe(
     """Open what the settings name; None where they name nothing.
 
     Raises DataError where the set has no validation split and neither `val` nor `holdout` makes
-    one, or where it has one besides; and where it has splits but no train split.
+    one, and where it has splits but no train split; UsageError for `holdout` besides a split.
     """
     if settings.data is None:
         return None
@@ -213,7 +213,7 @@ def open_detection_probe(
     split = training_split(settings.data, "the detection probe (probe.detection.data)")
     own = settings.val is not None or has_split(settings.data, "val")
     if own and settings.holdout:
-        raise DataError(
+        raise UsageError(
             f"probe.detection.holdout={settings.holdout:g}: there are pictures for validation, "
             f"{settings.val or settings.data}: take it away."
         )

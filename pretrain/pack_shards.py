@@ -347,13 +347,11 @@ def _check_bad_fraction(
     folder: Path, results: Sequence[Packed], pictures: int, limit: float
 ) -> None:
     """Raise DataError where too many of the pictures that were given are bad, tiled or not."""
-    bad = [item for done in results for item in done.quarantined if item[1] != UNNAMED]
-    if any(done.row.pictures for done in results) and len(bad) <= limit * pictures:
+    left_out = [item for done in results for item in done.quarantined]
+    bad = [item for item in left_out if item[1] != UNNAMED]
+    pictures -= len(left_out) - len(bad)
+    if not bad or (any(done.row.pictures for done in results) and len(bad) <= limit * pictures):
         return
-    if not bad:
-        raise DataError(
-            f"The labels name none of the {pictures} pictures: give the labels of these pictures."
-        )
     first = bad[0]
     raise DataError(
         f"{len(bad)} of {pictures} pictures cannot be read, the first being {first[0]!r} "

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,19 +79,23 @@ def started(
     *,
     output: int = subprocess.DEVNULL,
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start a command in `folder`; at the end it is killed with all that it has started."""
+    """Start a command in `folder`; at the end it is killed with all that it has started.
+
+    A launcher may have ended before its processes: they are known by their environment.
+    """
+    mark = uuid.uuid4().hex
+    marked = {**(env or environment()), "STARTED_BY_TEST": mark}
     with subprocess.Popen(
-        command, cwd=folder, env=env or environment(), text=True, stdout=output, stderr=output
+        command, cwd=folder, env=marked, text=True, stdout=output, stderr=output
     ) as process:
         try:
             yield process
         finally:
-            with suppress(psutil.NoSuchProcess):
-                below = psutil.Process(process.pid).children(recursive=True)
-                process.kill()
-                for child in below:
-                    with suppress(psutil.NoSuchProcess):
-                        child.kill()
+            process.kill()
+            for one in psutil.process_iter():
+                with suppress(psutil.Error):
+                    if one.environ().get("STARTED_BY_TEST") == mark:
+                        one.kill()
 
 
 def finished(

@@ -113,8 +113,11 @@ def machine() -> str:
 
     about = Path("/proc/cpuinfo")
     lines = about.read_text().split("\n\n")[0].splitlines() if about.exists() else []
-    values = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    pairs = [line.split(":", 1) for line in lines if ":" in line]
+    values = {name.strip(): value.strip() for name, value in pairs}
     kind = [values.get(key, "?") for key in ("vendor_id", "cpu family", "model")]
+    kind.append(torch.backends.cpu.get_cpu_capability())
+    kind += ["AMX"] * ("amx_tile" in values.get("flags", ""))
     return " ".join([*kind, "torch", torch.__version__.partition("+")[0]])
 
 

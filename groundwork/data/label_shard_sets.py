@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from groundwork.data.folders import walk
 from groundwork.data.label_roots import find_root
 from groundwork.data.label_shards import ShardLabels, read_document, unlabeled
 from groundwork.data.label_table import MOST_CLASSES, SPLIT_WORDS, SPLITS, HeldOut, choose
@@ -28,6 +29,7 @@ from groundwork.data.remote_samples import RemoteSamples
 from groundwork.data.scenes import CLASSES, open_scenes
 from groundwork.data.shard_index import INDEX_NAME, is_set_index
 from groundwork.data.shards import ShardSamples, is_tar, open_shards
+from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -80,16 +82,23 @@ def _labels_lie_beside(folder: Path) -> bool:
     """Tell whether a tar is what a labeled set came in, which lies unpacked beside it."""
     if is_set_index(folder / INDEX_NAME):
         return False
+    if not any(picture_suffix(name) for _, names in walk(folder) for name in names):
+        return False
     try:
         find_root(str(folder))
     except DataError:
         return False
+    _tell_of_tar(folder)
+    return True
+
+
+@cache
+def _tell_of_tar(folder: Path) -> None:
     logger.warning(
         "%s has labels in files as well as %s: the files are read, and the tar is not.",
         folder,
         _tar_in(folder),
     )
-    return True
 
 
 def open_shard_labels(

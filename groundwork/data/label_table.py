@@ -218,7 +218,7 @@ class HeldOut:
         if len(paths) < 2:
             raise DataError(
                 f"{len(paths)} picture(s) cannot be split into training and validation: give more "
-                "labeled pictures, or data.holdout=0."
+                "labeled pictures, or hold none out."
             )
         # The bytes: a name may hold what no text does.
         keys = [hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest() for path in paths]

@@ -229,7 +229,8 @@ class PictureFiles:
                 content = file.read()
         except OSError as error:
             sentence = f"The picture {file_path} cannot be read: {error.strerror}."
-            raise not_read(error, sentence, self.root) from error
+            outside = path.startswith(("/", "../"))
+            raise not_read(error, sentence, file_path.parent if outside else self.root) from error
         return Sample(default_key(path), content, _label(path), str(file_path), 0)
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -329,8 +330,10 @@ def _label(path: str) -> str | None:
 def _open_list(path: Path, cache: Path, cache_bytes: int, key: str) -> Samples:
     """Open a text file of paths, one a line, relative to the folder that the file lies in."""
     lines = read_lines(path)
-    once = {line if _scheme(line) else os.path.normpath(line): line for line in reversed(lines)}
-    given = list(reversed(once.values()))
+    once: dict[str, str] = {}
+    for line in lines:
+        once.setdefault(line if _scheme(line) else os.path.normpath(line), line)
+    given = list(once.values())
     if len(given) < len(lines):
         logger.warning(
             "The list %s names %d things more than once: each is in once.",
@@ -339,7 +342,8 @@ def _open_list(path: Path, cache: Path, cache_bytes: int, key: str) -> Samples:
         )
     pictures = [line for line in given if picture_suffix(line) and not _scheme(line)]
     others = [line for line in given if not picture_suffix(line) or _scheme(line)]
-    if any(os.path.realpath(path.parent / line) == os.path.realpath(path) for line in others):
+    lists = [os.path.realpath(path.parent / line) for line in others if line.endswith(".txt")]
+    if os.path.realpath(path) in lists:
         raise DataError(f"The list {path} names itself: take that line out.")
     parts: list[Samples] = []
     if pictures:

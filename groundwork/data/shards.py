@@ -14,6 +14,7 @@ in a cache where that folder cannot be written to. Nothing is unpickled, and no 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ from groundwork.data.shard_index import (
 )
 from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError, UsageError, not_read
+
+logger = logging.getLogger(__name__)
 
 # More than a shuffle window (16 shards) together with the next one.
 _OPEN_SHARDS = 40
@@ -288,7 +291,8 @@ def open_shards(
     """
     given = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
     name = " ".join(os.fspath(item) for item in given)
-    sets = [part for item in given for part in _open_item(os.fspath(item), index_cache)]
+    known: dict[str, bool] = {}
+    sets = [part for item in given for part in _open_item(os.fspath(item), index_cache, known)]
     if not any(part.index.pictures[part.rows].any() for part in sets):
         raise DataError(f"There are no pictures in the shards {name!r}.")
     if len(given) > 1 or any(mark in name for mark in "*?[{"):
@@ -305,36 +309,30 @@ def open_shards(
     return ShardSamples(name, sets)
 
 
-def _open_item(item: str, index_cache: Path) -> list[ShardSet]:
-    """Open one folder, pattern or tar: one set for each folder of ours that shards lie in."""
+def _open_item(item: str, index_cache: Path, known: dict[str, bool]) -> list[ShardSet]:
+    """Open one folder, pattern or tar: one set for each folder of ours that shards lie in.
+
+    `known` remembers which folders are ours.
+    """
     if item.startswith("pipe:"):
         raise DataError(f"Shards that are commands are not run: {item!r}. Name files instead.")
     path = Path(item)
     deeper: list[ShardSet] = []
     if path.is_dir():
         if is_set_index(path / INDEX_NAME):
-            _refuse_below(path)
             return [_open_own(path, None)]
-        places = list(walk(item))
-        whole = [Path(place) for place, _ in places if is_set_index(Path(place, INDEX_NAME))]
-        inside = {str(place) for place in whole}
-        others = [(place, name) for place, names in places if place not in inside for name in names]
-        tars = [os.path.join(*one) for one in others if is_tar(one[1])]  # noqa: PTH118
-        picture = next((one for one in others if picture_suffix(one[1])), None)
-        if picture is not None and (tars or whole):
-            shown = tars[0] if tars else str(whole[0] / INDEX_NAME)
-            raise mixed(path, os.path.join(*picture), shown)  # noqa: PTH118
+        whole, tars = _in_folder(path)
     else:
-        whole = []
-        tars = _expanded(item)
+        whole, tars = [], _expanded(item)
         for odd in [name for name in tars if not name.endswith(".tar")]:
-            if not Path(odd).is_dir():
+            if picture_suffix(odd):
                 raise DataError(
-                    f"{item!r} matches {odd}, which is neither a tar nor a folder of them: name "
-                    "pictures by their folder, or by a list (.txt)."
+                    f"{item!r} matches {odd}, which is a picture and no tar: name pictures by "
+                    "their folder, or by a list (.txt)."
                 )
-            tars.remove(odd)
-            deeper += _open_item(odd, index_cache)
+            if Path(odd).is_dir():
+                tars.remove(odd)
+                deeper += _open_item(odd, index_cache, known)
         if deeper and not tars:
             return deeper
     if not tars and not whole:
@@ -344,7 +342,9 @@ def _open_item(item: str, index_cache: Path) -> list[ShardSet]:
     for tar in tars:
         folder, _, name = tar.rpartition("/")
         names.setdefault(folder or ("/" if tar.startswith("/") else "."), []).append(name)
-    own = [folder for folder in names if _is_own(Path(folder))]
+    for folder in names.keys() - known.keys():
+        known[folder] = _is_own(Path(folder))
+    own = [folder for folder in names if known[folder]]
     sets = [_open_own(folder, None) for folder in whole]
     sets += [_open_own(Path(folder), names.pop(folder)) for folder in own]
     foreign = [Path(folder) / name for folder in names for name in names[folder]]
@@ -353,6 +353,24 @@ def _open_item(item: str, index_cache: Path) -> list[ShardSet]:
         index = read_set_index(home / INDEX_NAME)
         sets.append(ShardSet(root, home, index, np.arange(len(index)), index.fingerprint()))
     return deeper + sets
+
+
+def _in_folder(path: Path) -> tuple[list[Path], list[str]]:
+    """Find the sets of ours below a folder that is none itself, and all other tars."""
+    places = list(walk(path))
+    whole = [Path(place) for place, _ in places if is_set_index(Path(place, INDEX_NAME))]
+    inside = {str(place) for place in whole}
+    others = [(place, name) for place, names in places if place not in inside for name in names]
+    tars = [os.path.join(*one) for one in others if is_tar(one[1])]  # noqa: PTH118
+    pictures = [one for one in others if picture_suffix(one[1])]
+    if pictures and (tars or whole):
+        top, names = places[0]
+        shown = os.path.join(*pictures[0])  # noqa: PTH118
+        # A set with previews in folders of their own is a set; all else may mean either.
+        if pictures[0][0] == top or not any(map(is_tar, names)):
+            raise mixed(path, shown, tars[0] if tars else str(whole[0] / INDEX_NAME))
+        _passed_over(path, shown)
+    return whole, tars
 
 
 def is_tar(name: str) -> bool:
@@ -368,17 +386,43 @@ def mixed(where: Path, picture: str, tar: str) -> DataError:
     )
 
 
-def _refuse_below(folder: Path) -> None:
-    """Raise DataError for a set of ours with folders in it whose data would be passed over."""
+def _passed_over(folder: Path, picture: str) -> None:
+    logger.warning("%s holds shards; pictures that lie there are passed over: %s.", folder, picture)
+
+
+def _tars_of_a_set(folder: Path) -> set[str]:
+    """Return the names of the tars beside an index.json of ours.
+
+    Warns of a picture that lies there, or below, and is passed over; raises DataError for more
+    shards below, which index.json does not name.
+    """
+    present: set[str] = set()
+    below: list[str] = []
+    pictures: list[str] = []
     with os.scandir(folder) as entries:
-        below = [one.path for one in entries if one.is_dir() and not one.name.startswith(".")]
-    for place, names in (found for one in below for found in walk(one)):
-        data = next((name for name in names if is_tar(name) or picture_suffix(name)), None)
-        if data is not None:
-            raise DataError(
-                f"{folder} is a set of shards, and {place} in it holds more ({data}), which its "
-                "index.json does not name: put that into a folder of its own, and name both."
-            )
+        for entry in entries:
+            if is_tar(entry.name):
+                present.add(entry.name)
+            elif picture_suffix(entry.name):
+                pictures.append(entry.path)
+            elif not entry.name.endswith(".json") and entry.name[0] != "." and entry.is_dir():
+                below.append(entry.path)
+    for one in sorted(below):
+        try:
+            found = list(walk(one))
+        except DataError:  # not ours to read: lost+found
+            continue
+        for place, names in found:
+            tar = next(filter(is_tar, names), None)
+            if tar is not None:
+                raise DataError(
+                    f"{folder} is a set of shards, and {place} in it holds more ({tar}), which its "
+                    "index.json does not name: put that into a folder of its own, and name both."
+                )
+            pictures += [f"{place}/{name}" for name in names if picture_suffix(name)]
+    if pictures:
+        _passed_over(folder, min(pictures))
+    return present
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -391,7 +435,7 @@ def _expanded(pattern: str) -> list[str]:
             anchor = Path(name).anchor
             matches = Path(anchor or ".").glob(str(Path(name).relative_to(anchor)))
             hidden = Path(name).name.startswith(".")
-            found.extend(sorted(str(one) for one in matches if hidden or one.name[0] != "."))
+            found.extend(sorted(str(one) for one in matches if hidden or one.name[:1] != "."))
         elif name != pattern:  # whether it exists shows when its folder is looked at
             found.append(name)
     return found
@@ -434,7 +478,7 @@ def _is_own(folder: Path) -> bool:
 def _open_own(folder: Path, chosen: list[str] | None) -> ShardSet:
     """Open shards of ours: the whole folder, or the chosen ones in their order."""
     index = read_set_index(folder / INDEX_NAME)
-    present = {entry.name for entry in os.scandir(folder) if is_tar(entry.name)}
+    present = _tars_of_a_set(folder)
     advice = f"see `{verify_command(folder)}`"
     if chosen is None:
         rows = list(range(len(index)))

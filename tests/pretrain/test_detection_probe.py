@@ -13,7 +13,7 @@ from torch.nn import functional
 from groundwork.backbones.contract import Backbone, Level, Pyramid
 from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import open_labeled
-from groundwork.errors import DataError
+from groundwork.errors import DataError, UsageError
 from groundwork.settings import DetectionProbeSettings
 from pretrain.detection_probe import DetectionProbe, open_detection_probe, read_pictures
 
@@ -124,7 +124,7 @@ def test_nothing_named_is_no_probe_and_a_missing_split_is_told(labeled: Path) ->
 
 
 def test_what_is_held_out_is_what_fine_tuning_holds_out(labeled: Path) -> None:
-    with pytest.raises(DataError, match=r"holdout=0\.2: there are pictures for validation"):
+    with pytest.raises(UsageError, match=r"holdout=0\.2: there are pictures for validation"):
         probe_of(labeled, holdout=0.2)
     (labeled / "annotations" / "val.json").unlink()
     held_out = open_labeled(

@@ -222,6 +222,7 @@ def test_shards_of_others_are_labeled_data_and_their_names_put_together(
         ("b.jpg", make_jpeg(1)),
     ]
     write_tar(tmp_path / "theirs" / "x.tar", members)
+    (tmp_path / "theirs" / "sizes.json").write_text('{"x.tar": 2}')  # as tools write them
     samples = open_(tmp_path / "theirs", "train", tmp_path)
     assert samples.names == ("car", "class_1", "plane")
     assert all_boxes(samples) == {"a": [[1, 1, 5, 5]], "b": [[1, 1, 5, 48], [2, 2, 3, 3]]}

@@ -161,7 +161,7 @@ def test_patterns_over_folders_open_them_and_over_pictures_are_refused(tmp_path:
     for pattern in ("sets/*", "sets/{a,b}"):
         assert len(open_shards(str(tmp_path / pattern), cache)) == 14
     (tmp_path / "sets" / "c.jpg").write_bytes(b"no tar")
-    with pytest.raises(DataError, match=r"matches .*c\.jpg, which is neither a tar nor a folder"):
+    with pytest.raises(DataError, match=r"matches .*c\.jpg, which is a picture and no tar"):
         open_shards(str(tmp_path / "sets" / "*"), cache)
 
 
