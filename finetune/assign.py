@@ -19,11 +19,11 @@ Differs from the paper:
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.ops import complete_box_iou_loss
 
 from finetune.head import Anchors
 from groundwork.backbones.contract import STRIDES
@@ -131,19 +131,13 @@ def _best_of_each(row: Tensor, alignment: Tensor, rows: int, topk: int) -> Tenso
 def pairwise_ciou(first: Tensor, second: Tensor) -> Tensor:
     """Complete IoU of two rows of boxes (P 4), pair by pair; float32.
 
-    torchvision's is of every box with every other. Two boxes without height have an angle of 0.
+    torchvision's function of this name is of every box with every other; its loss is of pairs.
     """
-    first, second = first.float(), second.float()
-    low = torch.maximum(first[:, :2], second[:, :2])
-    high = torch.minimum(first[:, 2:], second[:, 2:])
-    shared = (high - low).clamp(min=0).prod(1)
-    sides_1, sides_2 = first[:, 2:] - first[:, :2], second[:, 2:] - second[:, :2]
-    union = sides_1.prod(1) + sides_2.prod(1) - shared
-    iou = shared / union.clamp(min=1e-7)
-    around = torch.maximum(first[:, 2:], second[:, 2:]) - torch.minimum(first[:, :2], second[:, :2])
-    diagonal = around.square().sum(1).clamp(min=1e-7)
-    apart = (first[:, :2] + first[:, 2:] - second[:, :2] - second[:, 2:]).square().sum(1) / 4
-    angles = torch.atan2(sides_1[:, 0], sides_1[:, 1]) - torch.atan2(sides_2[:, 0], sides_2[:, 1])
-    shape = (4 / math.pi**2) * angles.square()
-    weight = shape / (1 - iou + shape).clamp(min=1e-7)
-    return iou - apart / diagonal - weight * shape
+    loss: Tensor = complete_box_iou_loss(with_area(first.float()), with_area(second.float()))
+    return 1 - loss
+
+
+def with_area(boxes: Tensor) -> Tensor:
+    """Give boxes sides of a thousandth of a pixel at least: an angle without height is NaN."""
+    low, high = boxes[:, :2], boxes[:, 2:]
+    return torch.cat((low, torch.maximum(high, low + 1e-3)), 1)

@@ -40,13 +40,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import (
-    complete_box_iou_loss,
     distance_box_iou_loss,
     generalized_box_iou_loss,
     sigmoid_focal_loss,
 )
 
-from finetune.assign import Assignment, Targets, assign, inside
+from finetune.assign import Assignment, Targets, assign, inside, pairwise_ciou
 from finetune.head import BINS, Anchors, DetectionHead, Raw, anchors_of
 from finetune.recipe import ClassificationKeys, LossKeys
 from groundwork.optim import undecayed
@@ -55,7 +54,7 @@ BOX_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "iou": lambda first, second: 1 - overlaps(first, second),
     "giou": generalized_box_iou_loss,
     "diou": distance_box_iou_loss,
-    "ciou": lambda first, second: complete_box_iou_loss(_with_area(first), _with_area(second)),
+    "ciou": lambda first, second: 1 - pairwise_ciou(first, second),
 }
 
 
@@ -207,12 +206,6 @@ def overlaps(first: Tensor, second: Tensor) -> Tensor:
     shared = (high - low).clamp(min=0).prod(1)
     areas = (first[:, 2:] - first[:, :2]).prod(1) + (second[:, 2:] - second[:, :2]).prod(1)
     return shared / (areas - shared).clamp(min=1e-7)
-
-
-def _with_area(boxes: Tensor) -> Tensor:
-    """Give boxes sides of a thousandth of a pixel at least: an angle without height is NaN."""
-    low, high = boxes[:, :2], boxes[:, 2:]
-    return torch.cat((low, torch.maximum(high, low + 1e-3)), 1)
 
 
 def sides_in_strides(boxes: Tensor, point: Tensor, anchors: Anchors) -> Tensor:
