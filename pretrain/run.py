@@ -48,7 +48,7 @@ NEXT = """\
 What next:
   pack your own pictures    python -m pretrain.pack PICTURES SHARDS
   pretrain on them          accelerate launch pretrain/run.py --recipe aerial data.train=SHARDS \
-budget.epochs=100
+budget.epochs=N
   train a detector          accelerate launch finetune/run.py --recipe aerial --init {file} \
 data.train=ROOT  (--recipe medical for cells; README, "Your own pictures")
   use the backbone          groundwork.backbones.product.backbone_from_file("{file}")"""
