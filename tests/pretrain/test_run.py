@@ -121,7 +121,8 @@ def test_sigterm_to_the_customers_command_saves_and_the_run_goes_on(
 ) -> None:
     # Far from its end, whenever the signal comes; how long it is to be is said on resume. What a
     # step does must not depend on that.
-    keys = [f"data.train={pictures}", *TINY, "data.workers=1", "schedule.name=constant"]
+    keys = [f"data.train={pictures}", *TINY, "data.workers=1"]
+    keys += ["schedule.name=constant", "schedule.warmup=0"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     command = [*LAUNCHER, PRETRAIN, "--task", "inpainting", "--out", str(out), *keys]
     with started([*command, "budget.steps=4000"], tmp_path) as process:
