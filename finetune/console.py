@@ -31,9 +31,6 @@ def announce(
     device: str,
 ) -> None:
     """Say what is about to happen."""
-    length = (
-        f"{clock.steps} steps" if clock.steps is not None else f"{recipe.budget.minutes} minutes"
-    )
     count = sum(p.numel() for p in detector.parameters())
     held_out = [
         f"{len(one)} for {name}"
@@ -50,7 +47,7 @@ def announce(
         "batch %d, %s, %d process(es), %s.",
         recipe.backbone.name, count / 1e6, len(sets.train.names), len(sets.train), sets.train.name,
         f" ({', '.join(held_out)})" if held_out else "", recipe.image_size, recipe.batch_size,
-        length, processes, device,
+        clock.length, processes, device,
     )  # fmt: skip
     if sets.val is None:
         logger.warning(

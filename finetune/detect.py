@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from finetune.detector import ALL, Detector, Limits
+from finetune.detector import DEFAULT_LIMITS, Detector, Limits
 from finetune.finder import STRIDE, Frame, frame_of, show
 from finetune.looks import looking
 from finetune.metrics import Found, Truth
@@ -68,7 +68,7 @@ def detect_all(
     image_size: int,
     batch_size: int = 16,
     workers: int = 1,
-    limits: Limits = ALL,
+    limits: Limits = DEFAULT_LIMITS,
     looks: int = 1,
     group: dist.ProcessGroup | None = None,
     numbers: Sequence[int] | None = None,

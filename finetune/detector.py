@@ -35,7 +35,7 @@ class Limits(NamedTuple):
     most: int = 300
 
 
-ALL = Limits()  # what COCO's figures are made of
+DEFAULT_LIMITS = Limits()  # those of evaluation
 
 
 class Detections(NamedTuple):
@@ -75,14 +75,10 @@ class Detector(nn.Module):
 
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """N C H W -> boxes N A 4 in pixels and scores N A C in 0..1, before any suppression."""
-        return self.read(self(image), image.shape[2], image.shape[3])
-
-    def read(self, raw: Raw, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Logits of pictures of height x width -> boxes N A 4 in pixels, scores N A C."""
-        return self.head.read(raw, height, width)
+        return self.head.read(self(image), image.shape[2], image.shape[3])
 
 
-def suppress(boxes: Tensor, scores: Tensor, limits: Limits = ALL) -> Detections:
+def suppress(boxes: Tensor, scores: Tensor, limits: Limits = DEFAULT_LIMITS) -> Detections:
     """Keep the boxes of one picture (A 4 and A C) that no better box of their class overlaps.
 
     Every class with a score above that of `limits` is a box of its own, so a cell may give several.

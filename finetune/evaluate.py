@@ -21,7 +21,7 @@ import torch.distributed
 from pydantic import Field
 
 from finetune.detect import Seen, detect_all
-from finetune.detector import ALL, Detector, Limits
+from finetune.detector import DEFAULT_LIMITS, Detector, Limits
 from finetune.metrics import Results, score, to_coco, to_rows
 from groundwork.command import exit_code_of, log_to_standard_output
 from groundwork.config import Section, parse_overrides, validate
@@ -30,7 +30,7 @@ from groundwork.data.labels import LabeledSamples, open_labeled
 from groundwork.data.reading import MAX_PIXELS, Reading
 from groundwork.errors import DataError, UsageError
 from groundwork.files import write_file
-from groundwork.settings import Count, Data, Fraction
+from groundwork.settings import Count, Data, Fraction, Side
 
 __all__ = ["Seen", "class_numbers", "detect_all", "evaluate", "main", "measure", "table"]
 
@@ -48,7 +48,7 @@ def evaluate(
     image_size: int,
     batch_size: int = 16,
     workers: int = 1,
-    limits: Limits = ALL,
+    limits: Limits = DEFAULT_LIMITS,
     looks: int = 1,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Results | None:
@@ -98,7 +98,7 @@ class Keys(Section):
     """What `python -m finetune.evaluate` can be told as key=value."""
 
     data: Sets = Sets()
-    image_size: int | None = Field(default=None, ge=32, multiple_of=32)  # null: that of training
+    image_size: Side | None = None  # null: that of training
     batch_size: Count = 16
     score: Fraction = 0.001
     iou: Fraction = 0.7

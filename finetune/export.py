@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.detector import ALL, Detector, Limits
+from finetune.detector import DEFAULT_LIMITS, Detector, Limits
 from finetune.exchange import (
     backbone_to_ultralytics,
     from_ultralytics,
@@ -67,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     onnx = parser.add_argument_group("onnx")
     onnx.add_argument("--nms", action="store_true", help="with non-maximum suppression inside")
-    onnx.add_argument("--score", type=float, help=f"least score ({ALL.score})")
-    onnx.add_argument("--iou", type=float, help=f"largest overlap ({ALL.iou})")
-    onnx.add_argument("--most", type=int, help=f"boxes of a picture ({ALL.most})")
+    onnx.add_argument("--score", type=float, help=f"least score ({DEFAULT_LIMITS.score})")
+    onnx.add_argument("--iou", type=float, help=f"largest overlap ({DEFAULT_LIMITS.iou})")
+    onnx.add_argument("--most", type=int, help=f"boxes of a picture ({DEFAULT_LIMITS.most})")
     onnx.add_argument("--opset", type=int, default=18, help="of the ONNX standard (%(default)s)")
     return parser
 
@@ -83,7 +83,7 @@ def _check(options: argparse.Namespace) -> None:
     if said and not options.nms:
         names = ", ".join(f"--{name}" for name in said)
         raise UsageError(f"{names}: without --nms nothing is suppressed; add it.")
-    limits: Limits = ALL._replace(**said)
+    limits: Limits = DEFAULT_LIMITS._replace(**said)
     options.limits = limits
     if options.image_size is not None and options.format not in ("onnx", "torch_export"):
         raise UsageError(f"--image-size is noted in onnx and torch_export, not {options.format}.")

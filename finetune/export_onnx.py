@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.detector import ALL, Detector, Limits
+from finetune.detector import DEFAULT_LIMITS, Detector, Limits
 from finetune.export_graph import SMALLEST, predictor, trace
 from groundwork.errors import GroundworkError, UsageError
 
@@ -108,7 +108,7 @@ def onnx_model(detector: Detector, about: Mapping[str, Any], *, opset: int = OPS
     return model
 
 
-def with_suppression(model: Any, about: Mapping[str, Any], limits: Limits = ALL) -> Any:
+def with_suppression(model: Any, about: Mapping[str, Any], limits: Limits = DEFAULT_LIMITS) -> Any:
     """Put non-maximum suppression behind a model, as finetune.detector.suppress does it."""
     onnx = _import("onnx")
     opset = next(one.version for one in model.opset_import if not one.domain)

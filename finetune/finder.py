@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune.augment.letterbox import letterbox_geometry
 from finetune.augment.warp import GREY
-from finetune.detector import ALL, Detections, Detector, Limits, suppress
+from finetune.detector import DEFAULT_LIMITS, Detections, Detector, Limits, suppress
 from finetune.fuse import fused
 from finetune.metrics import Found
 from groundwork import colour
@@ -97,7 +97,7 @@ class Finder(Protocol):
 class DetectorFinder:
     """A detector as a Finder. It works on a fused copy, so the detector stays as it is."""
 
-    def __init__(self, detector: Detector, limits: Limits = ALL) -> None:
+    def __init__(self, detector: Detector, limits: Limits = DEFAULT_LIMITS) -> None:
         self.detector = fused(detector)
         self.device = next(detector.parameters()).device
         self.limits = limits

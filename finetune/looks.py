@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torchvision.ops import batched_nms
 
-from finetune.detector import ALL, Detector, Limits
+from finetune.detector import DEFAULT_LIMITS, Detector, Limits
 from finetune.finder import DetectorFinder, Finder
 from finetune.metrics import Found
 from groundwork.errors import UsageError
@@ -34,7 +34,7 @@ _LEAST = 0.01  # the score of a box of one look that may join others
 Boxes = npt.NDArray[np.float32]
 
 
-def looking(detector: Detector, looks: int = 1, limits: Limits = ALL) -> Finder:
+def looking(detector: Detector, looks: int = 1, limits: Limits = DEFAULT_LIMITS) -> Finder:
     """Return a Finder that looks `looks` times: 1, 2, 4 or 8. Raises UsageError for others.
 
     2: as it is and mirrored left to right; 4: upside down, too; 8: all turns by quarters. 4 and 8
@@ -58,7 +58,7 @@ class LooksFinder:
 
     finder: Finder
     looks: int
-    limits: Limits = ALL
+    limits: Limits = DEFAULT_LIMITS
     common: float = 0.55  # the paper's
 
     def __call__(self, frames: npt.NDArray[np.uint8]) -> list[Found]:

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from finetune.augment.warp import resized
-from finetune.detector import ALL, Detections, Detector, Limits
+from finetune.detector import DEFAULT_LIMITS, Detections, Detector, Limits
 from finetune.finder import (
     STRIDE,
     Finder,
@@ -68,7 +68,7 @@ class Predictor:
 
     finder: Finder
     image_size: int
-    limits: Limits = ALL
+    limits: Limits = DEFAULT_LIMITS
     tile: int | None = None
     overlap: float = OVERLAP
     at_once: int = 1  # tiles in a batch

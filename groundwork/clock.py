@@ -34,6 +34,13 @@ class Clock:
         self.began = self.lap_began = time.perf_counter()
 
     @property
+    def length(self) -> str:
+        """The budget, for a person."""
+        if self.limit is not None:
+            return f"{self.limit / 60:g} minutes"
+        return f"{self.steps} steps"
+
+    @property
     def seconds(self) -> float:
         """Wall-clock seconds of the loop, those before a resume included."""
         return self.spent + (0.0 if self.began is None else time.perf_counter() - self.began)

@@ -245,7 +245,7 @@ class SelfTraining(WholeDetector):
         raw = self.teacher(image)
         # Autocast would have boxes in half precision: half a pixel at stride 8.
         with torch.autocast(image.device.type, enabled=False):
-            boxes, scores = self.teacher.read(raw, side, side)
+            boxes, scores = self.teacher.head.read(raw, side, side)
         limits = Limits(config.unsure, config.iou, MOST)
         found = [
             suppress(*one, limits)

@@ -35,13 +35,10 @@ def announce(
     device: str,
 ) -> None:
     """Say what is about to happen."""
-    length = (
-        f"{clock.steps} steps" if clock.steps is not None else f"{recipe.budget.minutes} minutes"
-    )
     logger.info(
         "%s on %s (%.2f M parameters), %d pictures of %s, %d px, batch %d, %s, %d process(es), %s.",
         recipe.task_name, recipe.backbone.name, parameters / 1e6, len(samples), samples.name,
-        recipe.image_size, recipe.batch_size, length, processes, device,
+        recipe.image_size, recipe.batch_size, clock.length, processes, device,
     )  # fmt: skip
     for place in [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train:
         if splits := held_out_in(Path(place)):

@@ -169,7 +169,7 @@ class DetectionProbe:
         found = []
         for first in range(0, len(maps.p3), _AT_ONCE):
             raw = detector.head(Features(*(level[first : first + _AT_ONCE] for level in maps)))
-            for boxes, scores in zip(*detector.read(raw, side, side), strict=True):
+            for boxes, scores in zip(*detector.head.read(raw, side, side), strict=True):
                 kept = suppress(boxes.clamp(0, side), scores)
                 found.append(Found(*(part.cpu().numpy() for part in kept)))
         return found

@@ -40,7 +40,7 @@ from groundwork.data.shard_index import (
     samples_name,
     sha256_text,
 )
-from groundwork.data.shards import UNFINISHED_NAME, read_set_index
+from groundwork.data.shard_sets import UNFINISHED_NAME, read_set_index
 from groundwork.data.tar_format import MAX_MEMBER_BYTES, picture_suffix
 from groundwork.data.tiles import tiles_of
 from groundwork.data.write_shards import (

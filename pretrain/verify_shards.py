@@ -26,7 +26,7 @@ from groundwork.data.shard_index import (
     samples_name,
     sha256_bytes,
 )
-from groundwork.data.shards import UNFINISHED_NAME, read_set_index
+from groundwork.data.shard_sets import UNFINISHED_NAME, read_set_index
 from groundwork.data.tar_format import scan
 from groundwork.data.write_shards import Row
 from groundwork.errors import DataError, UsageError

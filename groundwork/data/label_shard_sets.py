@@ -28,7 +28,8 @@ from groundwork.data.remote import is_remote, open_remote
 from groundwork.data.remote_samples import RemoteSamples
 from groundwork.data.scenes import CLASSES, open_scenes
 from groundwork.data.shard_index import INDEX_NAME, is_set_index
-from groundwork.data.shards import ShardSamples, is_tar, open_shards
+from groundwork.data.shard_sets import is_tar, open_shards
+from groundwork.data.shards import ShardSamples
 from groundwork.data.tar_format import picture_suffix
 from groundwork.errors import DataError
 
@@ -75,7 +76,7 @@ def _has_shards(folder: Path) -> bool:
 
 
 def _tar_in(folder: Path) -> str | None:
-    return min((path.name for path in folder.glob("*.tar") if is_tar(path.name)), default=None)
+    return next((path.name for path in folder.glob("*.tar") if is_tar(path.name)), None)
 
 
 def _labels_lie_beside(folder: Path) -> bool:

@@ -23,7 +23,8 @@ from groundwork.data.lists import read_lines
 from groundwork.data.remote import is_remote, open_remote
 from groundwork.data.scenes import open_scenes
 from groundwork.data.shard_index import INDEX_NAME, default_key, is_set_index, sha256_text
-from groundwork.data.shards import Sample, Samples, is_tar, mixed, open_shards
+from groundwork.data.shard_sets import is_tar, mixed, open_shards
+from groundwork.data.shards import Sample, Samples
 from groundwork.data.tar_format import MAX_MEMBER_BYTES, PICTURE_SUFFIXES, picture_suffix
 from groundwork.errors import DataError, UsageError, not_read
 

@@ -35,7 +35,8 @@ from tqdm import tqdm
 from groundwork.data.scene_drawing import VERSION, Scene, draw_scene
 from groundwork.data.scene_labels import CLASSES
 from groundwork.data.shard_index import INDEX_NAME
-from groundwork.data.shards import ShardSamples, open_shards
+from groundwork.data.shard_sets import open_shards
+from groundwork.data.shards import ShardSamples
 from groundwork.data.write_shards import write_shards
 from groundwork.errors import DataError, UsageError
 

@@ -85,9 +85,9 @@ def test_unknown_widths_and_names_are_refused() -> None:
 def test_objectness_multiplies_the_scores() -> None:
     detector = build_detector("timm/test_resnet", 2)
     raw = Raw(torch.zeros(1, 21, 64), torch.zeros(1, 21, 2), torch.full((1, 21), 3.0))
-    _, scores = detector.read(raw, 32, 32)
+    _, scores = detector.head.read(raw, 32, 32)
     torch.testing.assert_close(scores, torch.full((1, 21, 2), 0.5).mul(torch.tensor(3.0).sigmoid()))
-    _, plain = detector.read(raw._replace(objectness=None), 32, 32)
+    _, plain = detector.head.read(raw._replace(objectness=None), 32, 32)
     assert (plain == 0.5).all()
 
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.reading import Reading
-from groundwork.data.shards import ShardSamples, open_shards
+from groundwork.data.shard_sets import open_shards
+from groundwork.data.shards import ShardSamples
 from groundwork.data.tar_format import unescape_key
 from groundwork.errors import DataError
 from pretrain import pack_shards

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from groundwork.data.labels import LabeledSamples, open_labeled
-from groundwork.data.shards import open_shards
+from groundwork.data.shard_sets import open_shards
 from pretrain.pack import main
 
 MakeJpeg = Callable[..., bytes]

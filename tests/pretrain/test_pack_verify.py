@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from groundwork.data.shards import open_shards
+from groundwork.data.shard_sets import open_shards
 from tests.pretrain.test_pack import ROOT, run, stored
 
 

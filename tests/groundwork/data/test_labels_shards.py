@@ -23,7 +23,7 @@ from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled, splits_of
 from groundwork.data.remote import open_remote
 from groundwork.data.shard_index import SampleIndex, index_shard, samples_name
-from groundwork.data.shards import open_shards
+from groundwork.data.shard_sets import open_shards
 from groundwork.data.write_shards import write_shards
 from groundwork.errors import DataError
 from tests.groundwork.data.web import serving

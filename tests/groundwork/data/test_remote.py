@@ -26,7 +26,8 @@ from groundwork.data.remote import open_remote
 from groundwork.data.remote_samples import RemoteSamples
 from groundwork.data.remote_stores import FsspecStore, open_store
 from groundwork.data.samples import open_samples
-from groundwork.data.shards import expand_braces, open_shards
+from groundwork.data.shard_sets import open_shards
+from groundwork.data.shards import expand_braces
 from groundwork.data.write_shards import write_shards
 from groundwork.errors import DataError, UnavailableError, UsageError
 from tests.groundwork.data.web import Web, serving

@@ -146,6 +146,7 @@ def test_nothing_is_passed_over_where_sets_and_pictures_lie_in_one_tree(
     write_shards(tree / "set" / "second", pictures, shard_size=2)
     with pytest.raises(DataError, match=r"set is a set of shards, and .*second.* holds more"):
         opened(str(tree / "set"), tmp_path)
+    assert len(opened(str(tree / "set" / "*.tar"), tmp_path)) == 4  # these, and no more, are meant
 
 
 def test_previews_below_anybodys_shards_are_told_of(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from groundwork.data.shard_index import INDEX_NAME, SetIndex, default_key, split_member
-from groundwork.data.shards import open_shards
+from groundwork.data.shard_sets import open_shards
 from groundwork.data.tar_format import Member, escape_key, member_header, scan, unescape_key
 from groundwork.data.write_shards import write_shards
 from groundwork.errors import DataError
