@@ -5,7 +5,7 @@
 PICTURES are without labels (shards, a folder: data.train of pretraining), ROOT is a labeled set
 (data.train of fine-tuning). In --out are the run folders of
 
-    1-pretrain    the recipe of recipes/pretrain, which wants no labels
+    1-pretrain    the recipe of recipes/pretrain, which learns without labels, from --init if given
     2-finetune    the recipe of recipes/finetune, on the labels
     3-teach       the recipe NAME_taught: self-training with what that detector finds in PICTURES
     4-finetune    the recipe NAME_taught of recipes/finetune, on the labels once more
@@ -16,7 +16,9 @@ after (finetune/average.py), are scored on val, too. Where the teacher looks at 
 (task.find=picture), it is scored on val as it will look, and each class is taught from the score on
 that is best there (--teach task.score=... says another). detector.safetensors is what has the best
 AP on val; where no pictures are held out for that, the last mean. few_labels.json tells all
-figures. A test split is not looked at.
+figures. A test split is not looked at. While 1-pretrain runs, a detection probe on the labels says
+what they gain (probe.detection), and the weights that are best by it are kept; --pretrain with
+probe.detection.data=null goes without.
 
 Called again, it goes on where it was stopped, with the same keys; a stage is run anew where its
 folder is removed, and those after it want theirs removed too. Keys of every stage are given by
@@ -71,6 +73,7 @@ class Chain:
     out: Path
     rounds: int = 1
     launch: str | None = None
+    init: str | None = None  # what the first stage starts from
     keys: tuple[str, ...] = ()  # of every stage
     pretrain: tuple[str, ...] = ()
     teach: tuple[str, ...] = ()
@@ -80,8 +83,10 @@ class Chain:
         """Raise UsageError or DataError for what a stage would not take, before the first runs."""
         if self.rounds < 0:
             raise UsageError(f"--rounds {self.rounds}: a round teaches once; 0 is none.")
-        check("pretrain.run", ["--recipe", self.recipe], self._pretrain_keys())
+        if self.init is not None and not Path(self.init).is_file():
+            raise UsageError(f"--init {self.init}: there is no such file.")
         check("finetune.run", ["--recipe", self.recipe], self._finetune_keys())
+        check("pretrain.run", self._pretrain_flags, self._pretrain_keys())
         if self.rounds:
             taught = ["--recipe", self._taught]
             check("pretrain.run", taught, self._teach_keys("detector.safetensors"))
@@ -92,8 +97,9 @@ class Chain:
         """Run what is not done yet. Returns, and writes, what each detector reaches on val."""
         self.out.mkdir(parents=True, exist_ok=True)
         start = self._stage(
-            "1-pretrain", "pretrain.run", ["--recipe", self.recipe], self._pretrain_keys()
-        )
+            "1-pretrain", "pretrain.run", self._pretrain_flags, self._pretrain_keys(),
+            None if self.init is None else Path(self.init),
+        )  # fmt: skip
         detector, told = self._trained("2-finetune", self.recipe, start)
         for number in range(1, self.rounds + 1):
             # The teacher is the best so far, which is where the student begins.
@@ -167,8 +173,14 @@ class Chain:
         """The recipe of a round, of either stage."""
         return f"{self.recipe}_taught"
 
+    @property
+    def _pretrain_flags(self) -> list[str]:
+        return ["--recipe", self.recipe, *([] if self.init is None else ["--init", self.init])]
+
     def _pretrain_keys(self) -> list[str]:
-        return [f"data.train={self.pictures}", *self.keys, *self.pretrain]
+        given = [*self.keys, *self.pretrain]
+        labels = finetune_recipes.resolve(self.recipe, self._finetune_keys())
+        return [f"data.train={self.pictures}", *probe_keys(labels, given), *given]
 
     def _teach_keys(self, teacher: str) -> list[str]:
         return [f"data.train={self.pictures}", f"task.weights={teacher}", *self.keys, *self.teach]
@@ -176,6 +188,26 @@ class Chain:
     def _finetune_keys(self) -> list[str]:
         # Test pictures choose nothing: they are for the person, at the end.
         return [f"data.train={self.root}", "eval.test=false", *self.keys, *self.finetune]
+
+
+def probe_keys(labels: finetune_recipes.Recipe, given: Sequence[str]) -> list[str]:
+    """Return the keys of a detection probe on the pictures of a fine-tuning.
+
+    Empty where `given` names others, and where no pictures are held out.
+    """
+    data = labels.data
+    if any(key.startswith("probe.detection.data=") for key in given):
+        return []
+    if not (data.holdout or data.val or has_split(data.train, "val")):
+        return []
+    keys = {
+        "data": data.train,
+        "train_list": data.train_list,
+        "val": data.val,
+        "holdout": data.holdout,
+        "image_size": labels.image_size,
+    }
+    return [f"probe.detection.{name}={value}" for name, value in keys.items() if value]
 
 
 def taught_from_val(recipe: str, keys: Sequence[str]) -> SelfTrainingConfig | None:
@@ -279,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", required=True, metavar="NAME", help="aerial or medical")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--rounds", type=int, default=1, help="of self-training (%(default)s)")
+    parser.add_argument("--init", metavar="FILE", help="weights that the first stage starts from")
     parser.add_argument("--launch", help='such as "accelerate launch --num_processes 8"')
     for name in _KEYS:
         of = "every stage" if name == "keys" else f"the stages that {name}"
@@ -293,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out,
         options.rounds,
         options.launch,
+        options.init,
         *(tuple(vars(options)[name]) for name in _KEYS),
     )
 

@@ -17,12 +17,13 @@ from groundwork.config import parse_overrides, to_yaml, validate
 from groundwork.errors import DataError, StoppedError, UsageError
 from pretext_tasks.self_training import SelfTrainingConfig
 from pretrain import few_labels
-from pretrain.few_labels import evaluation_keys, main
+from pretrain.few_labels import evaluation_keys, main, probe_keys
 
 TINY = [
     "--keys", "threads=1", "data.workers=0", "batch_size=2", "image_size=64", "budget.steps=2",
     "report=false", "backbone.name=timm/test_resnet", "precision=fp32",
 ]  # fmt: skip
+PROBE = ["probe.times=1", "probe.labeled=null", "probe.detection.steps=2"]
 NO_PROBE = ["probe.times=0", "probe.labeled=null"]
 
 
@@ -75,11 +76,12 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
 def test_stages_follow_each_other_and_the_best_on_val_is_kept(
     stages: Stages, labeled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
+    out, general = tmp_path / "out", tmp_path / "general.safetensors"
+    general.write_text("learned from other pictures")
     command = [
         "pictures", str(labeled), "--recipe", "aerial", "--out", str(out), "--rounds", "2",
         "--launch", "accelerate launch", "--keys", "seed=3", "--pretrain", "budget.epochs=7",
-        "--teach", "task.score=0.5", "--finetune", "image_size=128",
+        "--teach", "task.score=0.5", "--finetune", "image_size=128", "--init", str(general),
     ]  # fmt: skip
     stages.stop_at = "4-finetune"
     assert main(command) == 75
@@ -93,7 +95,9 @@ def test_stages_follow_each_other_and_the_best_on_val_is_kept(
     assert len(stages.ran) == len(ran)  # each of them once
     first, mean = out / "2-finetune/detector.safetensors", out / "4-finetune/mean.safetensors"
     assert ran["1-pretrain"] == [
-        "--recipe", "aerial", "data.train=pictures", "seed=3", "budget.epochs=7",
+        "--recipe", "aerial", "--init", str(general), "data.train=pictures",
+        f"probe.detection.data={labeled}", "probe.detection.image_size=128", "seed=3",
+        "budget.epochs=7",
     ]  # fmt: skip
     start = ["--recipe", "aerial", "--init", str(out / "1-pretrain" / "pretrained.safetensors")]
     labels = [f"data.train={labeled}", "eval.test=false", "seed=3", "image_size=128"]
@@ -112,6 +116,9 @@ def test_stages_follow_each_other_and_the_best_on_val_is_kept(
     # With other keys what is there is not taken for the same, and not what followed from it.
     other = [*command, "--teach", "task.unsure=0.2"]  # beside the one that was given
     assert main(other) == 2
+    general.write_text("other weights")
+    assert main(command) == 2
+    general.write_text("learned from other pictures")
     shutil.rmtree(out / "3-teach")
     stages.product = "another"
     assert main(other) == 2
@@ -201,6 +208,22 @@ def test_a_mean_is_scored_as_its_rivals_are(labeled: Path) -> None:
     assert evaluation_keys(held) == [*shared, val, *more]
 
 
+def test_pretraining_is_probed_on_the_pictures_that_fine_tuning_uses(labeled: Path) -> None:
+    def keys(*given: str, finetune: Sequence[str] = ()) -> list[str]:
+        labels = finetune_recipes.resolve("aerial", [f"data.train={labeled}", *finetune])
+        return probe_keys(labels, given)
+
+    data, size = f"probe.detection.data={labeled}", "probe.detection.image_size=256"
+    assert keys() == [data, size]
+    assert keys("probe.times=9", finetune=["data.val=else", "data.train_list=few.txt"]) == [
+        data, "probe.detection.train_list=few.txt", "probe.detection.val=else", size,
+    ]  # fmt: skip
+    assert keys("seed=3", "probe.detection.data=null") == []
+    (labeled / "annotations" / "val.json").unlink()
+    assert keys() == []
+    assert keys(finetune=["data.holdout=0.2"]) == [data, "probe.detection.holdout=0.2", size]
+
+
 def test_processes_are_started_by_the_command_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +253,8 @@ def test_what_a_later_stage_would_not_take_is_told_before_the_first(
     assert main([*command, "byol"]) == 2
     assert "byol" in capsys.readouterr().err
     assert main([*command, "aerial", "--rounds", "-1"]) == 2
+    assert main([*command, "aerial", "--init", "nowhere.safetensors"]) == 2
+    assert "--init nowhere.safetensors" in capsys.readouterr().err
     (labeled / "annotations" / "train.json").write_text("{}")
     assert main([*command, "aerial"]) == DataError.exit_code
     assert not out.exists()
@@ -242,7 +267,7 @@ def test_the_stages_run(labeled: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [
         str(labeled / "images" / "train"), str(labeled), "--recipe", "medical", "--out", str(out),
-        *TINY, "--pretrain", *NO_PROBE, "--teach", *NO_PROBE, "task.teacher_size=96",
+        *TINY, "--pretrain", *PROBE, "--teach", *NO_PROBE, "task.teacher_size=96",
         "task.find=picture", "task.looks=2", "--finetune", "eval.times=1", "data.holdout=0.2",
     ]  # fmt: skip
     assert main(command) == 0
@@ -251,6 +276,8 @@ def test_the_stages_run(labeled: Path, tmp_path: Path) -> None:
         "detector.safetensors", "detector.safetensors", "pretrained.safetensors",
         "mean.safetensors",
     ]  # fmt: skip
+    probed = (out / "1-pretrain" / "metrics.jsonl").read_text()
+    assert probed.count('"probe/ap"') == 2  # before and after
     for scored in (
         "4-finetune/evaluation-mean",
         "4-finetune/evaluation-start",
