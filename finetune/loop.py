@@ -42,7 +42,7 @@ from finetune.views import DetectionViews
 from finetune.weights import detector_from_file, load_init, parts_of, save_detector
 from groundwork import training_state
 from groundwork.backbones.from_timm import synchronised
-from groundwork.clock import StopRequest, agree, host_group, told_by_main
+from groundwork.clock import StopRequest, agree, host_group, meet, told_by_main
 from groundwork.command import noted_init
 from groundwork.console import Display
 from groundwork.data.labels import LabeledSamples
@@ -99,6 +99,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     """
     accelerator = run.accelerator
     device, world = accelerator.device, accelerator.num_processes
+    group = host_group()
     stop = StopRequest()
 
     # What it is trained on.
@@ -134,7 +135,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     scale_learning_rates(detector, recipe.optim)
     # Faster on a CPU, too: 1.36 times on yolo12n (LOG.md).
     detector = detector.to(memory_format=torch.channels_last)
-    if device.type == "cuda" and world > 1:
+    if device.type == "cuda" and world > 1 and recipe.sync_batchnorm:
         detector = synchronised(detector)
     detector = detector.to(device)
     if init is not None and recipe.batchnorm == "measure":
@@ -176,6 +177,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         run.begin(saved)
     if accelerator.is_main_process:
         tell_defects(sets, run.folder, recipe.image_size)
+    meet(group)
     if recipe.compile:
         for part in parts_of(detector).values():
             part.compile()
@@ -184,7 +186,6 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     parameters = [p for p in detector.parameters() if p.requires_grad]
     buffers = list(detector.buffers())
     kept_buffers = [buffer.clone() for buffer in buffers]
-    group = host_group() if world > 1 else None
     quarantine = Quarantine(
         run.folder,
         len(sets.train),
@@ -304,7 +305,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 if required:
                     raise
                 logger.warning("%s Training goes on.", error)
-        accelerator.wait_for_everyone()
+        meet(group)
 
     def out_of_patience() -> bool:
         """Say whether too many scorings have brought nothing better."""
@@ -455,7 +456,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     # What is kept, and what it is worth.
     product = run.folder / "detector.safetensors"
     best = run.folder / BEST
-    accelerator.wait_for_everyone()
+    meet(group)
     use_best = recipe.eval.select == "best" and position.best >= 0 and best.is_file()
     if accelerator.is_main_process:
         if use_best:
@@ -463,7 +464,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         else:
             write(product, {})
         quarantine.tell(position.replaced)
-    accelerator.wait_for_everyone()
+    meet(group)
     chosen, _ = detector_from_file(product)
     chosen = chosen.to(device).to(memory_format=torch.channels_last)
     scores = {
@@ -476,7 +477,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         tell_end(run.folder, position, kept_step, clock.seconds, scores)
     sets.close()
     tracking.close()
-    accelerator.wait_for_everyone()
+    meet(group)
     if group is not None:
         torch.distributed.destroy_process_group()
     return product

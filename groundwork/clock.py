@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import signal
 import time
+from datetime import timedelta
 from types import FrameType
 from typing import NamedTuple
 
 import torch
 import torch.distributed
 
+from groundwork.errors import UsageError
 from groundwork.settings import Budget
 
 
@@ -91,11 +93,32 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def host_group() -> torch.distributed.ProcessGroup:
-    """Return a gloo group of all ranks: what is agreed on the host waits for no device."""
-    group = torch.distributed.new_group(backend="gloo")
+# One rank may have to look through a far store, or at many labels, while the others wait.
+_PATIENCE = timedelta(hours=12)
+
+
+def host_group() -> torch.distributed.ProcessGroup | None:
+    """Return a gloo group of all ranks: what is agreed on the host waits for no device.
+
+    None where there is one process. Raises UsageError where machines do not reach each other.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    try:
+        group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    except RuntimeError as error:
+        raise UsageError(
+            f"The machines do not reach each other over gloo ({error}): a hostname that stands for "
+            "127.0.1.1 is a usual reason. GLOO_SOCKET_IFNAME names the network interface to use."
+        ) from error
     assert isinstance(group, torch.distributed.ProcessGroup)
     return group
+
+
+def meet(group: torch.distributed.ProcessGroup | None) -> None:
+    """Wait for all ranks, as long as it takes: NCCL ends a run whose ranks wait for ten minutes."""
+    if group is not None:
+        torch.distributed.barrier(group=group)
 
 
 class Agreed(NamedTuple):

@@ -240,6 +240,9 @@ class RunKeys(Section):
     budget: Budget = Budget(epochs=100)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False  # compiles the networks in place
+    # BatchNorm's statistics are of all ranks on CUDA. It waits for the others at every layer: with
+    # a dozen pictures or more a process, try without.
+    sync_batchnorm: bool = True
     threads: Count | None = None  # of a one-process CPU run; null: all allowed cores
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     checkpoint: CheckpointKeys = CheckpointKeys()

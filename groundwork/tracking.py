@@ -116,7 +116,9 @@ class Tracking:
     def close(self) -> None:
         """Finish the trackers."""
         if self.trackers:
-            self.accelerator.end_training()
+            # And not end_training, which ends the process group, too.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

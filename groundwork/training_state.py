@@ -59,8 +59,10 @@ class Pictures(Protocol):
 
 def copy_all(into: list[Tensor], tensors: list[Tensor]) -> None:
     """Copy tensors into others of their shapes; of a network without buffers there are none."""
-    if into:
-        torch._foreach_copy_(into, tensors)
+    # Of one dtype at a time: a mixture is copied one by one.
+    for dtype in {one.dtype for one in into}:
+        chosen = [index for index, one in enumerate(into) if one.dtype == dtype]
+        torch._foreach_copy_([into[i] for i in chosen], [tensors[i] for i in chosen])
 
 
 @dataclass(frozen=True)

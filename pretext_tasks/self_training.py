@@ -170,8 +170,9 @@ class SelfTraining(WholeDetector):
         and side are of the last batch that had a box.
         """
         found = self._found(batch)
-        sure = [_those(one, self._sure(one)) for one in found]
-        unsure = [_those(one, ~self._sure(one)) for one in found]
+        surely = [self._sure(one) for one in found]
+        sure = [_those(one, which) for one, which in zip(found, surely, strict=True)]
+        unsure = [_those(one, ~which) for one, which in zip(found, surely, strict=True)]
         output = self.detection_loss(
             self.coloured(batch["view"], batch["colour"]), _targets(sure), _targets(unsure)
         )
@@ -277,7 +278,8 @@ def _by_class(config: SelfTrainingConfig, names: Sequence[str]) -> list[float]:
 
 
 def _those(found: Detections, which: Tensor) -> Detections:
-    return Detections(found.boxes[which], found.scores[which], found.classes[which])
+    rows = which.nonzero().squeeze(1)  # once: a GPU is waited for
+    return Detections(found.boxes[rows], found.scores[rows], found.classes[rows])
 
 
 def _least_side(found: Detections) -> Tensor:

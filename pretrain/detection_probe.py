@@ -132,6 +132,7 @@ class DetectionProbe:
         standardise = _Standardised(maps)
         detector = Detector(backbone, nn.Identity(), head)
         self._learn(detector, standardise(maps))
+        del maps  # of large pictures they are gigabytes
         maps = standardise(feature_maps(backbone, neck, self._val.pixels))
         found = self._find(detector, maps)
         results = score(found, self._val.truth, self._names)

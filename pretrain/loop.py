@@ -25,7 +25,7 @@ from groundwork.backbones import build_backbone, load_init, load_parts
 from groundwork.backbones.contract import Backbone
 from groundwork.backbones.from_timm import synchronised
 from groundwork.backbones.product import read_product, save_product
-from groundwork.clock import Clock, StopRequest, agree, host_group
+from groundwork.clock import Clock, StopRequest, agree, host_group, meet
 from groundwork.command import noted_init
 from groundwork.config import Section
 from groundwork.console import Display
@@ -93,6 +93,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     """
     accelerator = run.accelerator
     device, world = accelerator.device, accelerator.num_processes
+    group = host_group()
     stop = StopRequest()
 
     # What is trained. Weights come from one place: a checkpoint, else --init, else the seed.
@@ -108,7 +109,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         logger.warning("%s", warning)
     # Faster on a CPU, too: 1.36 times on yolo12n (LOG.md).
     task = task.to(memory_format=torch.channels_last)
-    if device.type == "cuda" and world > 1:
+    if device.type == "cuda" and world > 1 and recipe.sync_batchnorm:
         task = synchronised(task)
     task = task.to(device)
     ema = Ema(recipe.ema, task.product()) if recipe.ema.enabled else None
@@ -143,6 +144,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         )  # fmt: skip
         if position.probe:
             alarm.load(position.probe["alarm"])
+    meet(group)
     if indicator is not None:
         measured_on = "" if probe is None else probe.measured_on(indicator)
         if saved is not None:
@@ -162,7 +164,6 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     parameters = [p for p in task.parameters() if p.requires_grad]
     buffers = list(task.buffers())
     kept_buffers = [buffer.clone() for buffer in buffers]
-    group = host_group() if world > 1 else None
     quarantine = Quarantine(
         run.folder,
         len(samples),
@@ -253,7 +254,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 if required:
                     raise
                 logger.warning("%s Training goes on.", error)
-        accelerator.wait_for_everyone()
+        meet(group)
 
     task.train()
     batches = iter(loader)
@@ -264,6 +265,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         if position.step == 0:
             tracking.write(0, measure())
             _sheet(run, task, sheet, 0)
+        meet(group)
         clock.start()
         while not clock.over(position.step) and not ended_early:
             progress = clock.progress(position.step)
@@ -396,7 +398,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         tell_end(position.step, position.samples, clock.seconds, position.probe)
         quarantine.tell(position.replaced)
     tracking.close()
-    accelerator.wait_for_everyone()
+    meet(group)
     if group is not None:
         torch.distributed.destroy_process_group()
     return product

@@ -141,6 +141,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], waits: Counte
                     "Expected all tensors to be on the same device, but found at least two "
                     f"devices, cuda:0 and cpu! ({func}, the one of the CPU {tuple(other.shape)})"
                 )
+    if here and name in _INDEXING and not isinstance(args[0], OnDevice):
+        raise RuntimeError(f"indices should be on the same device as the indexed tensor ({func})")
     if here and _waits(func, args, wanted):
         waits[name] += 1
     if wanted is not None and wanted.type == "cuda":

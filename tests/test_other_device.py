@@ -71,6 +71,7 @@ def test_the_device_refuses_what_cuda_refuses() -> None:
             lambda: torch.cat([there, here]),
             lambda: torch.where(there > 1, there, here),
             lambda: nn.functional.linear(there, here),
+            lambda: here[there[0].long()],
             lambda: there.numpy(),
         ):
             with pytest.raises((RuntimeError, TypeError)):
