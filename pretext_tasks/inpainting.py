@@ -2,14 +2,13 @@
 
 Masked image modelling for convolutional backbones. Blocks of the picture are replaced by a filling,
 the backbone sees the filled picture, and a light decoder over C3, C4 and C5 predicts the pixels, or
-with `target=hog` the directions of edges, or with `target=features` what a slow copy of the network
-sees there in the whole picture (pretext_tasks/inpainting_targets.py); the loss is on what is hidden
-alone. Sources: Context Encoders (Pathak et al. 2016, arXiv 1604.07379) for inpainting as
-a pretext task; SimMIM (Xie et al. 2021, arXiv 2111.09886) for filling hidden blocks instead of
-dropping them, blocks of 32 px of which 60 % are hidden, and a light decoder; MAE (He et al. 2021,
-arXiv 2111.06377, section 4.1) for targets normalised patch by patch; MaskFeat (Wei et al. 2021,
-arXiv 2112.09133) for histograms of gradients; data2vec (Baevski et al. 2022, arXiv 2202.03555) for
-features of a moving average of the network itself.
+with `target=features` what a slow copy of the network sees there in the whole picture
+(pretext_tasks/inpainting_targets.py); the loss is on what is hidden alone. Sources: Context
+Encoders (Pathak et al. 2016, arXiv 1604.07379) for inpainting as a pretext task; SimMIM (Xie et al.
+2021, arXiv 2111.09886) for filling hidden blocks instead of dropping them, blocks of 32 px of which
+60 % are hidden, and a light decoder; MAE (He et al. 2021, arXiv 2111.06377, section 4.1) for
+targets normalised patch by patch; data2vec (Baevski et al. 2022, arXiv 2202.03555) for features of
+a moving average of the network itself.
 
 What convolution does over hidden regions, with `encoder=dense`: nothing special. It sees the filled
 hole: every kernel that touches one mixes filling with picture, the hole's borders are edges like
@@ -24,8 +23,7 @@ of visible cells alone (pretext_tasks/visible.py), and the decoder sees learned 
 Nothing of a hidden pixel reaches the network: hidden bytes are set to 0 before anything is computed
 of the network's input, so that the mean colour that a colour transform needs is the visible
 pixels', and a blur spreads nothing but the black of the hole. Hidden pixels enter the target alone,
-which gets the same colour transform, by the same mean colour. (With `focus` they also say where it
-is worth to hide.)
+which gets the same colour transform, by the same mean colour.
 
 The loss in figures: with targets normalised per patch and `l2`, 1 is what predicting every patch's
 mean gives. A part of what is below 1 is the data's usual colour (a pink smear is red before it is
@@ -43,15 +41,14 @@ Differs from the papers:
   ImageNet, or the mean of the picture's visible pixels (`mean`).
 - Only a light crop (at least half of the area) and flips; no colour unless `colour` says so.
 - The decoders (pretext_tasks/inpainting_decoder.py) end in as many values for each cell of stride 8
-  as it has pixels and channels, laid out as pixels (of `hog` 9 x 3). With 16 or 32 in `scales` maps
-  of these strides predict as many values for each of their cells: pixels pooled by 2 or 4, or the
-  histograms of cells of 16 or 32 px. Of `features` as many values as the level that is predicted
-  has channels.
+  as it has pixels and channels, laid out as pixels. With 16 or 32 in `scales` maps of these strides
+  predict as many values for each of their cells: pixels pooled by 2 or 4. Of `features` as many
+  values as the level that is predicted has channels.
 - data2vec's teacher is an average of the last layers' features, normalised over time; ours is the
   level (with a neck the neck's) of the stride that predicts, normalised by channel over a process's
   part of the batch, and moves as BYOL's target does.
-- Blocks are hidden anywhere alike; with `focus` a share of them is drawn by how strong a block's
-  edges are, so that small objects on plain ground are asked for more often.
+- Blocks are hidden anywhere alike. To draw half of them by how strong their edges are, so that
+  small objects on plain ground are asked for more often, was no better (LOG.md).
 """
 
 from __future__ import annotations
@@ -84,7 +81,6 @@ from pretext_tasks.crops import AreaRange, RatioRange, check_side, draw_crop, dr
 from pretext_tasks.inpainting_decoder import DECODERS, GROUP
 from pretext_tasks.inpainting_targets import (
     STRIDE,
-    Histograms,
     Latents,
     Pixels,
     Target,
@@ -104,14 +100,12 @@ class InpaintingConfig(Section):
 
     block: int = Field(default=32, multiple_of=8, ge=8)  # SimMIM, table 1: side in pixels
     ratio: float = Field(default=0.6, gt=0, lt=1)  # SimMIM, table 1: share of hidden blocks
-    # What is predicted; hog: MaskFeat, features: data2vec.
-    target: Literal["pixels", "hog", "features"] = "pixels"
+    target: Literal["pixels", "features"] = "pixels"  # features: data2vec
     patch: int | None = Field(default=16, ge=2)  # MAE, of pixels: side; None: not normalised
     eps: Positive = 1.5e-5  # added to a patch's variance: (1 / 255) squared
     momentum: Probability = 0.996  # of features' slow copy: BYOL's tau_base, and its schedule
     loss: Literal["l2", "l1"] = "l2"  # MAE; SimMIM: l1
     scales: tuple[Literal[8, 16, 32], ...] = (8,)  # strides that predict; 8 must be one
-    focus: Probability = 0.0  # ours: share of hidden blocks that are drawn by their edges
     filling: Literal["token", "mean"] = "token"  # of holes, for a dense encoder
     # dense: the backbone sees filled holes. sparse: SparK's, it sees visible cells alone.
     encoder: Literal["dense", "sparse"] = "dense"
@@ -164,11 +158,7 @@ class InpaintingViews:
         image = draw_turn(config.flip, config.rotate, generator).of_view(image)
         side = self.image_size // config.block
         hidden = np.zeros(side * side, np.bool_)
-        if by_edges := round(config.focus * self.hidden_blocks):
-            chances = _edges(image, config.block)
-            hidden[generator.choice(side * side, by_edges, replace=False, p=chances)] = True
-        rest = generator.permutation(np.flatnonzero(~hidden))
-        hidden[rest[: self.hidden_blocks - by_edges]] = True
+        hidden[generator.permutation(side * side)[: self.hidden_blocks]] = True
         entries: dict[str, np.ndarray[Any, Any]] = {
             "image": np.ascontiguousarray(image),
             "hidden": hidden.reshape(side, side),
@@ -176,19 +166,6 @@ class InpaintingViews:
         if config.colour is not None:
             entries["colour"] = colour.draw(config.colour, generator)
         return entries
-
-
-def _edges(image: np.ndarray[Any, Any], block: int) -> np.ndarray[Any, Any]:
-    """Return how strong the edges of each block of uint8 H W C are, row by row; their sum is 1."""
-    grey = image.mean(2, dtype=np.float32)
-    steps = np.zeros_like(grey)
-    steps[:, 1:] += np.abs(np.diff(grey, axis=1))
-    steps[1:] += np.abs(np.diff(grey, axis=0))
-    rows, columns = (side // block for side in grey.shape)
-    blocks = steps.reshape(rows, block, columns, block).sum((1, 3), dtype=np.float64).ravel()
-    blocks += 1e-3 * blocks.mean() + 1e-9  # a plain picture has as many blocks to choose from
-    shares: np.ndarray[Any, Any] = blocks / blocks.sum()
-    return shares
 
 
 class Inpainting(ThroughNeck):
@@ -250,8 +227,8 @@ class Inpainting(ThroughNeck):
         """Return the loss on what is hidden, averaged over the scales.
 
         Metrics, of hidden cells: hidden_error, the mean absolute error of pixels in grey levels (0
-        to 255) once each patch has its own mean and deviation back; of `target=hog` hidden_cosine,
-        between histograms, and of `target=features` between features.
+        to 255) once each patch has its own mean and deviation back; of `target=features`
+        hidden_cosine, between features.
         """
         hidden = spread(batch["hidden"], self.config.block)
         predictions = self._predictions(batch, self._filled(batch, hidden))
@@ -288,8 +265,7 @@ class Inpainting(ThroughNeck):
         """Return what the network sees, the prediction in its holes, and the truth.
 
         Of normalised patches, see pretext_tasks/inpainting_targets.py: their brightness and
-        contrast are the truth's. Of histograms edges are drawn, cell by cell, of features their
-        three main directions are colours.
+        contrast are the truth's. Of features their three main directions are colours.
         """
         hidden = spread(batch["hidden"], self.config.block)
         filled = self._filled(batch, hidden)
@@ -333,8 +309,6 @@ class Inpainting(ThroughNeck):
 
     def _target(self, batch: dict[str, Tensor], hidden: Tensor) -> Target:
         config, image = self.config, self._coloured(batch["image"], batch, hidden, *self._plain)
-        if config.target == "hog":
-            return Histograms(image, config.scales)
         if config.target == "features":
             whole = self._coloured(batch["image"], batch, hidden, *self._normalisation)
             levels: Pyramid | Features = self.target_backbone(whole)
@@ -369,11 +343,7 @@ class Inpainting(ThroughNeck):
         return (0.0,) * channels, (1.0,) * channels
 
 
-_KINDS: dict[str, type[Pixels] | type[Histograms] | type[Latents]] = {
-    "pixels": Pixels,
-    "hog": Histograms,
-    "features": Latents,
-}
+_KINDS: dict[str, type[Pixels] | type[Latents]] = {"pixels": Pixels, "features": Latents}
 
 
 def hidden_loss(prediction: Tensor, target: Tensor, hidden: Tensor, kind: str) -> Tensor:

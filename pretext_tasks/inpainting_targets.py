@@ -1,20 +1,14 @@
-"""What inpainting is to predict of a hidden cell: its pixels, its edges' directions, or features.
+"""What inpainting is to predict of a hidden cell: its pixels, or features.
 
 `Pixels`: 8 x 8 x 3 of a cell, normalised patch by patch (MAE, arXiv 2111.06377, section 4.1).
-`Histograms`: of oriented gradients (Dalal and Triggs 2005, CVPR), as MaskFeat predicts (Wei et al.
-2021, arXiv 2112.09133, section 3.2): 9 directions without sign in each cell, by channel,
-each channel's histogram of length 1. They say where edges lie and not how bright a thing is.
 `Latents`: what a slow copy of the network makes of the whole picture, as data2vec predicts (Baevski
-et al. 2022, arXiv 2202.03555): neither colours nor edges, but what the network has come to see.
+et al. 2022, arXiv 2202.03555): not colours, but what the network has come to see.
 
-Differs from MaskFeat: cells are those of the level that predicts (8 px at stride 8, as in the
-paper, 16 and 32 px above), all pixels of a cell count alike, and a constant beside the length keeps
-the noise of a flat cell small. Gradients are of the two neighbours, one of the paper's two ways.
+Histograms of oriented gradients (MaskFeat, arXiv 2112.09133) were a third, and no better (LOG.md).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
@@ -26,11 +20,6 @@ from groundwork.backbones.contract import Level
 from groundwork.principal import principal_colours
 
 STRIDE = 8  # of the finest cells that are predicted, in pixels
-BINS = 9  # directions (Dalal and Triggs, section 6.3)
-# Beside the square of a histogram's length: noise of two grey levels on a flat cell gets a length
-# of 0.28, an edge of twenty across it 0.89.
-_NOISE = 1e-4
-_EDGE = 0.5  # length from which a cell counts as one with edges
 
 
 class Target(Protocol):
@@ -103,39 +92,6 @@ class Pixels:
         return {"reconstruction": restored, "truth": truth}
 
 
-class Histograms:
-    """Histograms of oriented gradients, one for each cell and channel."""
-
-    def __init__(self, image: Tensor, scales: Iterable[int]) -> None:
-        """Take N C H W, colours from 0 to 1; maps are N 9C H/scale W/scale, channel by channel."""
-        self._image = image
-        split = oriented(image)
-        self.maps = {scale: _histograms(split, scale) for scale in scales}
-
-    @staticmethod
-    def cell(channels: int, level: Level) -> int:
-        """Return 9 values for each channel."""
-        return BINS * channels
-
-    @staticmethod
-    def laid_out(prediction: Tensor) -> Tensor:
-        """Return the same: a cell's values are its channels."""
-        return prediction
-
-    def metrics(self, prediction: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-        """Return hidden_cosine: the mean cosine of histograms with edges and what was predicted."""
-        wanted = by_channel(self.maps[STRIDE])
-        cosine = functional.cosine_similarity(by_channel(prediction), wanted, dim=2)
-        asked = hidden[:, :, ::STRIDE, ::STRIDE] & (wanted.square().sum(2) > _EDGE**2)
-        return {"hidden_cosine": (cosine * asked).sum() / asked.sum().clamp(min=1)}
-
-    def shown(self, prediction: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-        """Return edges, drawn in every cell, with the prediction in the holes, and the truth's."""
-        wanted = self.maps[STRIDE]
-        restored = torch.where(hidden[:, :, ::STRIDE, ::STRIDE], prediction, wanted)
-        return {"reconstruction": _edges(restored), "edges": _edges(wanted), "truth": self._image}
-
-
 class Latents:
     """Features of the whole picture, each channel without its mean and deviation over the batch.
 
@@ -179,13 +135,6 @@ class Latents:
         return {"reconstruction": first, "features": second, "truth": self._image}
 
 
-def _histograms(split: Tensor, side: int) -> Tensor:
-    """Gather gradients N 9C H W in cells, and give each histogram length 1."""
-    histograms = by_channel(functional.avg_pool2d(split, side))
-    length = (histograms.square().sum(2, keepdim=True) + _NOISE).sqrt()
-    return (histograms / length).flatten(1, 2)
-
-
 def normalise_patches(image: Tensor, patch: int | None, eps: float) -> Patches:
     """Take its own mean and deviation out of every patch of N C H W, over pixels and channels.
 
@@ -201,21 +150,6 @@ def normalise_patches(image: Tensor, patch: int | None, eps: float) -> Patches:
     return Patches((image - mean) / deviation, mean, deviation)
 
 
-def oriented(image: Tensor) -> Tensor:
-    """Return N 9C H W: the strength of each pixel's gradient, in the bin of its direction.
-
-    Bins share 180 degrees, from 0, of the gradient (to the right: bin 0; down: bin 4), which is at
-    right angles to the edge. Differences are of the two neighbours, as [-1, 0, 1] gives them.
-    """
-    padded = functional.pad(image, (1, 1, 1, 1), mode="replicate")
-    across = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
-    down = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
-    bins = (torch.atan2(down, across) / math.pi * BINS).floor().long() % BINS
-    strength = torch.hypot(across, down)
-    split = torch.zeros(*image.shape[:2], BINS, *image.shape[2:], device=image.device)
-    return split.scatter_(2, bins.unsqueeze(2), strength.unsqueeze(2)).flatten(1, 2)
-
-
 def spread(cells: Tensor, side: int) -> Tensor:
     """Give every cell of N H W its side x side pixels: N 1 H*side W*side."""
     return cells.repeat_interleave(side, 1).repeat_interleave(side, 2).unsqueeze(1)
@@ -224,21 +158,3 @@ def spread(cells: Tensor, side: int) -> Tensor:
 def mean_over(value: Tensor, hidden: Tensor) -> Tensor:
     """Average N C H W where `hidden` is true. A product, not a choice: nothing waits for sizes."""
     return (value * hidden).sum() / (value.shape[1] * hidden.sum())
-
-
-def by_channel(histograms: Tensor) -> Tensor:
-    """Return N 9C H W as N C 9 H W."""
-    n, values, height, width = histograms.shape
-    return histograms.reshape(n, values // BINS, BINS, height, width)
-
-
-def _edges(histograms: Tensor) -> Tensor:
-    """Draw N 9C H W as N 3 8H 8W: in every cell a line for each direction, as bright as strong."""
-    strength = by_channel(histograms).mean(1).clamp(0, 1)
-    middle = (torch.arange(STRIDE, device=strength.device) - (STRIDE - 1) / 2).double()
-    angles = (torch.arange(BINS, device=strength.device).double() + 0.5) * math.pi / BINS
-    # How far a pixel lies from the line through the middle, at right angles to the gradient.
-    away = middle * angles.cos().view(-1, 1, 1) + middle.view(-1, 1) * angles.sin().view(-1, 1, 1)
-    lines = (1 - away.abs()).clamp(min=0).to(strength.dtype)  # 9 8 8
-    drawn = torch.einsum("nbhw,bij->nhiwj", strength, lines).clamp(0, 1)
-    return drawn.flatten(3, 4).flatten(1, 2).unsqueeze(1).expand(-1, 3, -1, -1)
