@@ -145,6 +145,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     trained = Trained("detector", detector, optimizer, ema, accelerator.scaler)
 
     # Where it stands.
+    meet(group)  # a far store is opened at each one's pace
     position = Position()
     saved = find_checkpoint(run, resume)
     if saved is not None:

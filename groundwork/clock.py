@@ -108,15 +108,16 @@ def host_group() -> torch.distributed.ProcessGroup | None:
         group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
     except RuntimeError as error:
         raise UsageError(
-            f"The machines do not reach each other over gloo ({error}): a hostname that stands for "
-            "127.0.1.1 is a usual reason. GLOO_SOCKET_IFNAME names the network interface to use."
+            f"The processes did not meet over gloo ({error}). If none of them failed, a hostname "
+            "that stands for 127.0.1.1 is a usual reason: GLOO_SOCKET_IFNAME names the network "
+            "interface to use."
         ) from error
     assert isinstance(group, torch.distributed.ProcessGroup)
     return group
 
 
 def meet(group: torch.distributed.ProcessGroup | None) -> None:
-    """Wait for all ranks, as long as it takes: NCCL ends a run whose ranks wait for ten minutes."""
+    """Wait for all ranks, up to twelve hours: NCCL ends a run whose ranks wait for ten minutes."""
     if group is not None:
         torch.distributed.barrier(group=group)
 

@@ -120,6 +120,9 @@ class ProbeSettings(Section):
             raise ValueError("val needs labeled: the pictures that val is compared with")
         if self.select == "ap" and self.detection.data is None:
             raise ValueError("select=ap needs boxes: set detection.data")
+        wanted = self.detection
+        if wanted.data is None and (wanted.val or wanted.train_list or wanted.holdout):
+            raise ValueError("detection.val, train_list and holdout need detection.data")
         if self.select in ("linear", "knn") and self.labeled is None:
             raise ValueError(f"select={self.select} needs labels: set labeled")
         if self.patience is not None and self.indicator() is None:

@@ -109,13 +109,13 @@ def _is_free(run: Path) -> bool:
     """Tell whether no process trains in a run folder."""
     if not (run / LOCK).is_file():
         return True
-    with (run / LOCK).open("r+") as file:  # NFS locks only what can be written
-        try:
+    try:
+        with (run / LOCK).open("r+") as file:  # NFS locks only what can be written
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # a disk that has no locks
-            return True
+    except BlockingIOError:
+        return False
+    except OSError:  # a disk that has no locks
+        return True
     return True
 
 

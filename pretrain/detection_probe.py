@@ -12,6 +12,7 @@ augmented: features are computed once, which is what makes it quick.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from groundwork.necks.yolo12 import Features
 from groundwork.precise_batchnorm import measured_statistics
 from groundwork.settings import DetectionProbeSettings
 from pretrain.feature_maps import feature_maps
+
+logger = logging.getLogger(__name__)
 
 _AT_ONCE = 16  # pictures of a forward
 _RATE, _CLIP = 2e-3, 10.0  # of the head's AdamW, which falls to 0 along a cosine
@@ -103,6 +106,12 @@ class DetectionProbe:
         self._names = train.names
         self._train = read_pictures(train, settings.pictures, settings.image_size)
         self._val = read_pictures(val, settings.pictures, settings.image_size)
+        if not any(len(one.annotations.boxes) for one in self._val.truth):
+            logger.warning(
+                "No picture of %s that the detection probe looks at has a box: probe/ap will be 0. "
+                "Name others by probe.detection.val, or raise probe.detection.pictures or holdout.",
+                val.name,
+            )
 
     def measure(self, backbone: Backbone, neck: nn.Module | None = None) -> dict[str, float]:
         """Return probe/ap and probe/ap50 of held-out pictures, from 0 to 1.
@@ -179,20 +188,24 @@ class DetectionProbe:
 def read_pictures(labeled: LabeledSamples, limit: int, side: int) -> LabeledPictures:
     """Read up to `limit` pictures, evenly over all, into frames of side x side.
 
-    Raises DataError naming a picture that cannot be read.
+    Unreadable ones are left out, as in training, and told. Raises DataError where none is left.
     """
     frames, truths = [], []
     for shard, index in evenly(labeled.shard_sizes, limit):
         sample = read_patiently(labeled, shard, index)
-        with naming(f"{sample.key} of {sample.source}"):
-            picture = open_picture(sample.image, labeled.reading)
-            its = labeled.annotations(sample, picture)
-            frame, geometry = letterboxed(picture, (side, side))
+        try:
+            with naming(f"{sample.key} of {sample.source}"):
+                picture = open_picture(sample.image, labeled.reading)
+                its = labeled.annotations(sample, picture)
+                frame, geometry = letterboxed(picture, (side, side))
+        except DataError as error:
+            logger.warning("The detection probe leaves out a picture. %s", error)
+            continue
         frames.append(frame)
         boxes = geometry.apply(its.boxes)
         truths.append(Truth(Annotations(boxes, its.classes, its.crowd), side, side))
     if not frames:
-        raise DataError(f"{labeled.name} has no pictures for the detection probe.")
+        raise DataError(f"{labeled.name} has no readable pictures for the detection probe.")
     return LabeledPictures(torch.from_numpy(np.stack(frames)), tuple(truths))
 
 

@@ -16,9 +16,9 @@ after (finetune/average.py), are scored on val, too. Where the teacher looks at 
 (task.find=picture), it is scored on val as it will look, and each class is taught from the score on
 that is best there (--teach task.score=... says another). detector.safetensors is what has the best
 AP on val; where no pictures are held out for that, the last mean. few_labels.json tells all
-figures. A test split is not looked at. While 1-pretrain runs, a detection probe on the labels says
-what they gain (probe.detection), and the weights that are best by it are kept; --pretrain with
-probe.detection.data=null goes without.
+figures. A test split is not looked at. While 1-pretrain runs, a detection probe on the labels shows
+what a detector may gain, and chooses nothing: the last weights are kept. --pretrain with keys of
+probe.detection, probe.select or probe.patience says another (probe.detection.data=null: none).
 
 Called again, it goes on where it was stopped, with the same keys; a stage is run anew where its
 folder is removed, and those after it want theirs removed too. Keys of every stage are given by
@@ -86,7 +86,8 @@ class Chain:
         if self.init is not None and not Path(self.init).is_file():
             raise UsageError(f"--init {self.init}: there is no such file.")
         check("finetune.run", ["--recipe", self.recipe], self._finetune_keys())
-        check("pretrain.run", self._pretrain_flags, self._pretrain_keys())
+        shown = [*self._probe_keys(), *self._pretrain_keys()]
+        check("pretrain.run", self._pretrain_flags, shown)
         if self.rounds:
             taught = ["--recipe", self._taught]
             check("pretrain.run", taught, self._teach_keys("detector.safetensors"))
@@ -98,7 +99,7 @@ class Chain:
         self.out.mkdir(parents=True, exist_ok=True)
         start = self._stage(
             "1-pretrain", "pretrain.run", self._pretrain_flags, self._pretrain_keys(),
-            None if self.init is None else Path(self.init),
+            None if self.init is None else Path(self.init), self._probe_keys(),
         )  # fmt: skip
         detector, told = self._trained("2-finetune", self.recipe, start)
         for number in range(1, self.rounds + 1):
@@ -138,8 +139,12 @@ class Chain:
         flags: list[str],
         keys: list[str],
         start: Path | None = None,
+        shows: Sequence[str] = (),
     ) -> Path:
-        """Run a stage, unless it is done, and return the file that it ends with."""
+        """Run a stage, unless it is done, and return the file that it ends with.
+
+        `shows` are keys that change nothing of it: another call may have others.
+        """
         run = self.out / name
         command = ["-m", module, "--out", str(run), *flags, *keys]
         # A stage that is run anew ends in another file: what began with the old one is no more.
@@ -148,7 +153,7 @@ class Chain:
         file = run / f"{product}.safetensors"
         if status_of(run).get("state") != "done":
             logger.info("%s of %s", name, self.out)
-            go_on(module, run, flags, keys, launch=self.launch)
+            go_on(module, run, flags, [*shows, *keys], launch=self.launch)
         return file
 
     def _scores(self, teacher: Path) -> list[str]:
@@ -178,9 +183,13 @@ class Chain:
         return ["--recipe", self.recipe, *([] if self.init is None else ["--init", self.init])]
 
     def _pretrain_keys(self) -> list[str]:
-        given = [*self.keys, *self.pretrain]
+        return [f"data.train={self.pictures}", *self.keys, *self.pretrain]
+
+    def _probe_keys(self) -> list[str]:
+        keys = [key for key in self._pretrain_keys() if not key.startswith("probe.")]
+        own = pretrain_recipes.resolve(None, self.recipe, keys)
         labels = finetune_recipes.resolve(self.recipe, self._finetune_keys())
-        return [f"data.train={self.pictures}", *probe_keys(labels, given), *given]
+        return probe_keys(own, labels, [*self.keys, *self.pretrain])
 
     def _teach_keys(self, teacher: str) -> list[str]:
         return [f"data.train={self.pictures}", f"task.weights={teacher}", *self.keys, *self.teach]
@@ -190,15 +199,22 @@ class Chain:
         return [f"data.train={self.root}", "eval.test=false", *self.keys, *self.finetune]
 
 
-def probe_keys(labels: finetune_recipes.Recipe, given: Sequence[str]) -> list[str]:
+def probe_keys(
+    own: pretrain_recipes.Recipe, labels: finetune_recipes.Recipe, given: Sequence[str]
+) -> list[str]:
     """Return the keys of a detection probe on the pictures of a fine-tuning.
 
-    Empty where `given` names others, and where no pictures are held out.
+    It chooses no weights, unless `given` has probe.select or probe.patience. Empty where the recipe
+    or `given` names pictures for such a probe, or none (null), where no pictures are held out, and
+    where the two stages see pictures in other bands or values.
     """
     data = labels.data
-    if any(key.startswith("probe.detection.data=") for key in given):
+    named = tuple(f"probe.detection.{name}=" for name in ("data", "train_list", "val", "holdout"))
+    if own.probe.detection.data is not None or any(key.startswith(named) for key in given):
         return []
     if not (data.holdout or data.val or has_split(data.train, "val")):
+        return []
+    if own.data.reading().mapping != data.reading().mapping:
         return []
     keys = {
         "data": data.train,
@@ -207,7 +223,11 @@ def probe_keys(labels: finetune_recipes.Recipe, given: Sequence[str]) -> list[st
         "holdout": data.holdout,
         "image_size": labels.image_size,
     }
-    return [f"probe.detection.{name}={value}" for name, value in keys.items() if value]
+    chooses = any(key.startswith(("probe.select=", "probe.patience=")) for key in given)
+    return [
+        *([] if chooses else ["probe.select=last"]),
+        *(f"probe.detection.{name}={value}" for name, value in keys.items() if value),
+    ]
 
 
 def taught_from_val(recipe: str, keys: Sequence[str]) -> SelfTrainingConfig | None:

@@ -122,6 +122,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
     order = Order(samples.shard_sizes, seed=recipe.seed, window_shards=recipe.data.window_shards)
 
     # Where it stands.
+    meet(group)  # a far store is opened at each one's pace
     position = Position()
     saved = find_checkpoint(run, resume)
     if saved is not None:
@@ -215,14 +216,16 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
         first = position.probe.get("first", found)
         position.probe = {"alarm": alarm.state(), "first": first, "last": found}
         if indicator is not None:
-            if found[indicator] > position.best:
+            better = found[indicator] > position.best
+            # Of weights that find nothing yet, the last have learned most.
+            if better or found[indicator] == position.best == 0:
                 try:
                     keep(run.folder / BEST, {indicator: found[indicator]})
-                    position.best, position.worse = found[indicator], 0
+                    position.best = found[indicator]
                 except CheckpointError as error:
                     logger.warning("%s Training goes on.", error)
-            else:
-                position.worse += 1
+                    better = False
+            position.worse = 0 if better else position.worse + 1
         return found
 
     def keep(path: Path, about: dict[str, Any]) -> None:

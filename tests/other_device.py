@@ -134,15 +134,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], waits: Counte
     wanted = None if wanted is None else torch.device(wanted)
     if wanted is not None and wanted.type == "meta":  # what autograd takes ours for
         wanted = CUDA
-    if here and name not in _MIXED:
-        for other in given:
-            if not isinstance(other, OnDevice) and other.dim():
-                raise RuntimeError(
-                    "Expected all tensors to be on the same device, but found at least two "
-                    f"devices, cuda:0 and cpu! ({func}, the one of the CPU {tuple(other.shape)})"
-                )
-    if here and name in _INDEXING and not isinstance(args[0], OnDevice):
-        raise RuntimeError(f"indices should be on the same device as the indexed tensor ({func})")
+    if here:
+        _refuse(func, args, given)
     if here and _waits(func, args, wanted):
         waits[name] += 1
     if wanted is not None and wanted.type == "cuda":
@@ -160,6 +153,21 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], waits: Counte
     if name == "aten.copy_":
         return args[0]
     return tree_map(lambda one: _outer(one, on_device), result)
+
+
+def _refuse(func: Any, args: tuple[Any, ...], given: list[Tensor]) -> None:
+    """Raise RuntimeError for a tensor of the CPU beside one of the device, where CUDA does."""
+    name = str(func.overloadpacket)
+    left = [one for one in given if not isinstance(one, OnDevice) and one.dim()]
+    if name in _INDEXING and not isinstance(args[0], OnDevice):
+        raise RuntimeError(f"indices should be on the same device as the indexed tensor ({func})")
+    if "index_put" in name and any(one is args[2] for one in left):
+        raise RuntimeError(f"Expected values on the device of the tensor that they go to ({func})")
+    if left and name not in _MIXED:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"cuda:0 and cpu! ({func}, the one of the CPU {tuple(left[0].shape)})"
+        )
 
 
 def _waits(func: Any, args: tuple[Any, ...], wanted: torch.device | None) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from finetune.run import main as finetune
 from groundwork.backbones.product import backbone_from_file
 from pretext_tasks import TASKS
 from pretrain.run import main as pretrain
-from tests.commands import TINY, losses, metrics
+from tests.commands import TINY, environment, losses, metrics
 from tests.other_device import CUDA, OnDevice, SimulatedDevice, to_device
 from tests.record_golden import keys_of
 
@@ -35,8 +36,10 @@ def pictures(tmp_path: Path, make_jpeg: Callable[..., bytes]) -> Path:
 
 
 @pytest.fixture
-def go(monkeypatch: pytest.MonkeyPatch) -> Go:
+def go(monkeypatch: pytest.MonkeyPatch) -> Iterator[Go]:
     """Run a stage's command in this process, on the simulated device; return what it waited for."""
+    for name in os.environ.keys() - environment().keys():  # of a launcher
+        monkeypatch.delenv(name)
     start, generator = accelerate.state.PartialState.__init__, torch.Generator
 
     def on_cuda(state: Any, *arguments: Any, **keywords: Any) -> None:
@@ -58,7 +61,9 @@ def go(monkeypatch: pytest.MonkeyPatch) -> Go:
             accelerate.state.AcceleratorState._reset_state(True)
         return device.waits
 
-    return run
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
 
 
 def test_the_device_refuses_what_cuda_refuses() -> None:
@@ -72,6 +77,7 @@ def test_the_device_refuses_what_cuda_refuses() -> None:
             lambda: torch.where(there > 1, there, here),
             lambda: nn.functional.linear(there, here),
             lambda: here[there[0].long()],
+            lambda: there.clone().index_put_((torch.tensor([0]),), here[0]),
             lambda: there.numpy(),
         ):
             with pytest.raises((RuntimeError, TypeError)):

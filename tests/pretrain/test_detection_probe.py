@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +108,29 @@ def test_boxes_follow_the_picture_into_its_frame(labeled: Path) -> None:
             left, top, right, bottom = box.round().astype(int)
             inner = pixels[top + 2 : bottom - 2, left + 2 : right - 2].float().mean((0, 1))
             assert inner[2 * int(label)] > 240  # red and blue squares
+
+
+def test_unreadable_pictures_are_left_out_and_a_set_without_boxes_is_told(
+    labeled: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = labeled / "images" / "train"
+    first, *others = sorted(pictures.glob("*.png"))
+    first.write_bytes(b"")
+    where: dict[str, Any] = {"cache": labeled / "cache", "cache_bytes": 10**6}
+    frames = read_pictures(open_labeled(str(labeled), "train", **where), 64, SIDE)
+    assert len(frames.truth) == len(others)
+    assert "leaves out a picture" in caplog.text and first.name in caplog.text
+    for path in others:
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="no readable pictures"):
+        read_pictures(open_labeled(str(labeled), "train", **where), 64, SIDE)
+
+
+def test_validation_without_boxes_is_told(labeled: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = labeled / "annotations" / "val.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
+    found = probe_of(labeled, steps=1).measure(Colours())
+    assert found["probe/ap"] == 0 and "probe/ap will be 0" in caplog.text
 
 
 def test_nothing_named_is_no_probe_and_a_missing_split_is_told(labeled: Path) -> None:

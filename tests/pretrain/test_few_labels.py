@@ -17,6 +17,7 @@ from groundwork.config import parse_overrides, to_yaml, validate
 from groundwork.errors import DataError, StoppedError, UsageError
 from pretext_tasks.self_training import SelfTrainingConfig
 from pretrain import few_labels
+from pretrain import recipe as pretrain_recipes
 from pretrain.few_labels import evaluation_keys, main, probe_keys
 
 TINY = [
@@ -95,9 +96,9 @@ def test_stages_follow_each_other_and_the_best_on_val_is_kept(
     assert len(stages.ran) == len(ran)  # each of them once
     first, mean = out / "2-finetune/detector.safetensors", out / "4-finetune/mean.safetensors"
     assert ran["1-pretrain"] == [
-        "--recipe", "aerial", "--init", str(general), "data.train=pictures",
-        f"probe.detection.data={labeled}", "probe.detection.image_size=128", "seed=3",
-        "budget.epochs=7",
+        "--recipe", "aerial", "--init", str(general), "probe.select=last",
+        f"probe.detection.data={labeled}", "probe.detection.image_size=128",
+        "data.train=pictures", "seed=3", "budget.epochs=7",
     ]  # fmt: skip
     start = ["--recipe", "aerial", "--init", str(out / "1-pretrain" / "pretrained.safetensors")]
     labels = [f"data.train={labeled}", "eval.test=false", "seed=3", "image_size=128"]
@@ -118,6 +119,7 @@ def test_stages_follow_each_other_and_the_best_on_val_is_kept(
     assert main(other) == 2
     general.write_text("other weights")
     assert main(command) == 2
+    assert "1-pretrain was made by another" in capsys.readouterr().err
     general.write_text("learned from other pictures")
     shutil.rmtree(out / "3-teach")
     stages.product = "another"
@@ -210,18 +212,25 @@ def test_a_mean_is_scored_as_its_rivals_are(labeled: Path) -> None:
 
 def test_pretraining_is_probed_on_the_pictures_that_fine_tuning_uses(labeled: Path) -> None:
     def keys(*given: str, finetune: Sequence[str] = ()) -> list[str]:
+        own = pretrain_recipes.resolve(None, "aerial", ["data.train=pictures"])
         labels = finetune_recipes.resolve("aerial", [f"data.train={labeled}", *finetune])
-        return probe_keys(labels, given)
+        return probe_keys(own, labels, given)
 
-    data, size = f"probe.detection.data={labeled}", "probe.detection.image_size=256"
-    assert keys() == [data, size]
+    first = ["probe.select=last", f"probe.detection.data={labeled}"]
+    size = "probe.detection.image_size=256"
+    assert keys() == [*first, size]
     assert keys("probe.times=9", finetune=["data.val=else", "data.train_list=few.txt"]) == [
-        data, "probe.detection.train_list=few.txt", "probe.detection.val=else", size,
+        *first, "probe.detection.train_list=few.txt", "probe.detection.val=else", size,
     ]  # fmt: skip
     assert keys("seed=3", "probe.detection.data=null") == []
+    assert keys("probe.detection.data=other", "probe.select=ap") == []
+    assert keys("probe.patience=3", "probe.detection.steps=9") == [first[1], size]
+    assert keys(finetune=["data.bands=[1,2,3,4]"]) == []  # other colours than the network sees
     (labeled / "annotations" / "val.json").unlink()
     assert keys() == []
-    assert keys(finetune=["data.holdout=0.2"]) == [data, "probe.detection.holdout=0.2", size]
+    assert keys(finetune=["data.holdout=0.2"]) == [
+        *first, "probe.detection.holdout=0.2", size,
+    ]  # fmt: skip
 
 
 def test_processes_are_started_by_the_command_itself(
