@@ -85,8 +85,9 @@ def assign(
     most = overlap.new_full((places,), -1.0).scatter_reduce_(0, place, overlap, "amax")
     wins = overlap == most[place]
     first = row.new_full((places,), len(targets.boxes))
-    first.scatter_reduce_(0, place[wins], row[wins], "amin")
-    kept = wins & (row == first[place])
+    first.scatter_reduce_(0, place, torch.where(wins, row, len(targets.boxes)), "amin")
+    # Rows and not a mask, which a GPU would be waited for at every use.
+    kept = (wins & (row == first[place])).nonzero().squeeze(1)
     row, point, image = row[kept], point[kept], image[kept]
     overlap, alignment = overlap[kept], alignment[kept]
 

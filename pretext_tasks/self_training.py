@@ -278,7 +278,7 @@ def _by_class(config: SelfTrainingConfig, names: Sequence[str]) -> list[float]:
 
 
 def _those(found: Detections, which: Tensor) -> Detections:
-    rows = which.nonzero().squeeze(1)  # once: a GPU is waited for
+    rows = which.nonzero().squeeze(1)  # a mask would wait for a GPU at every use
     return Detections(found.boxes[rows], found.scores[rows], found.classes[rows])
 
 

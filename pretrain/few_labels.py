@@ -143,7 +143,7 @@ class Chain:
     ) -> Path:
         """Run a stage, unless it is done, and return the file that it ends with.
 
-        `shows` are keys that change nothing of it: another call may have others.
+        `shows` are keys of what is shown: a later call that has others takes the stage as it is.
         """
         run = self.out / name
         command = ["-m", module, "--out", str(run), *flags, *keys]

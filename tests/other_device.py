@@ -2,11 +2,12 @@
 
 What a CPU cannot show of code for a GPU is a tensor left behind: CUDA refuses to compute with
 tensors of two devices, and everything passes where there is one. Here a tensor of `cuda` wraps one
-of the CPU, and every operation on it is looked at: with a tensor of the CPU beside it, it raises
-what CUDA raises, with CUDA's exceptions (numbers of no dimension, indices, copies). What waits for
-the device (a number is read, a mask becomes indices, values come back) is counted.
+of the CPU, and every operation on it is looked at: with a tensor of the CPU beside it, it is
+refused but for what CUDA takes (tensors without dimension, indices, copies). What waits for a
+result of the device (a number is read, a mask becomes indices, values come back) is counted.
 
-Real kernels, their precision, their memory and their order in time are not simulated.
+CUDA refuses some more (a tensor without dimension in a stack). Real kernels, their precision, their
+memory and their order in time are not simulated.
 """
 
 from __future__ import annotations
@@ -148,10 +149,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], waits: Counte
     if name == "aten._local_scalar_dense":
         return result
     if written := _written(func, args, kwargs):
-        # In place: what was given comes back, with the strides that it has now.
+        # In place: what was given comes back.
         return written[0] if len(written) == 1 and isinstance(result, Tensor) else tuple(written)
-    if name == "aten.copy_":
-        return args[0]
     return tree_map(lambda one: _outer(one, on_device), result)
 
 
@@ -204,8 +203,3 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
         value = args[position] if position < len(args) else kwargs[argument.name]
         found.append(value)
     return found
-
-
-def to_device(value: Any) -> Any:
-    """Return tensors, wherever they lie in `value`, of `cuda`."""
-    return tree_map(lambda one: one.to(CUDA) if isinstance(one, Tensor) else one, value)

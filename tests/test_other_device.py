@@ -18,7 +18,7 @@ from groundwork.backbones.product import backbone_from_file
 from pretext_tasks import TASKS
 from pretrain.run import main as pretrain
 from tests.commands import TINY, environment, losses, metrics
-from tests.other_device import CUDA, OnDevice, SimulatedDevice, to_device
+from tests.other_device import CUDA, OnDevice, SimulatedDevice
 from tests.record_golden import keys_of
 
 Go = Callable[..., Counter[str]]
@@ -69,7 +69,7 @@ def go(monkeypatch: pytest.MonkeyPatch) -> Iterator[Go]:
 def test_the_device_refuses_what_cuda_refuses() -> None:
     here = torch.arange(6.0).view(2, 3)
     with SimulatedDevice() as device:
-        there = to_device(here)
+        there = here.to(CUDA)
         assert isinstance(there, OnDevice) and there.device == CUDA and there.is_cuda
         for mixed in (
             lambda: there + here,

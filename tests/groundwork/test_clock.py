@@ -6,8 +6,10 @@ import os
 import signal
 
 import pytest
+import torch
 
-from groundwork.clock import Agreed, Clock, StopRequest, agree
+from groundwork.clock import Agreed, Clock, StopRequest, agree, host_group, meet
+from groundwork.errors import UsageError
 from groundwork.settings import Budget
 
 
@@ -59,3 +61,19 @@ def test_a_signal_is_noted_and_handlers_are_given_back(first: signal.Signals) ->
 
 def test_one_process_agrees_with_itself() -> None:
     assert agree(None, True, 3.5, False, 2) == Agreed(True, 3.5, False, 2)
+
+
+def test_one_process_waits_for_none_and_processes_that_do_not_meet_are_told_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert host_group() is None
+    meet(None)
+
+    def refuse(**_: object) -> None:
+        raise RuntimeError("connect [127.0.1.1]:1234: refused")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "new_group", refuse)
+    with pytest.raises(UsageError, match=r"127\.0\.1\.1.*GLOO_SOCKET_IFNAME"):
+        host_group()

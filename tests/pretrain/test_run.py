@@ -144,7 +144,7 @@ def test_sigterm_to_the_customers_command_saves_and_the_run_goes_on(
 @pytest.mark.dist
 def test_two_ranks_see_the_batches_of_one(pictures: Path, tmp_path: Path) -> None:
     keys = ["--task", "inpainting", f"data.train={pictures}", "budget.steps=6", *TINY]
-    keys += ["log.samples=true", "log.trackers=[tensorboard]"]  # whose end ends no process group
+    keys += ["log.samples=true", "log.trackers=[tensorboard]"]  # which leaves the process group
     for ranks in (1, 2):
         done = run(ranks, tmp_path, "--out", str(tmp_path / f"out-{ranks}"), *keys)
         assert done.returncode == 0, done.stderr
