@@ -17,7 +17,7 @@ from groundwork.errors import GroundworkError
 
 def noted(run: Path) -> str:
     """Return the command that a run was made by."""
-    return (run.parent / f"{run.name}.command.txt").read_text().strip()
+    return (run.parent / f"{run.name}.command.txt").read_text().splitlines()[0]
 
 
 def curve(run: Path) -> list[list[float]]:

@@ -4,17 +4,19 @@ TOOD (Feng et al., arXiv 2108.07755, section 3.2): a point inside a box is the b
 higher its score s for the box's class and the overlap u of what it predicts with the box,
 t = s^alpha * u^beta. The best `topk` points of every box are positive; a point that several boxes
 want goes to the one it overlaps most. A positive point's class target is t, scaled so that the
-best point of a box has the box's best overlap (equation 2's normalisation).
+best point of a box has the box's best overlap (the paper's normalisation).
 
 alpha 0.5, beta 6 and 10 points are the values of the YOLO family (the paper has 1, 6 and 13).
 
-Only pairs of a box and a point inside it are looked at, so that time and memory grow with the area
-that boxes cover and not with boxes times points. Finding these pairs waits for the device.
+Only pairs of a box and a point inside it are looked at: beside a mask of boxes times points, time
+and memory grow with the area that boxes cover. Finding these pairs waits for the device.
 
 Differs from the paper:
 - The overlap is complete IoU (arXiv 1911.08287) clamped at 0, as the YOLO family has it.
 - A box with sides shorter than its level's cell may hold no point. A side shorter than the
-  smallest stride counts as that long when points are looked for, so that no box goes unseen.
+  smallest stride counts as that long when points are looked for, so that no box goes unseen. Where
+  nothing that is predicted at its points overlaps it at all, which happens below 4 px, their target
+  is 0 all the same.
 """
 
 from __future__ import annotations
@@ -101,8 +103,13 @@ def assign(
 def _inside(boxes: Tensor, anchors: Anchors) -> tuple[Tensor, Tensor]:
     """Return the pairs (row of boxes, point) where the point lies inside the box."""
     middle = (boxes[:, :2] + boxes[:, 2:]) / 2
-    half = ((boxes[:, 2:] - boxes[:, :2]) / 2).clamp(min=STRIDES[0] / 2)
+    half = (boxes[:, 2:] - boxes[:, :2]) / 2
+    least = STRIDES[0] / 2  # of half a side
+    narrow = half <= least
+    half = half.clamp(min=least)
     low, high = middle - half, middle + half  # G 2
+    # A side of one cell from point to point has that of its low edge, so that there is one.
+    low = torch.where(narrow, torch.nextafter(low, low - 1), low)
     x, y = anchors.points.unbind(1)  # A
     inside = (x > low[:, :1]) & (x < high[:, :1]) & (y > low[:, 1:]) & (y < high[:, 1:])
     row, point = inside.nonzero(as_tuple=True)

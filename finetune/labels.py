@@ -42,6 +42,7 @@ UNREADABLE = "picture that cannot be read, replaced by another one in training"
 _THREADS = 4
 _COUNTING = threading.Lock()
 _EXAMPLES = 3  # of each kind of defect
+_MANY_CROWDS = 0.1  # of the boxes; COCO has 0.01
 _SMALL, _LARGE = 32.0, 96.0  # sides of a square in pixels; COCO's evaluation
 _TILE = 480  # pixels: side of a tile
 _IMAGE_SIZES = (256, 640)
@@ -76,6 +77,21 @@ class Survey:
         self.sides.append(sides)
         self.shares.append(sides / longer)
         self.thinnest.append((edges[:, 2:] - edges[:, :2]).min(axis=1) / longer)
+
+    @property
+    def objects(self) -> int:
+        """Return how many boxes are of one object each: crowds are not learned."""
+        return self.boxes.total() - self.crowds
+
+    def suspicion(self) -> str | None:
+        """Say so where more boxes are crowds than a data set has that means it."""
+        if self.crowds <= _MANY_CROWDS * self.boxes.total():
+            return None
+        return (
+            f"{self.crowds:,} of {self.boxes.total():,} boxes are crowds (iscrowd: 1), which are "
+            "neither learned nor counted as background. Some tools, CVAT among them, write so what "
+            "was drawn as a mask: set iscrowd to 0 where they are single objects"
+        )
 
     def below(self, pixels: float, image_size: int) -> int:
         """Return how many boxes have a side of less than so many pixels at an image size."""
@@ -150,9 +166,12 @@ def _show(given: argparse.Namespace) -> None:
         opened[split] = samples
         _say("\n".join(_report(split, samples, survey(samples))))
     if given.pictures:
-        tiles = list(_tiles(opened, given.pictures))
+        bad: list[DataError] = []
+        tiles = list(_tiles(opened, given.pictures, bad))
         _write_sheet(given.out, tiles, next(iter(opened.values())).names)
         _say(f"\n{len(tiles)} pictures with their boxes: {given.out}")
+        if bad:
+            _say(f"{len(bad)} others could not be drawn, the first: {bad[0]}")
     for samples in opened.values():
         samples.close()
 
@@ -228,6 +247,8 @@ def _report(split: str | None, samples: LabeledSamples, found: Survey) -> Iterat
         f"{split or 'all'}: {found.pictures:,} pictures, of them {found.background:,} background; "
         f"{total:,} boxes" + (f", of them {found.crowds:,} crowds" if found.crowds else "")
     )
+    if suspicion := found.suspicion():
+        yield f"  {suspicion}."
     width = max(map(len, samples.names))
     for number, name in enumerate(samples.names):
         boxes, pictures = found.boxes[number], found.shown_in[number]
@@ -279,20 +300,29 @@ def _say(text: str) -> None:
 # ---- the sheet ---------------------------------------------------------------------------------
 
 
-def _tiles(opened: dict[str | None, LabeledSamples], count: int) -> Iterator[Image.Image]:
-    """Yield pictures for the sheet, evenly spread over each split, and as many of each."""
+def _tiles(
+    opened: dict[str | None, LabeledSamples], count: int, bad: list[DataError]
+) -> Iterator[Image.Image]:
+    """Yield pictures for the sheet, evenly spread over each split, and as many of each.
+
+    What cannot be drawn is put into `bad`: its damage may lie behind the header, or its bands or
+    values may want a mapping, neither of which a survey sees.
+    """
     shares = [count // len(opened) + (n < count % len(opened)) for n in range(len(opened))]
     for (split, samples), share in zip(opened.items(), shares, strict=True):
         for place in evenly(samples.shard_sizes, share):
+            shown = samples.name
             try:
                 sample = read_patiently(samples, *place)
+                shown = f"{sample.source}, {sample.key}"
                 picture = open_picture(sample.image, samples.reading)
                 annotations = samples.annotations(sample, picture)
                 tile = draw_labels(*scaled(picture, _TILE), annotations, samples.names)
             except UnavailableError:
                 raise
-            except DataError:
-                continue  # told of among the defects, unless its damage lies behind the header
+            except DataError as error:
+                bad.append(DataError(f"{shown}: {error}"))
+                continue
             title = sample.key.rpartition("/")[2]
             yield _titled(tile, f"{split}: {title}" if split else title, len(annotations))
 

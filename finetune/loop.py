@@ -295,18 +295,18 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             return {}
         return {"eval/ap": found.ap, "eval/ap50": found.ap50, "eval/ap75": found.ap75}
 
-    def save(required: bool) -> None:
-        """Save a checkpoint; a failed one is a warning unless it is the last chance."""
+    def save() -> CheckpointError | None:
+        """Save a checkpoint; return why it could not be saved."""
         position.seconds = clock.seconds
         position.window = window.plain(accelerator)
+        failed = None
         if accelerator.is_main_process:
             try:
                 trained.save(run.checkpoints, position, recipe, sets.train, recipe.checkpoint.keep)
             except CheckpointError as error:
-                if required:
-                    raise
-                logger.warning("%s Training goes on.", error)
+                failed = error
         meet(group)
+        return failed
 
     def out_of_patience() -> bool:
         """Say whether too many scorings have brought nothing better."""
@@ -435,7 +435,8 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                     )  # fmt: skip
                     break
             if agreed.stop and not ended:
-                save(required=True)
+                if failed := save():
+                    raise failed
                 raise StoppedError(
                     f"Stopped on request at step {position.step}; saved. "
                     f"Go on with --resume {run.folder}."
@@ -443,11 +444,12 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             # Not between skipped steps: what is saved there may give no finite gradient any more.
             due = due or position.step % recipe.checkpoint.every_steps == 0
             if due and not ended and not position.skipped_in_a_row:
-                save(required=False)
+                if failed := save():
+                    logger.warning("%s Training goes on.", failed)
                 due = False
             show.step(position.step)
             clock.lap()
-        save(required=True)
+        unsaved = save()
     finally:
         if loader is not None:
             loader.close()
@@ -481,4 +483,6 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     meet(group)
     if group is not None:
         torch.distributed.destroy_process_group()
+    if unsaved:
+        raise CheckpointError(f"{unsaved} What was learned is in {product}.")
     return product

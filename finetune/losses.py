@@ -7,13 +7,13 @@ boxes do not outweigh the others; of several processes, and of several micro-bat
 
 - classification, every point and class against its target score: `bce` (binary cross-entropy),
   `focal` (arXiv 1708.02002, equation 5, torchvision's), `varifocal` (arXiv 2008.13367, equation 2)
-  or `quality_focal` (arXiv 2006.04388, equation 6).
+  or `quality_focal` (arXiv 2006.04388).
 - localisation, positive points weighted by their target score (`boxes=score`), so that every box
   weighs the same (`boxes=equal`), or by score within their class, and each class by how many of the
   boxes are of it (`boxes=class`, the default): small and rare ones are not left behind. `iou`,
   `giou` (arXiv 1902.09630), `diou` or `ciou` (arXiv 1911.08287), torchvision's.
 - distribution, part of localisation with a weight of its own: distribution focal loss (arXiv
-  2006.04388, equation 7) of the two bins beside a side's distance.
+  2006.04388) of the two bins beside a side's distance.
 - objectness, where the detector has that branch: binary cross-entropy with the overlap of the
   positive points' boxes, 0 elsewhere.
 - ignored boxes (of a crowd, or found without being sure) are neither there nor not: a point inside
@@ -23,6 +23,8 @@ boxes do not outweigh the others; of several processes, and of several micro-bat
   1708.06519).
 
 Differs from the papers:
+- Targets are scores, for which focal loss was not made: its least is not at the target but nearer to
+  0 or 1 (of gamma 2, at 0.12 for 0.3 and at 0.95 for 0.8). Quality focal loss is its form for them.
 - Focal, varifocal and quality focal loss are summed and divided as above; papers divide by the
   number of positives.
 - Label smoothing (arXiv 1512.00567, section 7) is over the classes of positive points: the box's

@@ -101,6 +101,8 @@ def tell_defects(sets: Sets, folder: Path, image_size: int) -> None:
             continue
         if labeled.local and len(labeled) <= SURVEYED:
             found = survey(labeled)
+            if name == "training" and not found.objects and found.crowds:
+                raise DataError(f"{labeled.name} has nothing to learn: {found.suspicion()}.")
             if name == "training" and not found.boxes and len(labeled.defects):
                 reason, count = labeled.defects.counts().most_common(1)[0]
                 raise DataError(
@@ -115,7 +117,9 @@ def tell_defects(sets: Sets, folder: Path, image_size: int) -> None:
                     "left out: a larger image_size shows them, or tiles (python -m pretrain.pack "
                     "--tiles).", lost, found.boxes.total(), Rule().min_side, image_size,
                 )  # fmt: skip
-            if name == "validation" and not found.boxes:
+            if name != "test" and (suspicion := found.suspicion()):
+                logger.warning("Labels for %s: %s.", name, suspicion)
+            if name == "validation" and not found.objects:
                 logger.warning(
                     "No picture for validation has a box, so AP will say nothing: name others by "
                     "data.val, or raise data.holdout."

@@ -8,6 +8,7 @@ checkpoint as it was. Nothing that is read here is a pickle.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -53,44 +54,71 @@ def save(
 ) -> Path:
     """Write folder/step-<step> whole or not at all, then prune to the newest `keep`.
 
-    Raises CheckpointError, the older checkpoints untouched, when it cannot be written.
+    Where the disk is full the oldest make room for it, all but the newest of them.
+    Raises CheckpointError when it cannot be written; at least the newest is then untouched.
     """
     final = folder / f"{PREFIX}{step}"
-    temporary = folder / f"{TEMPORARY}{step}"
     needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        manifest: dict[str, str] = {}
-        for name, group in tensors.items():
-            path = temporary / f"{name}.safetensors"
-            save_file({key: _plain(value) for key, value in group.items()}, path)
-            manifest[path.name] = _seal(path)
-        for name, document in documents.items():
-            path = temporary / f"{name}.json"
-            path.write_text(json.dumps(document, indent=1), encoding="utf-8")
-            manifest[path.name] = _seal(path)
-        path = temporary / MANIFEST
-        path.write_text(json.dumps({"step": step, "sha256": manifest}, indent=1), encoding="utf-8")
-        _seal(path)
-        sync(temporary)
-        # One of this step that is there already goes aside whole, and is gone when the new one is
-        # there: a kill in between leaves one of the two under a name that `sweep` mends.
-        aside = folder / f"{REPLACED}{step}"
-        if final.exists():
-            final.replace(aside)
-        temporary.replace(final)
-        sync(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"Checkpoint {final} was not saved ({error}); it needs about {needed:,} bytes. "
-            "The older ones are untouched: free some space, or set another --out."
-        ) from error
-    _prune(folder, keep)
+    while True:
+        try:
+            _write(folder, final, step, tensors, documents)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder / f"{TEMPORARY}{step}", ignore_errors=True)
+            older = _newest_first(folder)[1:]
+            if _is_full(error) and older and _remove(older[-1]):
+                logger.warning("The disk is full: %s is removed to save %s.", older[-1], final)
+                continue
+            raise CheckpointError(
+                f"Checkpoint {final} was not saved ({error}); it needs about {needed:,} bytes. "
+                "The newest is untouched: free some space, or set another --out."
+            ) from error
+        break
+    for path in _newest_first(folder)[keep:]:
+        _remove(path)
     return final
+
+
+def _write(
+    folder: Path,
+    final: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    documents: dict[str, Any],
+) -> None:
+    """Write everything aside, seal it, give it its name."""
+    temporary = folder / f"{TEMPORARY}{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    manifest: dict[str, str] = {}
+    for name, group in tensors.items():
+        path = temporary / f"{name}.safetensors"
+        save_file({key: _plain(value) for key, value in group.items()}, path)
+        manifest[path.name] = _seal(path)
+    for name, document in documents.items():
+        path = temporary / f"{name}.json"
+        path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        manifest[path.name] = _seal(path)
+    path = temporary / MANIFEST
+    path.write_text(json.dumps({"step": step, "sha256": manifest}, indent=1), encoding="utf-8")
+    _seal(path)
+    sync(temporary)
+    # One of this step that is there already goes aside whole, and is gone when the new one is
+    # there: a kill in between leaves one of the two under a name that `sweep` mends.
+    aside = folder / f"{REPLACED}{step}"
+    if final.exists():
+        final.replace(aside)
+    temporary.replace(final)
+    sync(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Tell whether a disk, or what one may take of it, is full."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"os error {number})" in str(error) for number in numbers)  # safetensors' own
 
 
 def bring(path: Path, folder: Path) -> Path:
@@ -190,15 +218,17 @@ def _newest_first(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for path in _newest_first(folder)[keep:]:
-        try:
-            # Renamed first, so that a kill while it goes never leaves half of one to be found.
-            doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
-            path.replace(doomed)
-            shutil.rmtree(doomed)
-        except OSError as error:
-            logger.warning("The old checkpoint %s could not be removed: %s", path, error)
+def _remove(path: Path) -> bool:
+    """Remove an old checkpoint; tell whether it is gone."""
+    try:
+        # Renamed first, so that a kill while it goes never leaves half of one to be found.
+        doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
+        path.replace(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning("The old checkpoint %s could not be removed: %s", path, error)
+        return False
+    return True
 
 
 def _plain(tensor: Tensor) -> Tensor:

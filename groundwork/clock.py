@@ -74,13 +74,17 @@ class Clock:
 
 
 class StopRequest:
-    """SIGTERM or SIGINT asked to stop. The loop looks at its next step; a second SIGINT kills."""
+    """SIGTERM or SIGINT asked to stop. The loop looks at its next step; a second SIGINT kills.
+
+    So does SIGHUP, of a terminal that is gone, unless it is ignored (nohup).
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self.before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:

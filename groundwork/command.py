@@ -140,6 +140,14 @@ def resume_after_restart(options: argparse.Namespace) -> None:
             options.task = None
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Tell whether a run has saved one, damaged or not; what a killed save has left is none."""
+    # One that was to be replaced is found again under its name (groundwork/checkpoint.py, sweep).
+    return any(
+        any((run / "checkpoints").glob(f"{kind}*/manifest.json")) for kind in ("step-", ".replaced-")
+    )
+
+
 def holds_run(folder: Path) -> bool:
     """Tell whether a run lives in a folder: one that failed before its first step does not."""
     if not (folder / "recipe.yaml").exists():
@@ -147,7 +155,7 @@ def holds_run(folder: Path) -> bool:
     metrics = folder / "metrics.jsonl"
     if metrics.exists() and metrics.stat().st_size:
         return True
-    if any(folder.glob("checkpoints/*/manifest.json")):
+    if has_checkpoint(folder):
         return True
     return status_of(folder).get("state") != "failed"
 
@@ -216,7 +224,7 @@ def begun_with(folder: Path) -> Path | None:
     Raises UsageError where the file is gone.
     """
     init = noted_init(folder)
-    if init is None or any((folder / "checkpoints").glob("*/manifest.json")):
+    if init is None or has_checkpoint(folder):
         return None
     if not init.is_file():
         raise UsageError(

@@ -11,6 +11,7 @@ Differs from timm's factory:
   group, so that weight_decay=0 does not silently turn LARS into SGD and LAMB into Adam.
 - It asks the outermost module alone for `no_weight_decay()`; here each module inside is asked.
 - `sgd` has Nesterov momentum only when asked for.
+- (As timm has it, and unlike arXiv 1708.03888, a rate that changes acts on LARS's whole momentum.)
 - LAMB's own clipping to a gradient norm of 1 is off: `clip` says the limit for every optimiser.
 """
 

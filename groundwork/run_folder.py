@@ -45,6 +45,7 @@ from groundwork.training_state import Position
 logger = logging.getLogger(__name__)
 
 BEST = "best.safetensors"  # of a run folder: the weights with the best score so far
+LAST = "last.safetensors"  # what a pretraining has made so far, while it is not done
 LOCK = ".lock"  # of a run folder
 _TRIES, _PAUSE = 12, 0.5  # of taking it, or seeing what another wrote; seconds between two
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -242,7 +243,7 @@ def _newest(resume: Path) -> Checkpoint | None:
     if (resume / checkpoints.MANIFEST).is_file():
         return checkpoints.load(resume)
     found = checkpoints.latest(resume)
-    if found is None and any(resume.glob(f"*/{checkpoints.MANIFEST}")):
+    if found is None and any(resume.glob(f"{checkpoints.PREFIX}*/{checkpoints.MANIFEST}")):
         raise CheckpointError(
             f"{resume}: every checkpoint is damaged, so there is nothing to go on from: start a "
             "new run."
@@ -270,10 +271,12 @@ def check_same_data(saved: Checkpoint, samples: Samples) -> None:
     """Raise UsageError where the data is not what the checkpoint was trained on."""
     before = saved.documents["data"]
     if before["fingerprint"] != samples.fingerprint:
+        run = saved.path.parent.parent
+        there = [file for name in (LAST, BEST) if (file := run / name).is_file()]
         raise UsageError(
             f"The data is not what {saved.path} was trained on: {before['pictures']} pictures of "
             f"{before['name']} then, {len(samples)} of {samples.name} now. Give the same data, or "
-            "start a new run with --init."
+            f"start a new run with --init {there[0] if there else 'FILE'}."
         )
 
 

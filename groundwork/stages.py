@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shlex
@@ -15,11 +16,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from groundwork.command import LAUNCHER, status_of
+from groundwork.command import LAUNCHER, has_checkpoint, status_of
 from groundwork.errors import DataError, StoppedError, UsageError
 from groundwork.run_folder import LOCK
 
 logger = logging.getLogger(__name__)
+
+# Keys that say how a stage runs and not what it learns: they may be others when it goes on.
+HARMLESS = (
+    "data.workers=", "data.cache", "data.max_bad_fraction=", "data.on_error=", "threads=", "log.",
+    "checkpoint.", "report=",
+)  # fmt: skip
 
 
 def go_on(
@@ -33,6 +40,7 @@ def go_on(
 ) -> None:
     """Run a stage, pretrain.run or finetune.run, to its end; from its last checkpoint if it can.
 
+    A stage that goes on has the keys that it began with, and those of HARMLESS that are given now.
     `launch` is a launcher that takes `-m module`, such as "accelerate launch --num_processes 8";
     None is this Python. What the stage says goes to `log`, or where ours goes.
 
@@ -42,10 +50,15 @@ def go_on(
     arguments = ["--out", str(run), *flags, *keys]
     if not _is_free(run):
         raise UsageError(f"Another process trains in {run}: wait for it, or stop it.")
-    if any((run / "checkpoints").glob("*/manifest.json")):
-        arguments = ["--resume", str(run)]
+    if has_checkpoint(run):
+        arguments = ["--resume", str(run), *(key for key in keys if key.startswith(HARMLESS))]
         (run / "status.json").unlink(missing_ok=True)  # which tells of the run before
     elif run.is_dir():  # it was stopped before it had saved anything
+        if made := next(run.glob("*.safetensors"), None):
+            raise UsageError(
+                f"{run} has no checkpoint to go on from, but {made.name}: keep that file if it is "
+                "wanted (--init takes it), and remove the folder."
+            )
         shutil.rmtree(run)
     command = [*([sys.executable] if launch is None else shlex.split(launch)), "-m", module]
     logger.info("%s", " ".join(["-m", module, *arguments]))
@@ -119,18 +132,33 @@ def _is_free(run: Path) -> bool:
     return True
 
 
+_SAME = "# without what changes nothing: "  # the last line of a note: a hash
+
+
 def same_as_before(run: Path, command: Sequence[str], start: Path | None = None) -> None:
     """Note how a run is made, and from which file it starts, by its content.
 
-    Raises UsageError where the run is there and was made in another way.
+    Raises UsageError where the run is there and was made in another way. Keys of HARMLESS may be
+    others, and so may the folder that the runs are in.
     """
     note, told = run.parent / f"{run.name}.command.txt", " ".join(["python", *command]) + "\n"
     if start is not None:
         with start.open("rb") as opened:
             told += f"# from {hashlib.file_digest(opened, 'sha256').hexdigest()}\n"
-    if run.exists() and note.is_file() and note.read_text() != told:
-        raise UsageError(
-            f"{run} was made by another command, or from another start ({note}): name another "
-            "folder, or remove the run."
-        )
+    matters = [one for one in command if not one.startswith(HARMLESS)]
+    same = told.splitlines()[1:] + [one.replace(str(run.parent), ".") for one in matters]
+    told += f"{_SAME}{hashlib.sha256(json.dumps(same).encode()).hexdigest()}\n"
+    if run.exists() and note.is_file() and (before := note.read_text()).strip():
+        ours, theirs = told.splitlines(), before.splitlines()
+        if ours[-1] != theirs[-1] and (theirs[-1].startswith(_SAME) or ours[:-1] != theirs):
+            then, now = theirs[0].split(), ours[0].split()
+            gone, new = set(then) - set(now), set(now) - set(then)
+            differ = [
+                f"{word}: {' '.join(sorted(one))}"
+                for word, one in (("then", gone), ("now", new)) if one
+            ] or ["the file that it starts from"]  # fmt: skip
+            raise UsageError(
+                f"{run} was made by another command, or from another start ({'; '.join(differ)}; "
+                f"{note}): name another folder, or remove the run, and those that came of it."
+            )
     note.write_text(told)

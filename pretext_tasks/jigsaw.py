@@ -15,8 +15,8 @@ Against solving the puzzle by something other than what the tiles show, as in th
 - Brightness that continues: each tile has its own mean and deviation taken out, per channel. It is
   then given those of ImageNet, as one more picture, and normalised as the backbone wants it.
 - Chromatic aberration, which tells how far a tile was from the optical axis: some pictures are
-  made grey, and the colour channels of each tile are shifted against each other by up to
-  `channel_shift` pixels. Colour of each tile by itself (`colour`) can be added.
+  made grey, and each colour channel of each tile is shifted by up to `channel_shift`
+  pixels. Colour of each tile by itself (`colour`) can be added.
 
 Permutations are chosen once, greedily: each next one maximises the smallest Hamming distance to
 those chosen before it, and then the sum of the distances. They depend on grid, number and seed

@@ -20,8 +20,10 @@ figures. A test split is not looked at. While 1-pretrain runs, a detection probe
 what a detector may gain, and chooses nothing: the last weights are kept. --pretrain with keys of
 probe.detection, probe.select or probe.patience says another (probe.detection.data=null: none).
 
-Called again, it goes on where it was stopped, with the same keys; a stage is run anew where its
-folder is removed, and those after it want theirs removed too. Keys of every stage are given by
+Called again, it goes on where it was stopped, with the same keys, pictures and labels; a stage is
+run anew where its folder is removed, and those after it want theirs removed too. Keys that change
+nothing of what is learned may be others (data.workers, data.cache, data.max_bad_fraction,
+data.on_error, threads, log, checkpoint, report). Keys of every stage are given by
 --keys, those of one kind of stage by --pretrain, --teach and --finetune. Recipes are for 256 px:
 with another image_size in --finetune, --teach wants its own (docs/tasks.md). NAME is that of four
 recipes: NAME and NAME_taught in recipes/pretrain and recipes/finetune.
@@ -45,6 +47,8 @@ from finetune.sets import open_sets
 from groundwork.command import exit_code_of, log_to_standard_output, status_of
 from groundwork.config import read_yaml
 from groundwork.data.labels import has_split
+from groundwork.data.samples import open_samples
+from groundwork.data.shard_index import sha256_text
 from groundwork.errors import DataError, UsageError
 from groundwork.files import copy_file, write_file
 from groundwork.stages import check, go_on, run_command, same_as_before
@@ -60,6 +64,7 @@ What next:
   use it                       python -m finetune.predict {file} PICTURES --out found"""
 
 _LEAST = 0.01  # a score that teaches
+_DATA = "data.json"  # of --out: hashes of what its stages are made with
 _KEYS = ("keys", "pretrain", "teach", "finetune")  # the last fields of Chain
 
 
@@ -79,8 +84,11 @@ class Chain:
     teach: tuple[str, ...] = ()
     finetune: tuple[str, ...] = ()
 
-    def check(self) -> None:
-        """Raise UsageError or DataError for what a stage would not take, before the first runs."""
+    def check(self) -> dict[str, str]:
+        """Return hashes of the pictures and of the labels.
+
+        Raises UsageError or DataError for what a stage would not take, before the first runs.
+        """
         if self.rounds < 0:
             raise UsageError(f"--rounds {self.rounds}: a round teaches once; 0 is none.")
         if self.init is not None and not Path(self.init).is_file():
@@ -92,16 +100,58 @@ class Chain:
             taught = ["--recipe", self._taught]
             check("pretrain.run", taught, self._teach_keys("detector.safetensors"))
             check("finetune.run", taught, self._finetune_keys())
-        open_sets(finetune_recipes.resolve(self.recipe, self._finetune_keys())).close()
+        labels = finetune_recipes.resolve(self.recipe, self._finetune_keys())
+        self._check_mappings(labels)
+        data = data_of(self._pretrain_recipe(), labels)
+        self._check_same_data(data)
+        return data
 
-    def run(self) -> dict[str, Any]:
-        """Run what is not done yet. Returns, and writes, what each detector reaches on val."""
+    def _check_mappings(self, labels: finetune_recipes.Recipe) -> None:
+        """Raise UsageError where a detector of the labeled pictures cannot teach on the others."""
+        pictures, labeled = (r.data.reading().mapping for r in (self._pretrain_recipe(), labels))
+        if pictures == labeled:
+            return
+        text = (
+            f"The pictures are read with data.bands and data.value_range {pictures}, the labeled "
+            f"ones with {labeled}"
+        )
+        if self.rounds:
+            raise UsageError(
+                f"{text}: a detector of the ones cannot teach on the others. Give both the same by "
+                "--keys. Shards that were packed with --tiles or --resize hold values that are "
+                "mapped already: pack the labeled pictures in that way, too. --rounds 0 goes "
+                "without self-training."
+            )
+        logger.warning("%s: no detection probe shows what pretraining gains.", text)
+
+    def _check_same_data(self, data: Mapping[str, str]) -> None:
+        """Raise UsageError where there are stages that were made with other pictures or labels."""
+        note = self.out / _DATA
+        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else data
+        there = sorted(path.name for path in self.out.glob("[1-9]*-*") if path.is_dir())
+        for what, first in (("pictures", 1), ("labels", 2)):
+            made = [name for name in there if int(name.partition("-")[0]) >= first]
+            if made and before[what] != data[what]:
+                raise UsageError(
+                    f"The {what} are not those that {', '.join(made)} of {self.out} were made "
+                    "with: remove these folders, to have them made anew, or name another --out "
+                    "(--init takes weights of the old ones)."
+                )
+
+    def run(self, data: Mapping[str, str]) -> dict[str, Any]:
+        """Run what is not done yet. Returns, and writes, what each detector reaches on val.
+
+        `data` is what `check` returns.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
+        write_file(self.out / _DATA, json.dumps(data, indent=1) + "\n")
         start = self._stage(
             "1-pretrain", "pretrain.run", self._pretrain_flags, self._pretrain_keys(),
             None if self.init is None else Path(self.init), self._probe_keys(),
         )  # fmt: skip
         detector, told = self._trained("2-finetune", self.recipe, start)
+        if self.rounds and told[0]["ap"] == 0:
+            logger.warning("%s finds nothing on val: there is nothing that it can teach.", detector)
         for number in range(1, self.rounds + 1):
             # The teacher is the best so far, which is where the student begins.
             keys = [*self._teach_keys(str(detector)), *self._scores(detector)]
@@ -185,11 +235,14 @@ class Chain:
     def _pretrain_keys(self) -> list[str]:
         return [f"data.train={self.pictures}", *self.keys, *self.pretrain]
 
-    def _probe_keys(self) -> list[str]:
+    def _pretrain_recipe(self) -> pretrain_recipes.Recipe:
+        """Return the first stage's recipe but for its probe."""
         keys = [key for key in self._pretrain_keys() if not key.startswith("probe.")]
-        own = pretrain_recipes.resolve(None, self.recipe, keys)
+        return pretrain_recipes.resolve(None, self.recipe, keys)
+
+    def _probe_keys(self) -> list[str]:
         labels = finetune_recipes.resolve(self.recipe, self._finetune_keys())
-        return probe_keys(own, labels, [*self.keys, *self.pretrain])
+        return probe_keys(self._pretrain_recipe(), labels, [*self.keys, *self.pretrain])
 
     def _teach_keys(self, teacher: str) -> list[str]:
         return [f"data.train={self.pictures}", f"task.weights={teacher}", *self.keys, *self.teach]
@@ -197,6 +250,27 @@ class Chain:
     def _finetune_keys(self) -> list[str]:
         # Test pictures choose nothing: they are for the person, at the end.
         return [f"data.train={self.root}", "eval.test=false", *self.keys, *self.finetune]
+
+
+def data_of(
+    pictures: pretrain_recipes.Recipe, labels: finetune_recipes.Recipe
+) -> dict[str, str]:
+    """Return hashes of the pictures and of the labels, and say where none are held out.
+
+    Raises DataError or UsageError where they cannot be opened.
+    """
+    sets = open_sets(labels)
+    if sets.val is None:
+        logger.warning(
+            "No labeled pictures are held out, so nothing says what is best, and the last is kept: "
+            "--finetune data.holdout=0.2 holds out a fifth."
+        )
+    hashes = [sets.train.fingerprint, "" if sets.val is None else sets.val.fingerprint]
+    sets.close()
+    data = pictures.data
+    samples = open_samples(data.train, cache=data.cache_folder(), cache_bytes=data.cache_bytes())
+    samples.close()
+    return {"pictures": samples.fingerprint, "labels": sha256_text(hashes)}
 
 
 def probe_keys(
@@ -356,8 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "This command starts the stages itself: call it once, by python, with --launch "
                 '"accelerate launch ..." for several processes.'
             )
-        chain.check()
-        _tell(chain.run(), chain.out / "detector.safetensors")
+        _tell(chain.run(chain.check()), chain.out / "detector.safetensors")
 
     return exit_code_of(work)
 

@@ -45,6 +45,7 @@ from groundwork.optim import (
 from groundwork.quarantine import Quarantine
 from groundwork.run_folder import (
     BEST,
+    LAST,
     Run,
     bring_best,
     calm_checkpoint,
@@ -246,18 +247,19 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             },
         )
 
-    def save(required: bool) -> None:
-        """Save a checkpoint; a failed one is a warning unless it is the last chance."""
+    def save() -> CheckpointError | None:
+        """Save a checkpoint, and beside it what may be used; return why it could not be saved."""
         position.seconds = clock.seconds
         position.window = window.plain(accelerator)
+        failed = None
         if accelerator.is_main_process:
             try:
                 trained.save(run.checkpoints, position, recipe, samples, recipe.checkpoint.keep)
+                keep(run.folder / LAST, {})
             except CheckpointError as error:
-                if required:
-                    raise
-                logger.warning("%s Training goes on.", error)
+                failed = error
         meet(group)
+        return failed
 
     task.train()
     batches = iter(loader)
@@ -358,7 +360,8 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 _sheet(run, task, sheet, position.step)
                 tell_probe(position.step, metrics, collapse)
                 if agree(group, bool(collapse)).stop and recipe.probe.stop_on_collapse:
-                    save(required=True)
+                    if failed := save():
+                        logger.warning("%s", failed)
                     raise DivergedError(f"Stopped at step {position.step}. {collapse}")
                 # The main process alone measures, and so it alone knows.
                 enough = probe is not None and patience is not None and position.worse >= patience
@@ -369,7 +372,8 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                     )  # fmt: skip
                     break
             if agreed.stop and not ended:
-                save(required=True)
+                if failed := save():
+                    raise failed
                 raise StoppedError(
                     f"Stopped on request at step {position.step}; saved. "
                     f"Go on with --resume {run.folder}."
@@ -377,11 +381,12 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             # Not between skipped steps: what is saved there may give no finite gradient any more.
             due = due or position.step % recipe.checkpoint.every_steps == 0
             if due and not ended and not position.skipped_in_a_row:
-                save(required=False)
+                if failed := save():
+                    logger.warning("%s Training goes on.", failed)
                 due = False
             show.step(position.step)
             clock.lap()
-        save(required=True)
+        unsaved = save()
     finally:
         loader.close()
         samples.close()
@@ -398,12 +403,15 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             )  # fmt: skip
         else:
             keep(product, {})
+        (run.folder / LAST).unlink(missing_ok=True)
         tell_end(position.step, position.samples, clock.seconds, position.probe)
         quarantine.tell(position.replaced)
     tracking.close()
     meet(group)
     if group is not None:
         torch.distributed.destroy_process_group()
+    if unsaved:
+        raise CheckpointError(f"{unsaved} What was learned is in {product}.")
     return product
 
 

@@ -17,7 +17,7 @@ import multiprocessing.synchronize
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -58,6 +58,7 @@ QUARANTINE_NAME = "quarantine.jsonl"
 _LOCK_NAME = ".pack.lock"
 JPEG_QUALITY = 90
 # What reasons that are not the picture's say: they may be gone when the command is run again.
+_HOPELESS = 1000  # pictures
 _NOT_READ = "it cannot be read"
 _TO_INSTALL = "pip install"
 
@@ -263,10 +264,12 @@ def pack(
         run = _pack_here if workers <= 1 else _pack_in_processes
         for done in run(folder, missing, options, workers, progress):
             packed[done.row.name] = done
-        results = [packed[shard.name] for shard in plan]
+            if _is_hopeless(packed.values()):
+                break
+        results = [packed[shard.name] for shard in plan if shard.name in packed]
         _write_quarantine(folder, results)
         _check_bad_fraction(
-            folder, results, sum(len(shard.pictures) for shard in plan), max_bad_fraction
+            folder, results, sum(len(s.pictures) for s in plan if s.name in packed), max_bad_fraction
         )
         classes = list(options.classes)
         finish_set(folder, [done.row for done in results], plan=plan_hash, classes=classes)
@@ -341,6 +344,14 @@ def _write_quarantine(folder: Path, results: Sequence[Packed]) -> None:
             write_file(folder / name, lines.encode("ascii"))
         else:
             (folder / name).unlink(missing_ok=True)
+
+
+def _is_hopeless(packed: Collection[Packed]) -> bool:
+    """Tell whether many could not be read and none could: so it will be with the others."""
+    if any(done.row.pictures for done in packed):
+        return False
+    bad = sum(reason != UNNAMED for done in packed for _, reason in done.quarantined)
+    return bad >= _HOPELESS
 
 
 def _check_bad_fraction(

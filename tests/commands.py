@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN = str(ROOT / "pretrain" / "run.py")
 FINETUNE = str(ROOT / "finetune" / "run.py")
@@ -114,7 +116,10 @@ def finished(
 def run(
     ranks: int, folder: Path, *arguments: str, script: str = PRETRAIN
 ) -> subprocess.CompletedProcess[str]:
-    """Run a stage to its end in `folder`."""
+    """Run a stage to its end in `folder`, where it has one rank in a process that is forked."""
+    if ranks == 1:
+        env = environment(root=True)
+        return forked.finished([script, *arguments], folder, env, seconds=240)
     return finished(launch(ranks, *arguments, script=script), folder)
 
 

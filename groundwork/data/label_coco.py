@@ -9,7 +9,8 @@ out where no box of any split has it and another category names it as its superc
 write such a heading as if it were a class.
 
 A picture of the file without an annotation is background; a picture on the disk that the file does
-not name is no part of the data set. `iscrowd` is kept. `segmentation` and `keypoints` are not read.
+not name is no part of the data set. `iscrowd` is kept. `segmentation` and `keypoints` are not read. Of a box that was
+turned (`attributes.rotation`, degrees, as CVAT writes it) what encloses it is taken.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def _table(
         if not annotation.get("bbox"):
             defects.add(NO_BOX, file, f"annotation {place}")
             continue
-        box = _box(annotation["bbox"], file, place)
+        box = _box(annotation, file, place)
         crowd = bool(annotation.get("iscrowd"))
         rows.append((picture, box, numbers[annotation["category_id"]], crowd, place))
     return LabelTable.of(root, "annotation", list(pictures.values()), rows)
@@ -257,7 +258,8 @@ def _size(image: dict[str, Any]) -> tuple[int, int] | None:
     return (int(width), int(height)) if said else None
 
 
-def _box(value: Any, file: str, place: int) -> tuple[float, float, float, float]:
+def _box(annotation: dict[str, Any], file: str, place: int) -> tuple[float, float, float, float]:
+    value = annotation["bbox"]
     if (
         not isinstance(value, list)
         or len(value) != 4
@@ -271,4 +273,12 @@ def _box(value: Any, file: str, place: int) -> tuple[float, float, float, float]
         left, top, width, height = map(float, value)
     except OverflowError:  # of a whole number beyond all floats
         left = top = width = height = math.inf
+    said = annotation.get("attributes")
+    turned = said.get("rotation") if isinstance(said, dict) else None
+    if isinstance(turned, int | float) and turned and math.isfinite(turned):
+        # As CVAT writes a box that was turned about its middle by these degrees: what encloses it.
+        across, along = abs(math.cos(math.radians(turned))), abs(math.sin(math.radians(turned)))
+        x, y = left + width / 2, top + height / 2
+        width, height = width * across + height * along, width * along + height * across
+        left, top = x - width / 2, y - height / 2
     return left, top, left + width, top + height

@@ -189,6 +189,13 @@ def _by_split(files: list[Path]) -> Mapping[str | None, Path]:
                 "meant, or move the other away."
             )
         found[split] = path
+    others = [path for path in files if path not in found.values()]
+    if found and any(path.name.startswith("instances_") for path in others):
+        raise DataError(
+            f"{others[0]} is of no split, and beside it is {next(iter(found.values()))}, which is: "
+            "give it a split's name (train, val, test), name the json that is meant, or move it "
+            "away."
+        )
     if found:
         return {split: found[split] for split in SPLITS if split in found}
     if len(files) > 1:

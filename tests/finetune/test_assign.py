@@ -101,3 +101,11 @@ def test_a_box_smaller_than_a_cell_is_found_by_a_point() -> None:
 def test_a_batch_without_boxes_has_no_positive_points() -> None:
     found = assign(around_points(8), torch.full((1, 84, 2), 0.5), ANCHORS, targets())
     assert len(found.image) == len(found.point) == len(found.target) == len(found.score) == 0
+
+
+@pytest.mark.parametrize(
+    "box", [(28, 28, 36, 36), (29, 29, 35, 35), (12, 40, 20, 46), (0, 0, 2, 2), (56, 60, 64, 64)]
+)
+def test_a_small_box_has_a_point_wherever_it_lies(box: tuple[float, float, float, float]) -> None:
+    found = assign(around_points(4), torch.full((1, 84, 1), 0.5), ANCHORS, targets((0, box, 0)))
+    assert len(found.point) == 1 and ANCHORS.strides[found.point[0]] == 8

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from finetune.labels import main
@@ -122,3 +123,19 @@ def test_real_data_is_drawn(
     assert main(arguments) == 0
     boxes = {"aerial-hrplanes": "2,012", "medical-txl-pbc": "2,651", "medical-bccd": "945"}[name]
     assert f"; {boxes} boxes" in capsys.readouterr().out
+
+
+def test_bands_that_want_a_mapping_are_told_where_nothing_can_be_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "set"
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    pixels = np.zeros((48, 64, 5), np.uint16)
+    tifffile.imwrite(root / "images" / "a.tif", pixels, photometric="minisblack", planarconfig="contig")
+    (root / "labels" / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (root / "classes.txt").write_text("car\n")
+    assert main([str(root), "--out", str(tmp_path / "sheet.png")]) == 0
+    told = capsys.readouterr().out
+    assert "defects: none" in told and "0 pictures with their boxes" in told
+    assert "1 others could not be drawn, the first: " in told and "bands" in told

@@ -194,3 +194,27 @@ def test_defects_in_shards_of_others_are_told_before_training(
     assert "Labels for training: 1 x box" in caplog.text
     [defect] = (tmp_path / "label-defects.jsonl").read_text().splitlines()
     assert "a.json" in defect
+
+
+@pytest.mark.parametrize("crowds", [1, 3, 20])
+def test_boxes_that_are_crowds_are_not_taken_for_objects(
+    labeled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, crowds: int
+) -> None:
+    """Masks that were drawn in CVAT come as iscrowd: 1."""
+    for split in ("train", "val"):
+        path = labeled / "annotations" / f"{split}.json"
+        document = json.loads(path.read_text())
+        for annotation in document["annotations"][:crowds]:
+            annotation["iscrowd"] = 1
+        path.write_text(json.dumps(document))
+    sets = open_sets(resolve(None, [f"data.train={labeled}"]))
+    if crowds == 20:
+        with pytest.raises(DataError, match="nothing to learn: 20 of 20 boxes are crowds"):
+            tell_defects(sets, tmp_path, 640)
+    else:
+        tell_defects(sets, tmp_path, 640)
+        told = [record.getMessage() for record in caplog.records]
+        # One in ten is what there may be.
+        assert any("3 of 20 boxes are crowds" in line for line in told) == (crowds == 3)
+        assert any(f"{crowds} of 8 boxes are crowds" in line for line in told)
+    sets.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from groundwork import checkpoint
 from groundwork.errors import CheckpointError
@@ -148,3 +150,27 @@ def test_a_full_disk_is_told_and_the_older_one_stays(tmp_path: Path) -> None:
     with full_disk(100_000), pytest.raises(CheckpointError, match=r"4,000,000 bytes.*untouched"):
         checkpoint.save(tmp_path, 2, big, {}, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+@pytest.mark.parametrize(
+    "full", [OSError(errno.ENOSPC, "No space left"), SafetensorError("(os error 28)")]
+)
+def test_on_a_full_disk_the_oldest_make_room_but_not_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Exception
+) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    room, save_file = 1, checkpoint.save_file
+
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if len(list(tmp_path.glob("step-*"))) > room:
+            raise full
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    write(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-4"]
+    room = 0
+    with pytest.raises(CheckpointError, match="newest is untouched"):
+        write(tmp_path, 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]

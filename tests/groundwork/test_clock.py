@@ -46,7 +46,7 @@ def test_even_marks_are_crossed_once_each() -> None:
     assert not any(clock.crossed(step / 10, step + 1, times=0) for step in range(10))
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_handlers_are_given_back(first: signal.Signals) -> None:
     before = signal.getsignal(signal.SIGTERM)
     request = StopRequest()
@@ -57,6 +57,18 @@ def test_a_signal_is_noted_and_handlers_are_given_back(first: signal.Signals) ->
         os.kill(os.getpid(), signal.SIGINT)
     request.restore()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        request = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not request.asked
+        request.restore()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_one_process_agrees_with_itself() -> None:

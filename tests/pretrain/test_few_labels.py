@@ -69,6 +69,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     monkeypatch.setattr(few_labels, "go_on", stand_in.go_on)
     monkeypatch.setattr(few_labels, "write_average", stand_in.average)
     monkeypatch.setattr(few_labels, "check", lambda *_: None)
+    monkeypatch.setattr(few_labels, "data_of", lambda *_: {"pictures": "many", "labels": "few"})
     monkeypatch.setattr(few_labels, "_scored", lambda *_: next(scored))
     monkeypatch.setattr(few_labels, "_evaluated", lambda *_: {"per_class": {}})
     return stand_in
@@ -233,6 +234,86 @@ def test_pretraining_is_probed_on_the_pictures_that_fine_tuning_uses(labeled: Pa
     ]  # fmt: skip
 
 
+def test_other_pictures_or_labels_are_not_taken_for_those_of_stages_that_are_done(
+    stages: Stages,
+    labeled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = {"pictures": "many", "labels": "few"}
+    monkeypatch.setattr(few_labels, "data_of", lambda *_: dict(data))
+    out = tmp_path / "out"
+    command = ["pictures", str(labeled), "--recipe", "aerial", "--out", str(out)]
+    command += ["--launch", "accelerate launch"]
+    assert main([*command, "--keys", "data.workers=2"]) == 0
+    ran = len(stages.ran)
+    assert main([*command, "--keys", "data.workers=4", "threads=1"]) == 0
+    data["labels"] = "more"
+    capsys.readouterr()
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "The labels are not those that 2-finetune, 3-teach, 4-finetune of" in told
+    for name in ("2-finetune", "3-teach", "4-finetune"):
+        shutil.rmtree(out / name)
+    stages.reached = [0.5, 0.6]
+    monkeypatch.setattr(few_labels, "_scored", lambda *_: 0.5)
+    assert main(command) == 0
+    assert [name for name, _ in stages.ran[ran:]] == ["2-finetune", "3-teach", "4-finetune"]
+    data["pictures"] = "most"
+    assert main(command) == 2
+    assert "The pictures are not those that 1-pretrain, 2-fine" in capsys.readouterr().err
+
+
+def test_hashes_are_of_pictures_and_of_labels_and_what_is_not_held_out_is_told(
+    labeled: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hashes() -> dict[str, str]:
+        train = f"data.train={labeled / 'images' / 'train'}"
+        return few_labels.data_of(
+            pretrain_recipes.resolve(None, "aerial", [train]),
+            finetune_recipes.resolve("aerial", [f"data.train={labeled}", "eval.test=false"]),
+        )
+
+    first = hashes()
+    assert hashes() == first and not caplog.records
+    for split in ("train", "val"):
+        path = labeled / "annotations" / f"{split}.json"
+        before = path.read_text()
+        path.write_text(before.replace('"category_id": 1', '"category_id": 2', 1))
+        assert hashes()["labels"] != first["labels"]
+        assert hashes()["pictures"] == first["pictures"]
+        path.write_text(before)
+    (labeled / "annotations" / "val.json").unlink()
+    hashes()
+    assert "No labeled pictures are held out" in caplog.text
+    shutil.copy(labeled / "images/val/00.png", labeled / "images/train/other.png")
+    assert hashes()["pictures"] != first["pictures"]
+
+
+def test_a_detector_of_other_values_does_not_teach(
+    stages: Stages,
+    labeled: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["pictures", str(labeled), "--recipe", "aerial", "--out", str(tmp_path / "out")]
+    command += ["--launch", "accelerate launch", "--finetune", "data.value_range=[0,4095]"]
+    assert main(command) == 2
+    assert "cannot teach on the others" in capsys.readouterr().err
+    assert main([*command, "--rounds", "0"]) == 0
+    assert "no detection probe" in capsys.readouterr().out
+
+
+def test_a_teacher_that_finds_nothing_is_told(
+    stages: Stages, labeled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages.reached = [0.0, 0.0]
+    command = ["pictures", str(labeled), "--recipe", "aerial", "--out", str(tmp_path / "out")]
+    assert main([*command, "--launch", "accelerate launch"]) == 0
+    assert "finds nothing on val" in capsys.readouterr().out
+
+
 def test_processes_are_started_by_the_command_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,7 +334,10 @@ def test_where_nothing_is_held_out_the_last_mean_is_kept(
 
 
 def test_what_a_later_stage_would_not_take_is_told_before_the_first(
-    labeled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labeled: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
     command = ["scenes", str(labeled), "--out", str(out), "--recipe"]
@@ -265,6 +349,7 @@ def test_what_a_later_stage_would_not_take_is_told_before_the_first(
     assert main([*command, "aerial", "--init", "nowhere.safetensors"]) == 2
     assert "--init nowhere.safetensors" in capsys.readouterr().err
     (labeled / "annotations" / "train.json").write_text("{}")
+    monkeypatch.setattr(few_labels, "check", lambda *_: None)  # which is four programs
     assert main([*command, "aerial"]) == DataError.exit_code
     assert not out.exists()
 

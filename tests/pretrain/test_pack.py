@@ -514,3 +514,15 @@ def test_the_keys_to_train_with_are_told(
     assert _keys_of(reading, stored=True) == stored
     for keys in (kept, stored):  # as a recipe takes them
         resolve("simclr", None, ["data.train=there", *keys])
+
+
+def test_where_none_of_many_can_be_read_packing_ends(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pack_shards, "_HOPELESS", 4)
+    for path in sorted(images.rglob("*.*"))[:9]:
+        path.write_bytes(b"no picture")
+    folder = tmp_path / "shards"
+    assert run(images, folder, "--shard-size", 2, "--workers", 1) == 3
+    assert "4 of 4 pictures cannot be read" in capsys.readouterr().err
+    assert len((folder / "quarantine.jsonl").read_text().splitlines()) == 4

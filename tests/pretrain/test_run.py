@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,8 +134,16 @@ def test_sigterm_to_the_customers_command_saves_and_the_run_goes_on(
     assert status(out)["exit_code"] == 75
     assert "--resume" in status(out)["message"]
     last = max(losses(out)) + 3
+    # Pictures that have come to the data are told, with the weights to go on from.
+    product = out / "last.safetensors"
+    assert read_product(product)[1]["step"] == last - 3
+    more = shutil.copy(pictures / "00.jpg", pictures / "more.jpg")
+    done = run(1, tmp_path, "--resume", str(out))
+    assert done.returncode == 2 and f"new run with --init {product}" in done.stderr
+    more.unlink()
     done = run(1, tmp_path, "--resume", str(out), f"budget.steps={last}")
     assert done.returncode == 0, done.stderr
+    assert not product.exists()
     done = run(1, tmp_path, *command[3:5], "--out", str(whole), *keys, f"budget.steps={last}")
     assert done.returncode == 0, done.stderr
     assert losses(out) == losses(whole)
@@ -191,8 +200,10 @@ def test_features_that_collapse_end_a_run_that_is_told_so(pictures: Path, tmp_pa
     )
     keys = [f"data.train={pictures}", "budget.steps=8", *TINY, "probe.times=4"]
     for stops, code, last in ((False, 0, 8), (True, 5, 2)):
-        command = [sys.executable, str(script), "--task", "inpainting", "--out", f"out-{stops}"]
-        done = finished([*command, *keys, f"probe.stop_on_collapse={stops}"], tmp_path)
+        command = ["--task", "inpainting", "--out", f"out-{stops}", *keys]
+        done = run(
+            1, tmp_path, *command, f"probe.stop_on_collapse={stops}", script=str(script)
+        )
         out = tmp_path / f"out-{stops}"
         assert done.returncode == status(out)["exit_code"] == code, done.stderr
         assert "The features have collapsed" in (done.stderr if stops else done.stdout)
@@ -228,11 +239,10 @@ def test_a_gradient_that_is_not_finite_is_skipped_rolled_back_and_given_up(
     )
 
     def poisoned(out: str, calls: str) -> subprocess.CompletedProcess[str]:
-        return finished(
-            [sys.executable, str(script), calls, "--task", "byol", "--out", out,
-             f"data.train={pictures}", "budget.steps=12", "guard.skips=2", "guard.rollbacks=1",
-             "checkpoint.every_steps=2", *TINY],
-            tmp_path,
+        return run(
+            1, tmp_path, calls, "--task", "byol", "--out", out, f"data.train={pictures}",
+            "budget.steps=12", "guard.skips=2", "guard.rollbacks=1", "checkpoint.every_steps=2",
+            *TINY, script=str(script),
         )  # fmt: skip
 
     done = poisoned("skip", "{3}")
@@ -254,6 +264,37 @@ def test_a_gradient_that_is_not_finite_is_skipped_rolled_back_and_given_up(
     assert done.returncode == 5
     assert "Lower optim.lr" in done.stderr
     assert status(tmp_path / "lost")["exit_code"] == 5
+
+
+@pytest.mark.slow
+def test_what_was_learned_is_kept_where_the_last_checkpoint_cannot_be(
+    pictures: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from groundwork import checkpoint\n"
+        "from groundwork.errors import CheckpointError\n"
+        "save = checkpoint.save\n"
+        "def full(folder, step, *arguments):\n"
+        "    if step > 2: raise CheckpointError('the disk is full.')\n"
+        "    return save(folder, step, *arguments)\n"
+        "checkpoint.save = full\n"
+        "from pretrain.run import main\n"
+        "sys.exit(main())\n"
+    )
+    out = tmp_path / "out"
+    keys = ["--task", "inpainting", f"data.train={pictures}", *TINY, "checkpoint.every_steps=2"]
+    done = run(1, tmp_path, "--out", "out", *keys, "budget.steps=5", script=str(script))
+    assert done.returncode == status(out)["exit_code"] == 4
+    assert "the disk is full. Training goes on." in done.stdout
+    assert f"What was learned is in {Path('out') / 'pretrained.safetensors'}" in done.stderr
+    assert read_product(out / "pretrained.safetensors")[1]["step"] == 5
+    assert not (out / "last.safetensors").exists()
+    done = run(1, tmp_path, "--resume", "out")
+    assert done.returncode == 0 and sorted(losses(out))[-1] == 5
+    assert "Going on from out/checkpoints/step-2" in done.stdout
 
 
 @pytest.mark.slow

@@ -208,3 +208,33 @@ def test_what_a_coco_json_may_have_and_is_passed_over(tmp_path: Path, make_jpeg:
         label_policy.NOT_FINITE: 1,
         label_policy.LISTED_TWICE: 1,
     }
+
+
+def test_a_json_of_no_split_beside_those_of_splits_is_not_passed_over(
+    tmp_path: Path, make_jpeg: MakeJpeg
+) -> None:
+    """CVAT writes instances_default.json for tasks that are in no subset."""
+    root = write_coco(tmp_path, make_jpeg)
+    for path in sorted((root / "annotations").iterdir()):
+        path.rename(path.with_name(f"instances_{path.name}"))
+    (root / "annotations" / "captions_all.json").write_text("{}")
+    assert len(open_(root, "train")) == 2
+    write(root / "annotations" / "instances_default.json", coco(["a.jpg"], []))
+    with pytest.raises(DataError, match=r"instances_default\.json is of no split"):
+        open_(root, "train")
+
+
+def test_of_a_box_that_was_turned_what_encloses_it_is_taken(
+    tmp_path: Path, make_jpeg: MakeJpeg
+) -> None:
+    write(tmp_path / "images" / "a.jpg", make_jpeg(0))
+    document: Any = coco(["a.jpg"], [(0, [10, 20, 20, 10], 1)] * 4)
+    turns: list[Any] = [90.0, 45, 0, "much"]
+    for annotation, turn in zip(document["annotations"], turns, strict=True):
+        annotation["attributes"] = {"rotation": turn, "occluded": False}
+    write(tmp_path / "annotations.json", document)
+    [(boxes, _)] = all_boxes(open_(tmp_path)).values()
+    half = 30 / 2**0.5 / 2
+    assert boxes[0] == pytest.approx([15, 15, 25, 35])
+    assert boxes[1] == pytest.approx([20 - half, 25 - half, 20 + half, 25 + half], abs=1e-3)
+    assert boxes[2] == boxes[3] == [10, 20, 30, 30]
