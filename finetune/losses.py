@@ -23,8 +23,8 @@ boxes do not outweigh the others; of several processes, and of several micro-bat
   1708.06519).
 
 Differs from the papers:
-- Targets are scores, for which focal loss was not made: its least is not at the target but nearer to
-  0 or 1 (of gamma 2, at 0.12 for 0.3 and at 0.95 for 0.8). Quality focal loss is its form for them.
+- Targets are scores, for which focal loss was not made: its least is not at the target but nearer
+  to 0 or 1 (of gamma 2, at 0.12 for 0.3, at 0.95 for 0.8). Quality focal loss is its form for them.
 - Focal, varifocal and quality focal loss are summed and divided as above; papers divide by the
   number of positives.
 - Label smoothing (arXiv 1512.00567, section 7) is over the classes of positive points: the box's

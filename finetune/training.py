@@ -114,8 +114,8 @@ def scale_learning_rates(detector: Detector, optim: Optim) -> None:
     """Tell the optimiser, through `Detector.lr_scales`, how fast each layer of the backbone learns.
 
     The last layer learns at optim.backbone_lr times the rate of neck and head, and every layer
-    before it at optim.layer_decay times the rate of the next (as BEiT does it, arXiv 2106.08254, section 3.2, where the
-    head alone has the whole rate: optim.backbone_lr=optim.layer_decay is its course).
+    before it at optim.layer_decay times the rate of the next (arXiv 2106.08254, section 3.2: there
+    the head alone has the whole rate, which is optim.backbone_lr=optim.layer_decay here).
     """
     if optim.backbone_lr == 1 and optim.layer_decay == 1:
         return

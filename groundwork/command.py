@@ -144,7 +144,8 @@ def has_checkpoint(run: Path) -> bool:
     """Tell whether a run has saved one, damaged or not; what a killed save has left is none."""
     # One that was to be replaced is found again under its name (groundwork/checkpoint.py, sweep).
     return any(
-        any((run / "checkpoints").glob(f"{kind}*/manifest.json")) for kind in ("step-", ".replaced-")
+        any((run / "checkpoints").glob(f"{kind}*/manifest.json"))
+        for kind in ("step-", ".replaced-")
     )
 
 

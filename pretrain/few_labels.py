@@ -252,9 +252,7 @@ class Chain:
         return [f"data.train={self.root}", "eval.test=false", *self.keys, *self.finetune]
 
 
-def data_of(
-    pictures: pretrain_recipes.Recipe, labels: finetune_recipes.Recipe
-) -> dict[str, str]:
+def data_of(pictures: pretrain_recipes.Recipe, labels: finetune_recipes.Recipe) -> dict[str, str]:
     """Return hashes of the pictures and of the labels, and say where none are held out.
 
     Raises DataError or UsageError where they cannot be opened.

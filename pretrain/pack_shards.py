@@ -269,7 +269,10 @@ def pack(
         results = [packed[shard.name] for shard in plan if shard.name in packed]
         _write_quarantine(folder, results)
         _check_bad_fraction(
-            folder, results, sum(len(s.pictures) for s in plan if s.name in packed), max_bad_fraction
+            folder,
+            results,
+            sum(len(s.pictures) for s in plan if s.name in packed),
+            max_bad_fraction,
         )
         classes = list(options.classes)
         finish_set(folder, [done.row for done in results], plan=plan_hash, classes=classes)

@@ -116,11 +116,9 @@ def finished(
 def run(
     ranks: int, folder: Path, *arguments: str, script: str = PRETRAIN
 ) -> subprocess.CompletedProcess[str]:
-    """Run a stage to its end in `folder`, where it has one rank in a process that is forked."""
-    if ranks == 1:
-        env = environment(root=True)
-        return forked.finished([script, *arguments], folder, env, seconds=240)
-    return finished(launch(ranks, *arguments, script=script), folder)
+    """Run a stage, or another script, to its end in `folder`, in processes that are forked."""
+    env = environment(root=True)
+    return forked.finished([script, *arguments], folder, env, seconds=240, ranks=ranks)
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:

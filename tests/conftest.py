@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import forked
+from tests.commands import environment
 from tests.no_network.sitecustomize import outside
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +51,25 @@ def make_jpeg() -> Callable[..., bytes]:
         return file.getvalue()
 
     return make
+
+
+@pytest.fixture
+def forked_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the programs that a command of several stages starts be forked ones (tests/forked.py)."""
+
+    def run_command(command: Sequence[str], log: Path | None = None) -> int:
+        assert command[0] == sys.executable
+        done = forked.finished(command[1:], Path.cwd(), environment(root=True), seconds=240)
+        if log is None:
+            sys.stdout.write(done.stdout)
+            sys.stderr.write(done.stderr)
+        else:
+            with log.open("a") as file:
+                file.write(done.stdout + done.stderr)
+        return done.returncode
+
+    monkeypatch.setattr("groundwork.stages.run_command", run_command)
+    monkeypatch.setattr("pretrain.few_labels.run_command", run_command)
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ out where no box of any split has it and another category names it as its superc
 write such a heading as if it were a class.
 
 A picture of the file without an annotation is background; a picture on the disk that the file does
-not name is no part of the data set. `iscrowd` is kept. `segmentation` and `keypoints` are not read. Of a box that was
-turned (`attributes.rotation`, degrees, as CVAT writes it) what encloses it is taken.
+not name is no part of the data set. `iscrowd` is kept. `segmentation` and `keypoints` are not read.
+Of a box that was turned (`attributes.rotation`, degrees, as CVAT writes it) what encloses it is
+taken.
 """
 
 from __future__ import annotations

@@ -57,7 +57,9 @@ def test_the_table_is_sorted_by_ap_and_ends_with_the_correlations() -> None:
 
 
 @pytest.mark.slow
-def test_every_init_is_fine_tuned_and_measured_once(labeled: Path, tmp_path: Path) -> None:
+def test_every_init_is_fine_tuned_and_measured_once(
+    labeled: Path, tmp_path: Path, forked_stages: None
+) -> None:
     work = tmp_path / "work"
     work.mkdir()
     keys = ["threads=1", "data.workers=0"]

@@ -367,7 +367,9 @@ def test_a_teacher_of_whole_pictures_is_asked_on_val_how_sure_it_must_be(
 
 
 @pytest.mark.slow
-def test_the_study_runs_chooses_on_val_and_goes_on(labeled: Path, tmp_path: Path) -> None:
+def test_the_study_runs_chooses_on_val_and_goes_on(
+    labeled: Path, tmp_path: Path, forked_stages: None
+) -> None:
     work = tmp_path / "work"
     work.mkdir()
     arguments = _options(

@@ -18,8 +18,7 @@ from finetune.weights import parts_of, save_detector
 from groundwork.data.labels import LabeledSamples, open_labeled
 from groundwork.data.shards import Sample
 from groundwork.errors import DataError, UnavailableError, UsageError
-from tests.commands import environment, finished
-from tests.commands import on_ranks as command_on_ranks
+from tests.commands import run
 from tests.finetune.test_finder import lively_detector
 
 NAMES = ("red", "green", "blue")
@@ -105,7 +104,7 @@ def test_what_is_out_of_reach_is_waited_for(
 
 
 RANK = """
-import json, sys, torch, torch.distributed as dist
+import json, os, sys, torch, torch.distributed as dist
 from pathlib import Path
 from finetune.detect import detect_all
 from finetune.detector import Limits
@@ -113,7 +112,8 @@ from finetune.evaluate import measure
 from finetune.weights import detector_from_file
 from groundwork.data.labels import open_labeled
 from groundwork.errors import DataError
-dist.init_process_group("gloo")
+alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+dist.init_process_group("gloo", **alone)
 torch.set_num_threads(1)
 detector, _ = detector_from_file(Path(sys.argv[1]))
 labeled = open_labeled(sys.argv[2], None, cache=Path(sys.argv[2]) / "cache", cache_bytes=1 << 30)
@@ -135,8 +135,7 @@ def on_ranks(ranks: int, weights: Path, root: Path, out: Path) -> list[str]:
     """Evaluate on several processes; return what each of them wrote."""
     script = out.with_suffix(".py")
     script.write_text(RANK)
-    command = command_on_ranks(ranks, str(script), str(weights), str(root), str(out))
-    done = finished(command, out.parent, environment(root=True))
+    done = run(ranks, out.parent, str(weights), str(root), str(out), script=str(script))
     assert done.returncode == 0, done.stderr
     return [out.with_name(f"{out.name}-{rank}").read_text() for rank in range(ranks)]
 

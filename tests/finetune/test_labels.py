@@ -132,7 +132,9 @@ def test_bands_that_want_a_mapping_are_told_where_nothing_can_be_drawn(
     for folder in ("images", "labels"):
         (root / folder).mkdir(parents=True)
     pixels = np.zeros((48, 64, 5), np.uint16)
-    tifffile.imwrite(root / "images" / "a.tif", pixels, photometric="minisblack", planarconfig="contig")
+    tifffile.imwrite(
+        root / "images" / "a.tif", pixels, photometric="minisblack", planarconfig="contig"
+    )
     (root / "labels" / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
     (root / "classes.txt").write_text("car\n")
     assert main([str(root), "--out", str(tmp_path / "sheet.png")]) == 0

@@ -14,7 +14,7 @@ from finetune.training import measure_batchnorm, scale_learning_rates
 from groundwork.data.labels import open_labeled
 from groundwork.data.order import Order
 from groundwork.optim import build_optimizer, set_learning_rate
-from tests.commands import ROOT, environment, finished, on_ranks
+from tests.commands import ROOT, run
 
 
 def test_each_layer_learns_at_its_share_of_the_rate() -> None:
@@ -86,8 +86,7 @@ dist.destroy_process_group()
 def test_every_rank_gets_the_statistics_of_the_first(tmp_path: Path) -> None:
     """What is scored is what is saved: each rank's BatchNorm has seen other pictures."""
     (tmp_path / "rank.py").write_text(RANK)
-    command = on_ranks(2, str(tmp_path / "rank.py"), str(tmp_path))
-    done = finished(command, ROOT, environment(root=True))
+    done = run(2, ROOT, str(tmp_path), script=str(tmp_path / "rank.py"))
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for part in second:

@@ -6,16 +6,16 @@ import errno
 import json
 import logging
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
 from groundwork import checkpoint
 from groundwork.errors import CheckpointError
+from tests.commands import run
 from tests.full_disk import full_disk
 
 TENSORS = {"task": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.int64)}}
@@ -120,13 +120,12 @@ print(points)
 @pytest.mark.parametrize("step", [1, 2])  # 1 is there already
 def test_a_process_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path, step: int) -> None:
     seen = set()
+    script = tmp_path / "kill.py"
+    script.write_text(KILL)
     for victim in range(1, 40):
         folder = tmp_path / str(victim)
         write(folder, 1)
-        done = subprocess.run(
-            [sys.executable, "-c", KILL, str(folder), str(victim), str(step)],
-            capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2],
-        )  # fmt: skip
+        done = run(1, tmp_path, str(folder), str(victim), str(step), script=str(script))
         checkpoint.sweep(folder)
         found = checkpoint.latest(folder)
         assert found is not None
@@ -160,7 +159,7 @@ def test_on_a_full_disk_the_oldest_make_room_but_not_the_newest(
 ) -> None:
     for step in (1, 2, 3):
         write(tmp_path, step)
-    room, save_file = 1, checkpoint.save_file
+    room, save_file = 1, safetensors.torch.save_file
 
     def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if len(list(tmp_path.glob("step-*"))) > room:

@@ -45,7 +45,12 @@ def test_what_a_killed_first_save_has_left_is_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[list[str]] = []
-    monkeypatch.setattr("groundwork.stages.run_command", lambda c, _: ran.append(c[3:]) or 0)
+
+    def run_command(command: list[str], log: Path | None) -> int:
+        ran.append(command[3:])
+        return 0
+
+    monkeypatch.setattr("groundwork.stages.run_command", run_command)
     run, half = tmp_path / "run", tmp_path / "run" / "checkpoints" / ".tmp-500"
     half.mkdir(parents=True)
     (half / "manifest.json").touch()
@@ -75,7 +80,14 @@ def test_only_what_changes_what_is_learned_makes_another_run(tmp_path: Path) -> 
     start.write_text("weights")
     (tmp_path / "a" / "run").mkdir(parents=True)
     note(tmp_path / "a", "seed=1", "data.workers=2", start=start)
-    note(tmp_path / "a", "seed=1", "data.workers=4", "checkpoint.keep=1", "log.samples=true", start=start)
+    note(
+        tmp_path / "a",
+        "seed=1",
+        "data.workers=4",
+        "checkpoint.keep=1",
+        "log.samples=true",
+        start=start,
+    )
     (tmp_path / "a").rename(tmp_path / "b")
     note(tmp_path / "b", "seed=1", start=start)
     with pytest.raises(UsageError, match=r"then: seed=1; now: seed=2 task\.rotate=0"):

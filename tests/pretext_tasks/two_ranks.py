@@ -5,8 +5,6 @@ Run as a script, this file is one rank.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +17,7 @@ from groundwork.backbones.contract import IMAGENET_MEAN, IMAGENET_STD, Backbone,
 from groundwork.config import Section
 from pretext_tasks import load_task
 from pretext_tasks.contract import PretextTask
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.commands import run
 
 
 class PlainBackbone(Backbone):
@@ -61,23 +58,8 @@ def agree(folder: Path, name: str, config: Section, batch: dict[str, Tensor]) ->
     """Hold two ranks' loss and gradient, each of half the batch, against one process's of all."""
     given = config.model_dump_json()
     torch.save(batch, folder / "batch.pt")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder), name, given],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    done = run(2, folder, str(folder), name, given, script=__file__)
+    assert done.returncode == 0, done.stderr
     results = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     expected = _loss_and_gradient(_task(name, given), batch)
 
@@ -91,12 +73,11 @@ def agree(folder: Path, name: str, config: Section, batch: dict[str, Tensor]) ->
         assert (results[0][parameter] - gradient).abs().max() <= 1e-5 * norm, parameter
 
 
-def _run_rank(rank: int, folder: Path, name: str, config: str) -> None:
+def _run_rank(folder: Path, name: str, config: str) -> None:
     """Work through this rank's half of the global batch under DDP and write down what came out."""
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2
-    )
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
     batch = torch.load(folder / "batch.pt", weights_only=True)
     half = {entry: value.chunk(2)[rank] for entry, value in batch.items()}
     result = _loss_and_gradient(DistributedDataParallel(_task(name, config)), half)
@@ -106,4 +87,4 @@ def _run_rank(rank: int, folder: Path, name: str, config: str) -> None:
 
 
 if __name__ == "__main__":
-    _run_rank(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4])
+    _run_rank(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

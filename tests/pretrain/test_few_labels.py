@@ -355,7 +355,7 @@ def test_what_a_later_stage_would_not_take_is_told_before_the_first(
 
 
 @pytest.mark.slow
-def test_the_stages_run(labeled: Path, tmp_path: Path) -> None:
+def test_the_stages_run(labeled: Path, tmp_path: Path, forked_stages: None) -> None:
     for name in ("val", "test"):
         (labeled / "annotations" / f"{name}.json").unlink()
     out = tmp_path / "out"

@@ -517,7 +517,10 @@ def test_the_keys_to_train_with_are_told(
 
 
 def test_where_none_of_many_can_be_read_packing_ends(
-    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(pack_shards, "_HOPELESS", 4)
     for path in sorted(images.rglob("*.*"))[:9]:

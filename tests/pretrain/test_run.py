@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ def test_sigterm_to_the_customers_command_saves_and_the_run_goes_on(
     # Pictures that have come to the data are told, with the weights to go on from.
     product = out / "last.safetensors"
     assert read_product(product)[1]["step"] == last - 3
-    more = shutil.copy(pictures / "00.jpg", pictures / "more.jpg")
+    more = Path(shutil.copy(pictures / "00.jpg", pictures / "more.jpg"))
     done = run(1, tmp_path, "--resume", str(out))
     assert done.returncode == 2 and f"new run with --init {product}" in done.stderr
     more.unlink()
@@ -201,9 +200,7 @@ def test_features_that_collapse_end_a_run_that_is_told_so(pictures: Path, tmp_pa
     keys = [f"data.train={pictures}", "budget.steps=8", *TINY, "probe.times=4"]
     for stops, code, last in ((False, 0, 8), (True, 5, 2)):
         command = ["--task", "inpainting", "--out", f"out-{stops}", *keys]
-        done = run(
-            1, tmp_path, *command, f"probe.stop_on_collapse={stops}", script=str(script)
-        )
+        done = run(1, tmp_path, *command, f"probe.stop_on_collapse={stops}", script=str(script))
         out = tmp_path / f"out-{stops}"
         assert done.returncode == status(out)["exit_code"] == code, done.stderr
         assert "The features have collapsed" in (done.stderr if stops else done.stdout)
