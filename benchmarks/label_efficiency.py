@@ -63,6 +63,7 @@ from finetune.average import write as write_average
 from finetune.evaluate import evaluate
 from finetune.metrics import Results
 from finetune.weights import detector_from_file
+from groundwork.command import has_checkpoint
 from groundwork.data.labels import open_labeled
 from groundwork.errors import DataError, UsageError
 from groundwork.files import write_file
@@ -128,7 +129,7 @@ class Study:
         command = ["-m", "pretrain.run", "--out", str(run), *flags, *keys]
         same_as_before(run, command, start)
         if not file.is_file():
-            if not any(run.glob("checkpoints/*/manifest.json")):
+            if not has_checkpoint(run):
                 shutil.rmtree(cache, ignore_errors=True)  # it begins anew, with all its minutes
             go_on("pretrain.run", run, flags, keys)
         return file

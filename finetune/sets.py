@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.augment.boxes import Rule
-from finetune.labels import survey
+from finetune.labels import Survey, survey
 from finetune.recipe import Recipe
 from groundwork.data.label_policy import Defect
 from groundwork.data.label_table import HeldOut
@@ -86,6 +86,24 @@ def open_sets(recipe: Recipe) -> Sets:
     return Sets(train, val, other(data.test, "test") if recipe.eval.test else None)
 
 
+def check_objects(labeled: LabeledSamples) -> None:
+    """Raise DataError where there is nothing to learn; not where that is long to look at."""
+    if labeled.local and len(labeled) <= SURVEYED:
+        _check_objects(labeled, survey(labeled))
+
+
+def _check_objects(labeled: LabeledSamples, found: Survey) -> None:
+    if not found.objects and found.crowds:
+        raise DataError(f"{labeled.name} has nothing to learn: {found.suspicion()}.")
+    if not found.boxes and len(labeled.defects):
+        reason, count = labeled.defects.counts().most_common(1)[0]
+        raise DataError(
+            f"No box of {labeled.name} is left to train on: {count} x {reason}. See "
+            f"`python -m finetune.labels`, and whether coordinates are what the form "
+            "wants: YOLO's are shares of the picture's sides, COCO's and VOC's pixels."
+        )
+
+
 def tell_defects(sets: Sets, folder: Path, image_size: int) -> None:
     """Say what is wrong with the labels, by reason; label-defects.jsonl lists it.
 
@@ -101,15 +119,8 @@ def tell_defects(sets: Sets, folder: Path, image_size: int) -> None:
             continue
         if labeled.local and len(labeled) <= SURVEYED:
             found = survey(labeled)
-            if name == "training" and not found.objects and found.crowds:
-                raise DataError(f"{labeled.name} has nothing to learn: {found.suspicion()}.")
-            if name == "training" and not found.boxes and len(labeled.defects):
-                reason, count = labeled.defects.counts().most_common(1)[0]
-                raise DataError(
-                    f"No box of {labeled.name} is left to train on: {count} x {reason}. See "
-                    f"`python -m finetune.labels`, and whether coordinates are what the form "
-                    "wants: YOLO's are shares of the picture's sides, COCO's and VOC's pixels."
-                )
+            if name == "training":
+                _check_objects(labeled, found)
             lost = found.below(Rule().min_side, image_size) if name == "training" else 0
             if lost:
                 logger.warning(

@@ -64,13 +64,15 @@ def save(
             _write(folder, final, step, tensors, documents)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(folder / f"{TEMPORARY}{step}", ignore_errors=True)
-            older = _newest_first(folder)[1:]
+            there = _newest_first(folder)
+            older = there[1:]
             if _is_full(error) and older and _remove(older[-1]):
                 logger.warning("The disk is full: %s is removed to save %s.", older[-1], final)
                 continue
             raise CheckpointError(
                 f"Checkpoint {final} was not saved ({error}); it needs about {needed:,} bytes. "
-                "The newest is untouched: free some space, or set another --out."
+                f"{f'{there[0].name} is untouched. ' if there else ''}"
+                "Free some space, or set another --out."
             ) from error
         break
     for path in _newest_first(folder)[keep:]:

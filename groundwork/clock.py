@@ -73,18 +73,18 @@ class Clock:
         return passed
 
 
-class StopRequest:
-    """SIGTERM or SIGINT asked to stop. The loop looks at its next step; a second SIGINT kills.
+def stop_signals() -> list[signal.Signals]:
+    """Return what asks a command to stop: SIGHUP, too, unless it is ignored (nohup)."""
+    hung_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []
+    return [signal.SIGTERM, signal.SIGINT, *hung_up]
 
-    So does SIGHUP, of a terminal that is gone, unless it is ignored (nohup).
-    """
+
+class StopRequest:
+    """Whether one of `stop_signals` came. The loop looks at its next step; a second SIGINT ends."""
 
     def __init__(self) -> None:
         self.asked = False
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-            numbers.append(signal.SIGHUP)
-        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        self.before = {number: signal.signal(number, self._note) for number in stop_signals()}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -316,11 +317,12 @@ def tell_failure(folder: Path | None, error: BaseException) -> None:
         return
     if not is_main_process() and (folder is None or state == "stopped" or not known):
         return
-    if known:
-        rank = "" if is_main_process() else f"Process {os.environ['RANK']}: "
-        sys.stderr.write(f"{rank}{said}\n")
     if folder is not None:
         _write_status(folder, state, code, said)
+    if known:
+        rank = "" if is_main_process() else f"Process {os.environ['RANK']}: "
+        with suppress(OSError):  # of a terminal that is gone
+            sys.stderr.write(f"{rank}{said}\n")
 
 
 def status_of(folder: Path | None) -> dict[str, Any]:

@@ -272,7 +272,8 @@ def check_same_data(saved: Checkpoint, samples: Samples) -> None:
     before = saved.documents["data"]
     if before["fingerprint"] != samples.fingerprint:
         run = saved.path.parent.parent
-        there = [file for name in (LAST, BEST) if (file := run / name).is_file()]
+        made = ("pretrained.safetensors", "detector.safetensors", LAST, BEST)
+        there = [file for name in made if (file := run / name).is_file()]
         raise UsageError(
             f"The data is not what {saved.path} was trained on: {before['pictures']} pictures of "
             f"{before['name']} then, {len(samples)} of {samples.name} now. Give the same data, or "

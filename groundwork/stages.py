@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import shlex
@@ -16,8 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from groundwork.clock import stop_signals
 from groundwork.command import LAUNCHER, has_checkpoint, status_of
 from groundwork.errors import DataError, StoppedError, UsageError
+from groundwork.files import write_file
 from groundwork.run_folder import LOCK
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def go_on(
 ) -> None:
     """Run a stage, pretrain.run or finetune.run, to its end; from its last checkpoint if it can.
 
-    A stage that goes on has the keys that it began with, and those of HARMLESS that are given now.
+    A stage that goes on has the keys that it began with, but for those of HARMLESS.
     `launch` is a launcher that takes `-m module`, such as "accelerate launch --num_processes 8";
     None is this Python. What the stage says goes to `log`, or where ours goes.
 
@@ -51,14 +52,17 @@ def go_on(
     if not _is_free(run):
         raise UsageError(f"Another process trains in {run}: wait for it, or stop it.")
     if has_checkpoint(run):
-        arguments = ["--resume", str(run), *(key for key in keys if key.startswith(HARMLESS))]
+        # A teacher's file may have moved with the folder of the runs.
+        free = (*HARMLESS, "task.weights=")
+        arguments = ["--resume", str(run), *(key for key in keys if key.startswith(free))]
         (run / "status.json").unlink(missing_ok=True)  # which tells of the run before
     elif run.is_dir():  # it was stopped before it had saved anything
-        if made := next(run.glob("*.safetensors"), None):
-            raise UsageError(
-                f"{run} has no checkpoint to go on from, but {made.name}: keep that file if it is "
-                "wanted (--init takes it), and remove the folder."
-            )
+        for name in ("pretrained", "detector"):
+            if (run / f"{name}.safetensors").is_file():  # the disk was full for checkpoints
+                raise UsageError(
+                    f"{run} has no checkpoint to go on from, but {name}.safetensors: keep that "
+                    "file (--init takes it), and remove the folder."
+                )
         shutil.rmtree(run)
     command = [*([sys.executable] if launch is None else shlex.split(launch)), "-m", module]
     logger.info("%s", " ".join(["-m", module, *arguments]))
@@ -105,7 +109,7 @@ def run_command(command: Sequence[str], log: Path | None = None) -> int:
         asked.append(number)
         child.terminate()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         code = child.wait()
     finally:
@@ -132,9 +136,6 @@ def _is_free(run: Path) -> bool:
     return True
 
 
-_SAME = "# without what changes nothing: "  # the last line of a note: a hash
-
-
 def same_as_before(run: Path, command: Sequence[str], start: Path | None = None) -> None:
     """Note how a run is made, and from which file it starts, by its content.
 
@@ -145,20 +146,25 @@ def same_as_before(run: Path, command: Sequence[str], start: Path | None = None)
     if start is not None:
         with start.open("rb") as opened:
             told += f"# from {hashlib.file_digest(opened, 'sha256').hexdigest()}\n"
-    matters = [one for one in command if not one.startswith(HARMLESS)]
-    same = told.splitlines()[1:] + [one.replace(str(run.parent), ".") for one in matters]
-    told += f"{_SAME}{hashlib.sha256(json.dumps(same).encode()).hexdigest()}\n"
-    if run.exists() and note.is_file() and (before := note.read_text()).strip():
-        ours, theirs = told.splitlines(), before.splitlines()
-        if ours[-1] != theirs[-1] and (theirs[-1].startswith(_SAME) or ours[:-1] != theirs):
-            then, now = theirs[0].split(), ours[0].split()
-            gone, new = set(then) - set(now), set(now) - set(then)
-            differ = [
-                f"{word}: {' '.join(sorted(one))}"
-                for word, one in (("then", gone), ("now", new)) if one
-            ] or ["the file that it starts from"]  # fmt: skip
-            raise UsageError(
-                f"{run} was made by another command, or from another start ({'; '.join(differ)}; "
-                f"{note}): name another folder, or remove the run, and those that came of it."
-            )
-    note.write_text(told)
+    before = note.read_text() if note.is_file() else ""
+    if not (run.exists() and before.strip()):
+        write_file(note, told)
+        return
+    then, now = _what_matters(before), _what_matters(told)
+    if then != now:
+        gone, new = (
+            " ".join(w for w in one if w not in two) for one, two in ((then, now), (now, then))
+        )
+        raise UsageError(
+            f"{run} was made by another command, or from another start (then: {gone or 'as now'}; "
+            f"now: {new or 'as then'}; {note}): name another folder, or remove the run, and those "
+            "that came of it."
+        )
+
+
+def _what_matters(note: str) -> list[str]:
+    """Return the words of a note but for HARMLESS keys, paths in the runs' folder told from it."""
+    words = note.split()
+    home = str(Path(words[words.index("--out") + 1]).parent) + os.sep
+    kept = [word.rpartition("=") for word in words if not word.startswith(HARMLESS)]
+    return [f"{key}{equals}{value.removeprefix(home)}" for key, equals, value in kept]

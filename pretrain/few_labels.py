@@ -35,6 +35,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,13 @@ from typing import Any
 
 from finetune import recipe as finetune_recipes
 from finetune.average import write as write_average
-from finetune.sets import open_sets
-from groundwork.command import exit_code_of, log_to_standard_output, status_of
+from finetune.sets import check_objects, open_sets
+from groundwork.command import (
+    exit_code_of,
+    has_checkpoint,
+    log_to_standard_output,
+    status_of,
+)
 from groundwork.config import read_yaml
 from groundwork.data.labels import has_split
 from groundwork.data.samples import open_samples
@@ -65,6 +71,7 @@ What next:
 
 _LEAST = 0.01  # a score that teaches
 _DATA = "data.json"  # of --out: hashes of what its stages are made with
+_STAGE = re.compile(r"\d+-(pretrain|finetune|teach)")
 _KEYS = ("keys", "pretrain", "teach", "finetune")  # the last fields of Chain
 
 
@@ -102,41 +109,55 @@ class Chain:
             check("finetune.run", taught, self._finetune_keys())
         labels = finetune_recipes.resolve(self.recipe, self._finetune_keys())
         self._check_mappings(labels)
-        data = data_of(self._pretrain_recipe(), labels)
-        self._check_same_data(data)
-        return data
+        return self._same_data(labels)
 
     def _check_mappings(self, labels: finetune_recipes.Recipe) -> None:
         """Raise UsageError where a detector of the labeled pictures cannot teach on the others."""
-        pictures, labeled = (r.data.reading().mapping for r in (self._pretrain_recipe(), labels))
-        if pictures == labeled:
-            return
-        text = (
-            f"The pictures are read with data.bands and data.value_range {pictures}, the labeled "
-            f"ones with {labeled}"
-        )
+        labeled = labels.data.reading().mapping
+        text = "{} are read with data.bands and data.value_range {}, the labeled ones with {}"
+        taught = labeled
         if self.rounds:
+            keys = self._teach_keys("detector.safetensors")
+            taught = pretrain_recipes.resolve(None, self._taught, keys).data.reading().mapping
+        if taught != labeled:
             raise UsageError(
-                f"{text}: a detector of the ones cannot teach on the others. Give both the same by "
-                "--keys. Shards that were packed with --tiles or --resize hold values that are "
-                "mapped already: pack the labeled pictures in that way, too. --rounds 0 goes "
-                "without self-training."
+                f"{text.format('The pictures of --teach', taught, labeled)}: a detector of the "
+                "ones cannot teach on the others. Give both the same by --keys. Shards that were "
+                "packed with --tiles or --resize hold values that are mapped already: pack the "
+                "labeled pictures in that way, too. --rounds 0 goes without self-training."
             )
-        logger.warning("%s: no detection probe shows what pretraining gains.", text)
+        pictures = self._pretrain_recipe().data.reading().mapping
+        if pictures != labeled:
+            logger.warning(
+                "%s: no detection probe shows what pretraining gains.",
+                text.format("The pictures", pictures, labeled),
+            )
 
-    def _check_same_data(self, data: Mapping[str, str]) -> None:
-        """Raise UsageError where there are stages that were made with other pictures or labels."""
+    def _same_data(self, labels: finetune_recipes.Recipe) -> dict[str, str]:
+        """Return hashes of the pictures and of the labels.
+
+        The pictures may be gone when every stage that sees them is done. Raises UsageError where
+        there are stages that were made with others.
+        """
         note = self.out / _DATA
-        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else data
-        there = sorted(path.name for path in self.out.glob("[1-9]*-*") if path.is_dir())
+        before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        seeing = ["1-pretrain", *(f"{2 * n + 1}-teach" for n in range(1, self.rounds + 1))]
+        data = {"labels": hash_of_labels(labels)}
+        if before and all(_is_done(self.out / name) for name in seeing):
+            data["pictures"] = before["pictures"]
+        else:
+            data["pictures"] = hash_of_pictures(self._pretrain_recipe())
+        there = [path for path in sorted(self.out.glob("*")) if _STAGE.fullmatch(path.name)]
+        there = [path for path in there if _is_done(path) or has_checkpoint(path)]
         for what, first in (("pictures", 1), ("labels", 2)):
-            made = [name for name in there if int(name.partition("-")[0]) >= first]
-            if made and before[what] != data[what]:
+            made = [path.name for path in there if int(path.name.partition("-")[0]) >= first]
+            if made and before and before[what] != data[what]:
                 raise UsageError(
                     f"The {what} are not those that {', '.join(made)} of {self.out} were made "
                     "with: remove these folders, to have them made anew, or name another --out "
                     "(--init takes weights of the old ones)."
                 )
+        return data
 
     def run(self, data: Mapping[str, str]) -> dict[str, Any]:
         """Run what is not done yet. Returns, and writes, what each detector reaches on val.
@@ -201,7 +222,7 @@ class Chain:
         same_as_before(run, command, start)
         product = "pretrained" if module == "pretrain.run" else "detector"
         file = run / f"{product}.safetensors"
-        if status_of(run).get("state") != "done":
+        if not _is_done(run):
             logger.info("%s of %s", name, self.out)
             go_on(module, run, flags, [*shows, *keys], launch=self.launch)
         return file
@@ -252,12 +273,13 @@ class Chain:
         return [f"data.train={self.root}", "eval.test=false", *self.keys, *self.finetune]
 
 
-def data_of(pictures: pretrain_recipes.Recipe, labels: finetune_recipes.Recipe) -> dict[str, str]:
-    """Return hashes of the pictures and of the labels, and say where none are held out.
+def hash_of_labels(recipe: finetune_recipes.Recipe) -> str:
+    """Return a hash of the labels for training and validation; say where none are held out.
 
-    Raises DataError or UsageError where they cannot be opened.
+    Raises DataError or UsageError where they cannot be opened, or hold nothing to learn.
     """
-    sets = open_sets(labels)
+    sets = open_sets(recipe)
+    check_objects(sets.train)
     if sets.val is None:
         logger.warning(
             "No labeled pictures are held out, so nothing says what is best, and the last is kept: "
@@ -265,10 +287,19 @@ def data_of(pictures: pretrain_recipes.Recipe, labels: finetune_recipes.Recipe) 
         )
     hashes = [sets.train.fingerprint, "" if sets.val is None else sets.val.fingerprint]
     sets.close()
-    data = pictures.data
+    return sha256_text(hashes)
+
+
+def hash_of_pictures(recipe: pretrain_recipes.Recipe) -> str:
+    """Return a hash of the pictures without labels. Raises DataError where there are none."""
+    data = recipe.data
     samples = open_samples(data.train, cache=data.cache_folder(), cache_bytes=data.cache_bytes())
     samples.close()
-    return {"pictures": samples.fingerprint, "labels": sha256_text(hashes)}
+    return samples.fingerprint
+
+
+def _is_done(run: Path) -> bool:
+    return bool(status_of(run).get("state") == "done")
 
 
 def probe_keys(

@@ -247,17 +247,24 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
             },
         )
 
-    def save() -> CheckpointError | None:
-        """Save a checkpoint, and beside it what may be used; return why it could not be saved."""
+    def save(last: bool = False) -> CheckpointError | None:
+        """Save a checkpoint and, but for the last, what a new run may start from.
+
+        Returns why there is no checkpoint, on the main process.
+        """
         position.seconds = clock.seconds
         position.window = window.plain(accelerator)
         failed = None
         if accelerator.is_main_process:
             try:
                 trained.save(run.checkpoints, position, recipe, samples, recipe.checkpoint.keep)
-                keep(run.folder / LAST, {})
             except CheckpointError as error:
                 failed = error
+            try:
+                if not last:
+                    keep(run.folder / LAST, {})
+            except CheckpointError as error:
+                logger.warning("%s", error)
         meet(group)
         return failed
 
@@ -386,7 +393,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
                 due = False
             show.step(position.step)
             clock.lap()
-        unsaved = save()
+        unsaved = save(last=True)
     finally:
         loader.close()
         samples.close()

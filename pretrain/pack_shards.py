@@ -12,12 +12,13 @@ import fcntl
 import io
 import itertools
 import json
+import logging
 import multiprocessing
 import multiprocessing.synchronize
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -54,11 +55,13 @@ from groundwork.files import TEMPORARY_SUFFIX, write_file
 from pretrain.pack_labels import DEFECTS_NAME, UNNAMED, labeled_member, settled, tile_member
 from pretrain.pack_plan import PlannedShard, Source
 
+logger = logging.getLogger(__name__)
+
 QUARANTINE_NAME = "quarantine.jsonl"
 _LOCK_NAME = ".pack.lock"
 JPEG_QUALITY = 90
+_MANY = 1000  # pictures, of which one at least should be readable
 # What reasons that are not the picture's say: they may be gone when the command is run again.
-_HOPELESS = 1000  # pictures
 _NOT_READ = "it cannot be read"
 _TO_INSTALL = "pip install"
 
@@ -261,19 +264,23 @@ def pack(
             else:
                 packed[shard.name] = earlier
                 progress(len(shard.pictures))
+        pictures = sum(len(shard.pictures) for shard in plan)
+        bad = [item for done in packed.values() for item in done.quarantined if _is_bad(item)]
+        none = not any(done.row.pictures for done in packed.values())
         run = _pack_here if workers <= 1 else _pack_in_processes
         for done in run(folder, missing, options, workers, progress):
             packed[done.row.name] = done
-            if _is_hopeless(packed.values()):
-                break
+            bad += filter(_is_bad, done.quarantined)
+            none = none and not done.row.pictures
+            if len(bad) > max_bad_fraction * pictures:
+                break  # whatever the others are
+            if none and len(bad) >= _MANY:
+                none = False  # told once
+                logger.warning("None of %d pictures could be read so far: %s", len(bad), bad[0][1])
         results = [packed[shard.name] for shard in plan if shard.name in packed]
         _write_quarantine(folder, results)
-        _check_bad_fraction(
-            folder,
-            results,
-            sum(len(s.pictures) for s in plan if s.name in packed),
-            max_bad_fraction,
-        )
+        not_tried = sum(len(shard.pictures) for shard in plan if shard.name not in packed)
+        _check_bad_fraction(folder, results, pictures - not_tried, not_tried, max_bad_fraction)
         classes = list(options.classes)
         finish_set(folder, [done.row for done in results], plan=plan_hash, classes=classes)
         (folder / UNFINISHED_NAME).unlink(missing_ok=True)
@@ -349,26 +356,24 @@ def _write_quarantine(folder: Path, results: Sequence[Packed]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _is_hopeless(packed: Collection[Packed]) -> bool:
-    """Tell whether many could not be read and none could: so it will be with the others."""
-    if any(done.row.pictures for done in packed):
-        return False
-    bad = sum(reason != UNNAMED for done in packed for _, reason in done.quarantined)
-    return bad >= _HOPELESS
+def _is_bad(quarantined: Sequence[str]) -> bool:
+    """Tell whether a picture was left out because it cannot be read."""
+    return quarantined[1] != UNNAMED
 
 
 def _check_bad_fraction(
-    folder: Path, results: Sequence[Packed], pictures: int, limit: float
+    folder: Path, results: Sequence[Packed], pictures: int, not_tried: int, limit: float
 ) -> None:
     """Raise DataError where too many of the pictures that were given are bad, tiled or not."""
     left_out = [item for done in results for item in done.quarantined]
-    bad = [item for item in left_out if item[1] != UNNAMED]
+    bad = [item for item in left_out if _is_bad(item)]
     pictures -= len(left_out) - len(bad)
     if not bad or (any(done.row.pictures for done in results) and len(bad) <= limit * pictures):
         return
     first = bad[0]
+    others = f" ({not_tried} others were not tried)" if not_tried else ""
     raise DataError(
-        f"{len(bad)} of {pictures} pictures cannot be read, the first being {first[0]!r} "
+        f"{len(bad)} of {pictures} pictures cannot be read{others}, the first being {first[0]!r} "
         f"({first[1]}); all are in {folder / QUARANTINE_NAME}. Mend or remove them, or allow "
         "more with --max-bad-fraction."
     )

@@ -58,6 +58,14 @@ class CocoRoot:
             for key, document in documents.items()
             if split is None or key in (None, split)
         }
+        turned = sum(
+            bool(_turn(one)) for document in chosen.values() for one in document.annotations
+        )
+        if turned:
+            self.notes.append(
+                f"{turned} boxes are turned by their attributes.rotation: what encloses them is "
+                "taken"
+            )
         return {
             key: _table(self.root, self._pictures_of(key, document), document, numbers, defects)
             for key, document in chosen.items()
@@ -259,6 +267,15 @@ def _size(image: dict[str, Any]) -> tuple[int, int] | None:
     return (int(width), int(height)) if said else None
 
 
+def _turn(annotation: dict[str, Any]) -> float:
+    """Return by how many degrees a box was turned about its middle, as CVAT writes it."""
+    said = annotation.get("attributes")
+    turned = said.get("rotation") if isinstance(said, dict) else None
+    if not isinstance(turned, int | float) or not abs(turned) <= 360:
+        return 0.0
+    return float(turned)
+
+
 def _box(annotation: dict[str, Any], file: str, place: int) -> tuple[float, float, float, float]:
     value = annotation["bbox"]
     if (
@@ -274,11 +291,8 @@ def _box(annotation: dict[str, Any], file: str, place: int) -> tuple[float, floa
         left, top, width, height = map(float, value)
     except OverflowError:  # of a whole number beyond all floats
         left = top = width = height = math.inf
-    said = annotation.get("attributes")
-    turned = said.get("rotation") if isinstance(said, dict) else None
-    if isinstance(turned, int | float) and turned and math.isfinite(turned):
-        # As CVAT writes a box that was turned about its middle by these degrees: what encloses it.
-        across, along = abs(math.cos(math.radians(turned))), abs(math.sin(math.radians(turned)))
+    if turned := math.radians(_turn(annotation)):
+        across, along = abs(math.cos(turned)), abs(math.sin(turned))
         x, y = left + width / 2, top + height / 2
         width, height = width * across + height * along, width * along + height * across
         left, top = x - width / 2, y - height / 2

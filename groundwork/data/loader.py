@@ -72,7 +72,7 @@ class PlaceViews(ABC):
 _PREFETCH = 3
 # Where so many in a row cannot be read, the data is not damaged here and there: it is not there.
 _LONGEST_DAMAGE = 1000
-_NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGINT)
+_NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 

@@ -146,7 +146,12 @@ def test_a_process_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path,
 def test_a_full_disk_is_told_and_the_older_one_stays(tmp_path: Path) -> None:
     write(tmp_path, 1)
     big = {"task": {"a": torch.zeros(1_000_000)}}
-    with full_disk(100_000), pytest.raises(CheckpointError, match=r"4,000,000 bytes.*untouched"):
+    with (
+        full_disk(100_000),
+        pytest.raises(
+            CheckpointError, match=r"os error 27\).*4,000,000 bytes.*step-1 is untouched"
+        ),
+    ):
         checkpoint.save(tmp_path, 2, big, {}, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
@@ -170,6 +175,6 @@ def test_on_a_full_disk_the_oldest_make_room_but_not_the_newest(
     write(tmp_path, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-4"]
     room = 0
-    with pytest.raises(CheckpointError, match="newest is untouched"):
+    with pytest.raises(CheckpointError, match="step-4 is untouched"):
         write(tmp_path, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["step-4"]

@@ -48,7 +48,8 @@ def test_even_marks_are_crossed_once_each() -> None:
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_handlers_are_given_back(first: signal.Signals) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # by nohup, perhaps
+    before = signal.getsignal(first)
     request = StopRequest()
     assert not request.asked
     os.kill(os.getpid(), first)
@@ -56,7 +57,8 @@ def test_a_signal_is_noted_and_handlers_are_given_back(first: signal.Signals) ->
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     request.restore()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(first) == before
+    signal.signal(signal.SIGHUP, ignored)
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:

@@ -67,9 +67,13 @@ def test_what_a_killed_first_save_has_left_is_no_checkpoint(
     assert ran.pop() == ["--resume", str(run), "data.workers=3"]
     # What has been learned without any checkpoint is not thrown away.
     shutil.rmtree(whole)
-    (run / "best.safetensors").touch()
-    with pytest.raises(UsageError, match=r"best\.safetensors: keep that file"):
+    (run / "best.safetensors").touch()  # of a run that was killed before its first checkpoint
+    (run / "pretrained.safetensors").touch()
+    with pytest.raises(UsageError, match=r"pretrained\.safetensors: keep that file"):
         go_on("pretrain.run", run, [], [])
+    (run / "pretrained.safetensors").unlink()
+    go_on("pretrain.run", run, [], [])
+    assert not run.exists()
 
 
 def test_only_what_changes_what_is_learned_makes_another_run(tmp_path: Path) -> None:
@@ -93,5 +97,5 @@ def test_only_what_changes_what_is_learned_makes_another_run(tmp_path: Path) -> 
     with pytest.raises(UsageError, match=r"then: seed=1; now: seed=2 task\.rotate=0"):
         note(tmp_path / "b", "seed=2", "task.rotate=0", start=start)
     start.write_text("others")
-    with pytest.raises(UsageError, match="the file that it starts from"):
+    with pytest.raises(UsageError, match=r"then: [0-9a-f]{64}; now: [0-9a-f]{64}"):
         note(tmp_path / "b", "seed=1", start=start)

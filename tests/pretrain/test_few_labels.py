@@ -69,7 +69,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     monkeypatch.setattr(few_labels, "go_on", stand_in.go_on)
     monkeypatch.setattr(few_labels, "write_average", stand_in.average)
     monkeypatch.setattr(few_labels, "check", lambda *_: None)
-    monkeypatch.setattr(few_labels, "data_of", lambda *_: {"pictures": "many", "labels": "few"})
+    monkeypatch.setattr(few_labels, "hash_of_pictures", lambda *_: "many")
     monkeypatch.setattr(few_labels, "_scored", lambda *_: next(scored))
     monkeypatch.setattr(few_labels, "_evaluated", lambda *_: {"per_class": {}})
     return stand_in
@@ -241,54 +241,67 @@ def test_other_pictures_or_labels_are_not_taken_for_those_of_stages_that_are_don
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    data = {"pictures": "many", "labels": "few"}
-    monkeypatch.setattr(few_labels, "data_of", lambda *_: dict(data))
+    pictures, labels = "many", "few"
+    monkeypatch.setattr(few_labels, "hash_of_pictures", lambda _: pictures)
+    monkeypatch.setattr(few_labels, "hash_of_labels", lambda _: labels)
+    monkeypatch.setattr(few_labels, "_scored", lambda *_: 0.5)
     out = tmp_path / "out"
     command = ["pictures", str(labeled), "--recipe", "aerial", "--out", str(out)]
     command += ["--launch", "accelerate launch"]
+    # A stage that came to nothing is begun anew, with whatever was mended.
+    (out / "1-pretrain").mkdir(parents=True)
+    (out / "1-pretrain" / "status.json").write_text('{"state": "failed"}')
+    (out / "data.json").write_text('{"pictures": "with a bad one", "labels": "few"}')
+    (out / "2nd-try").mkdir()
     assert main([*command, "--keys", "data.workers=2"]) == 0
     ran = len(stages.ran)
+    pictures = "gone, and nobody looks any more"
     assert main([*command, "--keys", "data.workers=4", "threads=1"]) == 0
-    data["labels"] = "more"
+    assert len(stages.ran) == ran
+    labels = "more"
     capsys.readouterr()
     assert main(command) == 2
     told = capsys.readouterr().err
     assert "The labels are not those that 2-finetune, 3-teach, 4-finetune of" in told
     for name in ("2-finetune", "3-teach", "4-finetune"):
         shutil.rmtree(out / name)
-    stages.reached = [0.5, 0.6]
-    monkeypatch.setattr(few_labels, "_scored", lambda *_: 0.5)
+    assert main(command) == 2  # 3-teach is to see them
+    assert "The pictures are not those that 1-pretrain of" in capsys.readouterr().err
+    pictures, stages.reached = "many", [0.5, 0.6]
     assert main(command) == 0
     assert [name for name, _ in stages.ran[ran:]] == ["2-finetune", "3-teach", "4-finetune"]
-    data["pictures"] = "most"
-    assert main(command) == 2
-    assert "The pictures are not those that 1-pretrain, 2-fine" in capsys.readouterr().err
 
 
 def test_hashes_are_of_pictures_and_of_labels_and_what_is_not_held_out_is_told(
-    labeled: Path, caplog: pytest.LogCaptureFixture
+    labeled: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def hashes() -> dict[str, str]:
-        train = f"data.train={labeled / 'images' / 'train'}"
-        return few_labels.data_of(
-            pretrain_recipes.resolve(None, "aerial", [train]),
-            finetune_recipes.resolve("aerial", [f"data.train={labeled}", "eval.test=false"]),
-        )
+    def of_pictures() -> str:
+        keys = [f"data.train={labeled / 'images' / 'train'}"]
+        return few_labels.hash_of_pictures(pretrain_recipes.resolve(None, "aerial", keys))
 
-    first = hashes()
-    assert hashes() == first and not caplog.records
+    def of_labels() -> str:
+        keys = [f"data.train={labeled}", "eval.test=false"]
+        return few_labels.hash_of_labels(finetune_recipes.resolve("aerial", keys))
+
+    pictures, labels = of_pictures(), of_labels()
+    assert of_labels() == labels
     for split in ("train", "val"):
         path = labeled / "annotations" / f"{split}.json"
         before = path.read_text()
         path.write_text(before.replace('"category_id": 1', '"category_id": 2', 1))
-        assert hashes()["labels"] != first["labels"]
-        assert hashes()["pictures"] == first["pictures"]
+        assert of_labels() != labels
         path.write_text(before)
-    (labeled / "annotations" / "val.json").unlink()
-    hashes()
-    assert "No labeled pictures are held out" in caplog.text
+    assert of_pictures() == pictures
     shutil.copy(labeled / "images/val/00.png", labeled / "images/train/other.png")
-    assert hashes()["pictures"] != first["pictures"]
+    assert of_pictures() != pictures
+    (labeled / "annotations" / "val.json").unlink()
+    assert not caplog.records
+    of_labels()
+    assert "No labeled pictures are held out" in caplog.text
+    path = labeled / "annotations" / "train.json"
+    path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": 1'))
+    with pytest.raises(DataError, match="20 of 20 boxes are crowds"):
+        of_labels()
 
 
 def test_a_detector_of_other_values_does_not_teach(
@@ -299,10 +312,16 @@ def test_a_detector_of_other_values_does_not_teach(
 ) -> None:
     command = ["pictures", str(labeled), "--recipe", "aerial", "--out", str(tmp_path / "out")]
     command += ["--launch", "accelerate launch", "--finetune", "data.value_range=[0,4095]"]
-    assert main(command) == 2
-    assert "cannot teach on the others" in capsys.readouterr().err
+    same = "data.value_range=[0,4095]"
+    for more in ([], ["--pretrain", same]):
+        assert main([*command, *more]) == 2
+        assert "cannot teach on the others" in capsys.readouterr().err
     assert main([*command, "--rounds", "0"]) == 0
     assert "no detection probe" in capsys.readouterr().out
+    stages.reached = [0.3, 0.4]
+    out = str(tmp_path / "both")
+    assert main([*command, "--out", out, "--pretrain", same, "--teach", same]) == 0
+    assert "no detection probe" not in capsys.readouterr().out
 
 
 def test_a_teacher_that_finds_nothing_is_told(

@@ -516,16 +516,22 @@ def test_the_keys_to_train_with_are_told(
         resolve("simclr", None, ["data.train=there", *keys])
 
 
-def test_where_none_of_many_can_be_read_packing_ends(
+def test_packing_ends_when_too_many_are_bad_whatever_the_others_are(
     tmp_path: Path,
     images: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(pack_shards, "_HOPELESS", 4)
+    monkeypatch.setattr(pack_shards, "_MANY", 3)
     for path in sorted(images.rglob("*.*"))[:9]:
         path.write_bytes(b"no picture")
-    folder = tmp_path / "shards"
-    assert run(images, folder, "--shard-size", 2, "--workers", 1) == 3
-    assert "4 of 4 pictures cannot be read" in capsys.readouterr().err
-    assert len((folder / "quarantine.jsonl").read_text().splitlines()) == 4
+    given = ["--shard-size", 2, "--max-bad-fraction"]
+    assert run(images, tmp_path / "half", *given, 0.5) == 3
+    told = capsys.readouterr().err
+    assert "6 of 6 pictures cannot be read (4 others were not tried)" in told
+    assert len((tmp_path / "half" / "quarantine.jsonl").read_text().splitlines()) == 6
+    assert [record.getMessage()[:40] for record in caplog.records] == [
+        "None of 4 pictures could be read so far:"
+    ]
+    assert run(images, tmp_path / "allowed", *given, 0.9) == 0

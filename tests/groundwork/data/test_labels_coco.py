@@ -228,13 +228,15 @@ def test_of_a_box_that_was_turned_what_encloses_it_is_taken(
     tmp_path: Path, make_jpeg: MakeJpeg
 ) -> None:
     write(tmp_path / "images" / "a.jpg", make_jpeg(0))
-    document: Any = coco(["a.jpg"], [(0, [10, 20, 20, 10], 1)] * 4)
-    turns: list[Any] = [90.0, 45, 0, "much"]
+    document: Any = coco(["a.jpg"], [(0, [10, 20, 20, 10], 1)] * 3 + [(0, [1, 2, 4, 4], 1)])
+    turns: list[Any] = [90.0, 45, 0, 10**400]
     for annotation, turn in zip(document["annotations"], turns, strict=True):
         annotation["attributes"] = {"rotation": turn, "occluded": False}
     write(tmp_path / "annotations.json", document)
-    [(boxes, _)] = all_boxes(open_(tmp_path)).values()
+    labels = open_(tmp_path)
+    assert any(note.startswith("2 boxes are turned") for note in labels.notes)
+    [(boxes, _)] = all_boxes(labels).values()
     half = 30 / 2**0.5 / 2
     assert boxes[0] == pytest.approx([15, 15, 25, 35])
     assert boxes[1] == pytest.approx([20 - half, 25 - half, 20 + half, 25 + half], abs=1e-3)
-    assert boxes[2] == boxes[3] == [10, 20, 30, 30]
+    assert boxes[2:] == [[10, 20, 30, 30], [1, 2, 5, 6]]
