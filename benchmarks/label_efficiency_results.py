@@ -170,6 +170,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figure.legend(lines, labels, title="init (seeds)", loc="outside right upper")
         for axes in (left, right):
             axes.grid(alpha=0.3)
+        figure.set_figheight(max(4.2, 0.23 * len(labels) + 0.6))  # the legend has a line for each
         figure.suptitle(f"{dataset}, {fraction:g} % of the labels")
         FigureCanvasAgg(figure)
         files.append(folder / f"label_efficiency-{dataset}-{fraction:g}pct.png")
