@@ -68,7 +68,7 @@ from groundwork.data.labels import open_labeled
 from groundwork.errors import DataError, UsageError
 from groundwork.files import write_file
 from groundwork.stages import same_as_before
-from pretrain.few_labels import score_keys, taught_from_val
+from pretrain.stage_keys import score_keys, taught_from_val
 
 logger = logging.getLogger(__name__)
 

@@ -266,16 +266,16 @@ def pack(
                 progress(len(shard.pictures))
         pictures = sum(len(shard.pictures) for shard in plan)
         bad = [item for done in packed.values() for item in done.quarantined if _is_bad(item)]
-        none = not any(done.row.pictures for done in packed.values())
+        none_read = not any(done.row.pictures for done in packed.values())
         run = _pack_here if workers <= 1 else _pack_in_processes
         for done in run(folder, missing, options, workers, progress):
             packed[done.row.name] = done
             bad += filter(_is_bad, done.quarantined)
-            none = none and not done.row.pictures
+            none_read = none_read and not done.row.pictures
             if len(bad) > max_bad_fraction * pictures:
                 break  # whatever the others are
-            if none and len(bad) >= _MANY:
-                none = False  # told once
+            if none_read and len(bad) >= _MANY:
+                none_read = False  # told once
                 logger.warning("None of %d pictures could be read so far: %s", len(bad), bad[0][1])
         results = [packed[shard.name] for shard in plan if shard.name in packed]
         _write_quarantine(folder, results)

@@ -1,4 +1,4 @@
-"""A folder in which another process trains is left to it."""
+"""How stages go on, when their folder is left alone, and what makes another run."""
 
 from __future__ import annotations
 

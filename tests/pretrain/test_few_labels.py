@@ -18,7 +18,8 @@ from groundwork.errors import DataError, StoppedError, UsageError
 from pretext_tasks.self_training import SelfTrainingConfig
 from pretrain import few_labels
 from pretrain import recipe as pretrain_recipes
-from pretrain.few_labels import evaluation_keys, main, probe_keys
+from pretrain.few_labels import main
+from pretrain.stage_keys import evaluation_keys, probe_keys
 
 TINY = [
     "--keys", "threads=1", "data.workers=0", "batch_size=2", "image_size=64", "budget.steps=2",
