@@ -75,9 +75,13 @@ def tell_end(
     found = {name: one.to_json() for name, one in scores.items() if one is not None}
     for name, one in scores.items():
         if one is not None:
+            if one.figures["ap"] is None:
+                logger.warning("%s: no picture has a box, so there is no AP.", name)
+                continue
             logger.info("%s: AP %.4f, AP50 %.4f, AP75 %.4f.", name, one.ap, one.ap50, one.ap75)
     if found:
-        best = "test" if "test" in found else "val"
+        told = [name for name in ("test", "val") if name in found and found[name]["ap"] is not None]
+        best = told[0] if told else next(iter(found))
         document = {"split": best, "step": kept_step, "steps": position.step, **found[best]}
         others = {name: one for name, one in found.items() if name != best}
         path = folder / "results.json"

@@ -158,6 +158,8 @@ def _evaluate_file(weights: Path, out: Path | None, keys: Keys) -> None:
         labeled.close()
     assert seen is not None
     results = measure(seen, about.names)
+    for note in labeled.notes:
+        logger.warning("Labels: %s.", note)
     for reason, count in labeled.defects.counts().most_common():
         logger.warning("Labels: %d x %s.", count, reason)
     how = {"image_size": size, **keys.model_dump(include={"score", "iou", "most", "looks"})}
@@ -220,7 +222,8 @@ def class_numbers(source: str, labels: Sequence[str], detector: Sequence[str]) -
         )
         raise DataError(
             f"The classes of {source} are not the detector's: only the labels have {one}; only the "
-            f"detector has {other}. Give both the same names."
+            f"detector has {other}. Give both the same names, by a classes.txt or labelmap.txt in "
+            "the root where labels do not name all classes."
         )
     return [list(detector).index(name) for name in labels]
 

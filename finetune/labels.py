@@ -62,6 +62,7 @@ class Survey:
     sides: list[npt.NDArray[np.float32]] = field(default_factory=list)
     shares: list[npt.NDArray[np.float32]] = field(default_factory=list)  # of the longer side
     thinnest: list[npt.NDArray[np.float32]] = field(default_factory=list)  # sides, as shares of it
+    unreadable: list[str] = field(default_factory=list)  # where, and why
 
     def count(self, picture: Picture, annotations: Annotations) -> None:
         """Count one picture."""
@@ -222,6 +223,7 @@ def _survey(
         except DataError as error:
             samples.defects.add(UNREADABLE, source, f"{shown}{error}")
             with _COUNTING:
+                found.unreadable.append(f"{source}, {shown}{error}")
                 tick()
             continue
         annotations = samples.annotations(sample, picture)

@@ -50,7 +50,7 @@ from groundwork.data.loader import Loader
 from groundwork.data.order import Order
 from groundwork.data.shard_index import sha256_text
 from groundwork.ema import Ema
-from groundwork.errors import CheckpointError, StoppedError, UsageError
+from groundwork.errors import CheckpointError, DataError, StoppedError, UsageError
 from groundwork.files import optional
 from groundwork.optim import (
     build_optimizer,
@@ -63,6 +63,7 @@ from groundwork.run_folder import (
     bring_best,
     calm_checkpoint,
     check_same_data,
+    check_same_everywhere,
     commit,
     copy_whole,
     data_workers,
@@ -146,6 +147,9 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
 
     # Where it stands.
     meet(group)  # a far store is opened at each one's pace
+    for labeled, key in ((sets.train, "train"), (sets.val, "val"), (sets.test, "test")):
+        if labeled is not None:
+            check_same_everywhere(group, labeled, f"data.{key}")
     position = Position()
     saved = find_checkpoint(run, resume)
     if saved is not None:
@@ -177,7 +181,8 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     if run.resumed:
         run.begin(saved)
     if accelerator.is_main_process:
-        tell_defects(sets, run.folder, recipe.image_size)
+        largest = max(side for stretch in plan.stretches for side in stretch.sizes)
+        tell_defects(sets, run.folder, largest, recipe.augment.min_side)
     meet(group)
     if recipe.compile:
         for part in parts_of(detector).values():
@@ -422,7 +427,12 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
                 show.metrics(position.step, metrics)
                 window = Window()
             if scored:
-                metrics = validate()
+                try:
+                    metrics = validate()
+                except DataError:  # on every rank: what was learned is not lost with a picture
+                    if not position.skipped_in_a_row and save() is None:
+                        logger.warning("Saved. Then go on with --resume %s.", run.folder)
+                    raise
                 if metrics:
                     tracking.write(position.step, metrics)
                     logger.info(
@@ -470,11 +480,13 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     meet(group)
     chosen, _ = detector_from_file(product)
     chosen = chosen.to(device).to(memory_format=torch.channels_last)
-    scores = {
-        name: score(labeled, chosen)
-        for name, labeled in (("val", sets.val), ("test", sets.test))
-        if labeled is not None
-    }
+    scores: dict[str, Results | None] = {}
+    unscored: DataError | None = None
+    for name, labeled in (("val", sets.val), ("test", sets.test)):
+        try:
+            scores |= {} if labeled is None else {name: score(labeled, chosen)}
+        except DataError as error:  # on every rank
+            unscored = unscored or error
     if accelerator.is_main_process:
         kept_step = position.best_step if use_best else position.step
         tell_end(run.folder, position, kept_step, clock.seconds, scores)
@@ -485,4 +497,9 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         torch.distributed.destroy_process_group()
     if unsaved:
         raise CheckpointError(f"{unsaved} What was learned is in {product}.")
+    if unscored:
+        raise DataError(
+            f"{unscored} The detector is whole, in {product}: mend the picture, then --resume "
+            f"{run.folder} scores it."
+        )
     return product

@@ -63,7 +63,8 @@ class Predictor:
 
     `image_size` is the longer side of what it sees, in pixels; `limits` are the finder's, for what
     tiles find together; `tile` (pixels; None: no tiles) and `overlap` (a share of it) are those of
-    groundwork.data.tiles.tiles_of.
+    groundwork.data.tiles.tiles_of. `most` is how many boxes a picture in tiles may have (None: all
+    that its tiles have, each as many as `limits` say).
     """
 
     finder: Finder
@@ -72,6 +73,7 @@ class Predictor:
     tile: int | None = None
     overlap: float = OVERLAP
     at_once: int = 1  # tiles in a batch
+    most: int | None = None
 
     def find(self, picture: Picture) -> Detections:
         """Find the boxes of a picture, in its upright pixels. Raises DataError where it is damaged.
@@ -83,6 +85,7 @@ class Predictor:
             return find_in_tiles(
                 picture.pixels(), self.find_in_areas, image_size=self.image_size, tile=self.tile,
                 overlap=self.overlap, limits=self.limits, at_once=self.at_once,
+                most=self.most,
             )  # fmt: skip
         # Cut to the size that is seen: a JPEG is decoded no larger than needed.
         frame = frame_of(width, height, self.image_size)
@@ -130,7 +133,7 @@ def predict(
     Pictures that cannot be read are named on standard error. Raises DataError where none could be,
     OSError where the folder cannot be written.
     """
-    unreadable = 0
+    unreadable, full = 0, 0
     drawings = Drawings(folder / "pictures", names)
     bar = tqdm(_places(samples), total=len(samples), unit=" pictures", disable=None)
     with Writer(folder, names) as writer, bar:
@@ -147,6 +150,7 @@ def predict(
                 unreadable += 1
                 bar.write(printable(f"Left out: {error}"), file=sys.stderr)
                 continue
+            full += len(found.boxes) == predictor.limits.most
             number = writer.add(name, picture.width, picture.height, found)
             if pictures:
                 drawings.draw(number, name, picture, found)
@@ -157,12 +161,19 @@ def predict(
             )
         writer.finish()
     left_out = f"; {unreadable:,} pictures could not be read" if unreadable else ""
+    if full:
+        left_out += f"; {full:,} pictures have as many boxes as --most allows: raise it"
     return f"{writer.boxes:,} boxes in {writer.pictures:,} pictures{left_out}"
 
 
 def _run(options: argparse.Namespace) -> None:
     if options.overlap is not None and options.tile is None:
         raise UsageError("--overlap is of tiles: say how large they are by --tile.")
+    drawn, given = (options.out / "pictures").resolve(), Path(options.pictures).resolve()
+    if drawn == given or drawn in given.parents:
+        raise UsageError(
+            f"--out {options.out}: boxes are drawn into {drawn}, where PICTURES are: name another."
+        )
     detector, about = _detector(options.weights)
     data = Data()
     samples = open_samples(
@@ -174,7 +185,7 @@ def _run(options: argparse.Namespace) -> None:
     reading = _reading(options, about.reading())
     check_channels(detector, reading)
     size = options.image_size or about.image_size
-    limits = Limits(options.score, options.iou, options.most)
+    limits = Limits(options.score, options.iou, options.most or DEFAULT_LIMITS.most)
     finder = looking(detector, options.looks, limits)
     # On a CPU one tile at a time is 1.1 times as fast as eight (LOG.md).
     at_once = 1 if next(detector.parameters()).device.type == "cpu" else 8
@@ -185,6 +196,7 @@ def _run(options: argparse.Namespace) -> None:
         options.tile,
         options.overlap or OVERLAP,
         at_once,
+        options.most,
     )
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -273,9 +285,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--most",
         type=whole_number(1),
-        default=300,
         metavar="N",
-        help="boxes of a picture (%(default)s)",
+        help=f"boxes of a picture (default: {DEFAULT_LIMITS.most}, in tiles so many of each tile)",
     )
     add(
         "--looks",

@@ -16,13 +16,14 @@ from finetune.recipe import Recipe
 from groundwork.data.label_policy import Defect
 from groundwork.data.label_table import HeldOut
 from groundwork.data.labels import LabeledSamples, has_split, open_labeled, training_split
-from groundwork.errors import DataError, UsageError
+from groundwork.errors import DataError, UnavailableError, UsageError
 from groundwork.files import write_file
 
 logger = logging.getLogger(__name__)
 
 # Labels of so many pictures are looked at before training: some seconds.
 SURVEYED = 10_000
+_MIN_SIDE = Rule().min_side
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,18 @@ def open_sets(recipe: Recipe) -> Sets:
         if given is None and not has_split(data.train, split):
             return None
         source = given or data.train
-        found = open_labeled(source, split, **where)
+        try:
+            found = open_labeled(source, split, **where)
+        except UnavailableError:
+            raise
+        except DataError as error:
+            way_out = " eval.test=false goes without the test set." if split == "test" else ""
+            raise DataError(f"{error}{way_out}") from error
         if found.names != train.names:
             raise DataError(
                 f"The classes of {source} ({', '.join(found.names)}) are not those of {data.train} "
-                f"({', '.join(train.names)}): give both the same names in the same order."
+                f"({', '.join(train.names)}): give both the same names in the same order, by a "
+                "classes.txt or labelmap.txt in each root where labels do not name them."
             )
         if found.reading.channels != train.reading.channels:
             raise UsageError(
@@ -95,6 +103,11 @@ def check_objects(labeled: LabeledSamples) -> None:
 def _check_objects(labeled: LabeledSamples, found: Survey) -> None:
     if not found.objects and found.crowds:
         raise DataError(f"{labeled.name} has nothing to learn: {found.suspicion()}.")
+    if not found.boxes and not len(labeled.defects):
+        raise DataError(
+            f"None of the {found.pictures} pictures of {labeled.name} has a box, so there is "
+            "nothing to learn. See `python -m finetune.labels`."
+        )
     if not found.boxes and len(labeled.defects):
         reason, count = labeled.defects.counts().most_common(1)[0]
         raise DataError(
@@ -104,37 +117,64 @@ def _check_objects(labeled: LabeledSamples, found: Survey) -> None:
         )
 
 
-def tell_defects(sets: Sets, folder: Path, image_size: int) -> None:
+def _tell_of_training(
+    labeled: LabeledSamples, found: Survey, image_size: int, min_side: float
+) -> None:
+    _check_objects(labeled, found)
+    if lost := found.below(min_side, image_size):
+        logger.warning(
+            "%d of %d boxes for training have a side below %g px at image_size=%d and are left "
+            "out: a larger image_size shows them, or tiles (python -m pretrain.pack --tiles).",
+            lost, found.boxes.total(), min_side, image_size,
+        )  # fmt: skip
+
+
+def _tell_of_scoring(name: str, found: Survey) -> list[str]:
+    """Warn of what cannot say anything; return what must not be so."""
+    others, way_out = "data.val, or raise data.holdout", ""
+    if name == "test":
+        others = "data.test, or go without (eval.test=false)"
+        way_out = " (eval.test=false goes without the test set)"
+    if not found.objects:
+        logger.warning(
+            "No picture for %s has a box, so AP will say nothing: name others by %s.", name, others
+        )
+    if not found.unreadable:
+        return []
+    return [
+        f"{len(found.unreadable)} picture(s) for {name} cannot be read, the first "
+        f"{found.unreadable[0].removesuffix('.')}. Mend or remove them{way_out}."
+    ]
+
+
+def tell_defects(sets: Sets, folder: Path, image_size: int, min_side: float = _MIN_SIDE) -> None:
     """Say what is wrong with the labels, by reason; label-defects.jsonl lists it.
 
     Some defects show when a picture is opened. Pictures on this machine are looked at before
     training, their headers alone, where they are not too many; the others are left to
-    finetune.labels.
-    Raises DataError where no box for training is left.
+    finetune.labels. Boxes with a side below `min_side` pixels at `image_size` are not learned.
+    Raises DataError where no box for training is left, and where a picture for validation or test
+    cannot be read: what is scored is scored whole.
     """
     lines: list[str] = []
+    refused: list[str] = []
+    notes: set[str] = set()
     told: set[Defect] = set()  # a held-out part is of the files that training is of
     for name, labeled in (("training", sets.train), ("validation", sets.val), ("test", sets.test)):
         if labeled is None:
             continue
+        for note in labeled.notes:
+            if note not in notes:
+                logger.warning("Labels of %s: %s.", labeled.name, note)
+        notes.update(labeled.notes)
         if labeled.local and len(labeled) <= SURVEYED:
             found = survey(labeled)
             if name == "training":
-                _check_objects(labeled, found)
-            lost = found.below(Rule().min_side, image_size) if name == "training" else 0
-            if lost:
-                logger.warning(
-                    "%d of %d boxes for training have a side below %g px at image_size=%d and are "
-                    "left out: a larger image_size shows them, or tiles (python -m pretrain.pack "
-                    "--tiles).", lost, found.boxes.total(), Rule().min_side, image_size,
-                )  # fmt: skip
+                _tell_of_training(labeled, found, image_size, min_side)
+            else:
+                refused += _tell_of_scoring(name, found)
             if name != "test" and (suspicion := found.suspicion()):
                 logger.warning("Labels for %s: %s.", name, suspicion)
-            if name == "validation" and not found.objects:
-                logger.warning(
-                    "No picture for validation has a box, so AP will say nothing: name others by "
-                    "data.val, or raise data.holdout."
-                )
         else:
             logger.info(
                 "%s: %s to look at all labels first: python -m finetune.labels does.",
@@ -148,4 +188,6 @@ def tell_defects(sets: Sets, folder: Path, image_size: int) -> None:
     if lines:
         file = folder / "label-defects.jsonl"
         write_file(file, "".join(f"{line}\n" for line in lines))
+    if refused:
+        raise DataError(" ".join(refused))
         logger.warning("Each of them is listed in %s.", file)

@@ -63,10 +63,12 @@ def find_in_tiles(
     overlap: float,
     limits: Limits,
     at_once: int = 1,
+    most: int | None = None,
 ) -> Detections:
     """Look at a picture (H W C) in tiles, `at_once` in a batch, and `image_size` long, as a whole.
 
-    The boxes are on the CPU, best first.
+    The boxes are on the CPU, best first; `limits` are those of a tile, and `most` is how many boxes
+    the picture may have (None: all).
     """
     height, width = pixels.shape[:2]
     tiles = tiles_of(width, height, tile, overlap)
@@ -79,16 +81,20 @@ def find_in_tiles(
             shift = torch.tensor([left, top, left, top], dtype=one.boxes.dtype)
             found.append(one._replace(boxes=one.boxes + shift))
     [whole] = find([pixels], image_size)
-    return merge(tiles, found, whole, limits)
+    return merge(tiles, found, whole, limits.iou, most)
 
 
 def merge(
-    tiles: Sequence[Tile], found: Sequence[Detections], whole: Detections, limits: Limits
+    tiles: Sequence[Tile],
+    found: Sequence[Detections],
+    whole: Detections,
+    iou: float,
+    most: int | None = None,
 ) -> Detections:
     """Make one list of the boxes of tiles and of the whole picture, all in the picture's pixels.
 
-    `tiles` are those of tiles_of; `found` and `whole` are above `limits.score`. The rule is in the
-    module's docstring.
+    `tiles` are those of tiles_of; boxes of a class may overlap as far as `iou`, and the best `most`
+    are kept (None: all). The rule is in the module's docstring.
     """
     seams = _Seams(tiles)
     every = _joined(found)
@@ -98,13 +104,13 @@ def merge(
     clear = _chosen(every, ~piece)
     small = (whole.boxes[:, 2:] - whole.boxes[:, :2]).amax(1) < seams.narrowest
     whole = _chosen(whole, ~(small & _covered(whole, clear, either=True)))
-    clear = _suppressed(_joined([clear, whole]), limits.iou)
+    clear = _suppressed(_joined([clear, whole]), iou)
     rest = (piece & ~dropped).nonzero().squeeze(1)
     rest = rest[~_covered(_chosen(every, rest), clear)]
     together = _put_together(_chosen(every, rest), seams.areas[origin[rest]])
-    together = _suppressed(_chosen(together, ~_covered(together, clear)), limits.iou)
+    together = _suppressed(_chosen(together, ~_covered(together, clear)), iou)
     result = _joined([clear, together])
-    return _chosen(result, result.scores.argsort(descending=True, stable=True)[: limits.most])
+    return _chosen(result, result.scores.argsort(descending=True, stable=True)[:most])
 
 
 class _Seams:

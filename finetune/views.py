@@ -20,6 +20,7 @@ from groundwork.data.labels import LabeledSamples
 from groundwork.data.loader import Arrays, Place, PlaceViews
 from groundwork.data.order import sample_generator
 from groundwork.data.shards import Sample
+from groundwork.errors import DataError, UnavailableError
 
 # Other pictures of a mosaic come from so many places ahead: near enough to lie in shards that are
 # here already, far enough to differ.
@@ -109,9 +110,19 @@ class _Source:
         self.reach = min(REACH, len(views.labeled) - 1)
 
     def other(self) -> Item:
-        """Read another picture from near by in the stream; the same one where there is but one."""
+        """Read another picture from near by in the stream; the same one where there is but one.
+
+        One that is damaged is passed over: it is told where the stream itself comes to it.
+        """
         distance = int(self.generator.integers(1, self.reach + 1)) if self.reach else 0
-        return self.load(*self.place.neighbour(distance))
+        for place in range(distance, distance + self.reach):
+            try:
+                return self.load(*self.place.neighbour(place))
+            except UnavailableError:
+                raise
+            except DataError:
+                continue
+        return self.load(self.place.sample, self.place.picture)
 
     def load(self, sample: Sample, picture: Picture) -> Item:
         """Decode a picture with its boxes, the longer side as long as training's longer side."""

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -36,7 +37,7 @@ from groundwork.checkpoint import Checkpoint
 from groundwork.command import note_init, noted_init, write_status
 from groundwork.config import to_yaml
 from groundwork.data.shards import Samples
-from groundwork.errors import CheckpointError, UsageError
+from groundwork.errors import CheckpointError, DataError, UsageError
 from groundwork.files import copy_file, write_file
 from groundwork.settings import RunKeys
 from groundwork.tracking import check_trackers
@@ -279,6 +280,28 @@ def check_same_data(saved: Checkpoint, samples: Samples) -> None:
             f"{before['name']} then, {len(samples)} of {samples.name} now. Give the same data, or "
             f"start a new run with --init {there[0] if there else 'FILE'}."
         )
+
+
+def check_same_everywhere(
+    group: torch.distributed.ProcessGroup | None, samples: Samples, key: str = "data.train"
+) -> None:
+    """Raise DataError, on every rank, where one sees other data than the first; None: there is one.
+
+    Each would follow an order of its own, so that pictures were seen twice or never, and an epoch
+    would end at another step.
+    """
+    if group is None:
+        return
+    own = (len(samples), samples.name, samples.fingerprint)
+    seen: list[tuple[int, str, str]] = [own] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(seen, own, group=group)
+    for rank, (pictures, name, fingerprint) in enumerate(seen):
+        if fingerprint != seen[0][2]:
+            raise DataError(
+                f"Process {rank} sees {pictures:,} pictures of {name}, process 0 "
+                f"{seen[0][0]:,} of {seen[0][1]}: {key} must be whole, and the same on all "
+                "machines, before training starts."
+            )
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

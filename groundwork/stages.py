@@ -19,7 +19,7 @@ from groundwork.clock import stop_signals
 from groundwork.command import LAUNCHER, has_checkpoint, status_of
 from groundwork.errors import DataError, StoppedError, UsageError
 from groundwork.files import write_file
-from groundwork.run_folder import LOCK
+from groundwork.run_folder import LAST, LOCK
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +57,11 @@ def go_on(
         arguments = ["--resume", str(run), *(key for key in keys if key.startswith(free))]
         (run / "status.json").unlink(missing_ok=True)  # which tells of the run before
     elif run.is_dir():  # it was stopped before it had saved anything
-        for name in ("pretrained", "detector"):
-            if (run / f"{name}.safetensors").is_file():  # the disk was full for checkpoints
-                raise UsageError(
-                    f"{run} has no checkpoint to go on from, but {name}.safetensors: keep that "
-                    "file (--init takes it), and remove the folder."
-                )
+        if (file := _product(run)) is not None:  # the disk was full for checkpoints
+            raise UsageError(
+                f"{run} has no checkpoint to go on from, but {file.name}: keep that file (--init "
+                "takes it), and remove the folder."
+            )
         shutil.rmtree(run)
     command = [*([sys.executable] if launch is None else shlex.split(launch)), "-m", module]
     logger.info("%s", " ".join(["-m", module, *arguments]))
@@ -139,15 +138,15 @@ def _is_free(run: Path) -> bool:
 def same_as_before(run: Path, command: Sequence[str], start: Path | None = None) -> None:
     """Note how a run is made, and from which file it starts, by its content.
 
-    Raises UsageError where the run is there and was made in another way. Keys of HARMLESS may be
-    others, and so may the folder that the runs are in.
+    Raises UsageError where the run has learned something and was made in another way. Keys of
+    HARMLESS may be others, and so may the folder that the runs are in.
     """
     note, told = run.parent / f"{run.name}.command.txt", " ".join(["python", *command]) + "\n"
     if start is not None:
         with start.open("rb") as opened:
             told += f"# from {hashlib.file_digest(opened, 'sha256').hexdigest()}\n"
     before = note.read_text() if note.is_file() else ""
-    if not (run.exists() and before.strip()):
+    if not before.strip() or not _has_learned(run):
         write_file(note, told)
         return
     then, now = _what_matters(before), _what_matters(told)
@@ -160,6 +159,18 @@ def same_as_before(run: Path, command: Sequence[str], start: Path | None = None)
             f"now: {new or 'as then'}; {note}): name another folder, or remove the run, and those "
             "that came of it."
         )
+
+
+def _has_learned(run: Path) -> bool:
+    """Tell whether a run holds what would be lost with it, or is being trained."""
+    done = status_of(run).get("state") == "done"
+    return done or has_checkpoint(run) or _product(run) is not None or not _is_free(run)
+
+
+def _product(run: Path) -> Path | None:
+    """Return the file of what a stage has made, if it is there: at its end, or so far."""
+    files = (run / name for name in ("pretrained.safetensors", "detector.safetensors", LAST))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _what_matters(note: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def tell_probe(step: int, metrics: Mapping[str, float], alarm: str) -> None:
     """Say what a probe found, and raise the alarm where it has to be."""
     if metrics:
         values = "  ".join(f"{k.removeprefix('probe/')} {v:.4g}" for k, v in metrics.items())
-        tqdm.write(f"probe at step {step}: {values}", file=sys.stdout)
+        with suppress(OSError):  # a terminal or a pipe that is gone; logging passes over it, too
+            tqdm.write(f"probe at step {step}: {values}", file=sys.stdout)
     if alarm:
         logger.warning("COLLAPSE ALARM at step %d. %s", step, alarm)
 

@@ -114,8 +114,7 @@ class Chain:
         text = "{} are read with data.bands and data.value_range {}, the labeled ones with {}"
         taught = labeled
         if self.rounds:
-            keys = self._teach_keys("detector.safetensors")
-            taught = pretrain_recipes.resolve(None, self._taught, keys).data.reading().mapping
+            taught = self._taught_recipe().data.reading().mapping
         if taught != labeled:
             raise UsageError(
                 f"{text.format('The pictures of --teach', taught, labeled)}: a detector of the "
@@ -131,24 +130,31 @@ class Chain:
             )
 
     def _same_data(self, labels: finetune_recipes.Recipe) -> dict[str, str]:
-        """Return hashes of the pictures and of the labels.
+        """Return hashes of the pictures, of those of --teach if they are others, and of the labels.
 
         The pictures may be gone when every stage that sees them is done. Raises UsageError where
         there are stages that were made with others.
         """
         note = self.out / _DATA
         before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        seeing = ["1-pretrain", *(f"{2 * n + 1}-teach" for n in range(1, self.rounds + 1))]
+        teaching = [f"{2 * n + 1}-teach" for n in range(1, self.rounds + 1)]
         data = {"labels": hash_of_labels(labels)}
-        if before and all(_is_done(self.out / name) for name in seeing):
-            data["pictures"] = before["pictures"]
-        else:
-            data["pictures"] = hash_of_pictures(self._pretrain_recipe())
+        own = self._pretrain_recipe()
+        seen = {"pictures": (own, ["1-pretrain", *teaching])}
+        if self.rounds and (taught := self._taught_recipe()).data.train != own.data.train:
+            seen = {"pictures": (own, ["1-pretrain"]), "pictures of --teach": (taught, teaching)}
+        for what, (recipe, stages) in seen.items():
+            if not (before and all(_is_done(self.out / name) for name in stages)):
+                data[what] = hash_of_pictures(recipe)
+            elif what in before:
+                data[what] = before[what]
         there = [path for path in sorted(self.out.glob("*")) if _STAGE.fullmatch(path.name)]
         there = [path for path in there if _is_done(path) or has_checkpoint(path)]
-        for what, first in (("pictures", 1), ("labels", 2)):
+        firsts = {"pictures": 1, "labels": 2, "pictures of --teach": 3}
+        for what in data:
+            first = firsts[what]
             made = [path.name for path in there if int(path.name.partition("-")[0]) >= first]
-            if made and before and before[what] != data[what]:
+            if made and before.get(what, data[what]) != data[what]:
                 raise UsageError(
                     f"The {what} are not those that {', '.join(made)} of {self.out} were made "
                     "with: remove these folders, to have them made anew, or name another --out "
@@ -257,6 +263,11 @@ class Chain:
         """Return the first stage's recipe but for its probe."""
         keys = [key for key in self._pretrain_keys() if not key.startswith("probe.")]
         return pretrain_recipes.resolve(None, self.recipe, keys)
+
+    def _taught_recipe(self) -> pretrain_recipes.Recipe:
+        """Return a round's recipe."""
+        keys = self._teach_keys("detector.safetensors")
+        return pretrain_recipes.resolve(None, self._taught, keys)
 
     def _probe_keys(self) -> list[str]:
         labels = finetune_recipes.resolve(self.recipe, self._finetune_keys())

@@ -50,6 +50,7 @@ from groundwork.run_folder import (
     bring_best,
     calm_checkpoint,
     check_same_data,
+    check_same_everywhere,
     commit,
     copy_whole,
     data_workers,
@@ -124,6 +125,7 @@ def pretrain(  # noqa: C901 (one loop, read from top to bottom)
 
     # Where it stands.
     meet(group)  # a far store is opened at each one's pace
+    check_same_everywhere(group, samples)
     position = Position()
     saved = find_checkpoint(run, resume)
     if saved is not None:

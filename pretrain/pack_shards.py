@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +33,7 @@ from PIL import Image
 from groundwork.data.bands import write_bands
 from groundwork.data.decode import Picture, open_picture
 from groundwork.data.label_policy import Defects
+from groundwork.data.reach import patiently
 from groundwork.data.reading import PLAIN, Reading
 from groundwork.data.shard_index import (
     INDEX_NAME,
@@ -50,7 +52,7 @@ from groundwork.data.write_shards import (
     finish_set,
     write_shard,
 )
-from groundwork.errors import DataError, UsageError
+from groundwork.errors import DataError, UnavailableError, UsageError, not_read
 from groundwork.files import TEMPORARY_SUFFIX, write_file
 from pretrain.pack_labels import DEFECTS_NAME, UNNAMED, labeled_member, settled, tile_member
 from pretrain.pack_plan import PlannedShard, Source
@@ -98,7 +100,7 @@ class _Stopped(Exception):
 
 # ---- one shard, in a worker --------------------------------------------------------------------
 
-Tick = Callable[[], object]
+Tick = Callable[[int], object]  # hears how many more pictures there are; may raise
 
 
 def pack_shard(folder: Path, shard: PlannedShard, options: Options, tick: Tick) -> Packed:
@@ -108,10 +110,16 @@ def pack_shard(folder: Path, shard: PlannedShard, options: Options, tick: Tick) 
 
     def entries() -> Iterator[Entry]:
         for picture in shard.pictures:
-            tick()
+            tick(1)
             defects = Defects()
             try:
-                made = _entries(picture, options, defects)
+                content = patiently(partial(_content, picture), partial(tick, 0))
+                made = _entries(picture, content, options, defects)
+            except UnavailableError as error:  # no fault of the picture
+                raise DataError(
+                    f"{picture.file}: {error}. When it is within reach again, the same command "
+                    "goes on where it stopped."
+                ) from error
             except DataError as error:
                 quarantined.append([picture.path, str(error)])
             else:
@@ -135,20 +143,24 @@ def pack_shard(folder: Path, shard: PlannedShard, options: Options, tick: Tick) 
     return Packed(Row.of(shard.name, samples), quarantined, mended, True)
 
 
-def _entries(picture: Source, options: Options, defects: Defects) -> list[Entry]:
-    """Read and check one picture: one entry, or one for each of its tiles.
-
-    Raises DataError with the reason why it cannot be used.
-    """
-    suffix = picture_suffix(picture.path)
-    if suffix is None:
+def _content(picture: Source) -> bytes:
+    """Read a picture's file. Raises DataError with the reason why it cannot be used."""
+    if picture_suffix(picture.path) is None:
         raise DataError("its name does not end like that of a picture")
     if picture.size > MAX_MEMBER_BYTES:
         raise DataError(f"it has {picture.size} bytes, more than {MAX_MEMBER_BYTES}")
     try:
-        content = Path(picture.file).read_bytes()
+        return Path(picture.file).read_bytes()
     except OSError as error:
-        raise DataError(f"{_NOT_READ}: {error.strerror}") from error
+        root = Path(picture.file.removesuffix(picture.path))
+        raise not_read(error, f"{_NOT_READ}: {error.strerror}", root) from error
+
+
+def _entries(picture: Source, content: bytes, options: Options, defects: Defects) -> list[Entry]:
+    """Check one picture: one entry, or one for each of its tiles.
+
+    Raises DataError with the reason why it cannot be used.
+    """
     opened = open_picture(content, options.reading)
     if options.tiles is not None and max(opened.width, opened.height) > options.tiles:
         return _tiles(picture, opened, options, defects)
@@ -299,13 +311,21 @@ def _owned(folder: Path, plan_hash: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(f"Another pack is writing to {folder}: wait for it.") from error
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s).", folder, error.strerror)
         _check_plan(folder, plan_hash)
-        for leftover in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-            leftover.unlink()
-        if not is_set_index(folder / INDEX_NAME):
-            write_file(folder / UNFINISHED_NAME, dump({"plan": plan_hash}))
-        yield
-        (folder / _LOCK_NAME).unlink()
+        try:
+            for leftover in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+                leftover.unlink()
+            if not is_set_index(folder / INDEX_NAME):
+                write_file(folder / UNFINISHED_NAME, dump({"plan": plan_hash}))
+            yield
+            (folder / _LOCK_NAME).unlink()
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or folder} cannot be written: {error.strerror}. Make room or "
+                "name another folder; the same command goes on where it stopped."
+            ) from error
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -390,7 +410,7 @@ def _pack_here(
     progress: Callable[[int], object],
 ) -> Iterator[Packed]:
     for shard in shards:
-        yield pack_shard(folder, shard, options, lambda: progress(1))
+        yield pack_shard(folder, shard, options, progress)
 
 
 def _pack_in_processes(
@@ -453,10 +473,10 @@ def _end_with_parent() -> None:
 
 
 def _pack_in_worker(folder: Path, shard: PlannedShard, options: Options) -> Packed:
-    def tick() -> None:
+    def tick(pictures: int) -> None:
         if _worker["stop"].is_set():
             raise _Stopped
         with _worker["counter"].get_lock():
-            _worker["counter"].value += 1
+            _worker["counter"].value += pictures
 
     return pack_shard(folder, shard, options, tick)

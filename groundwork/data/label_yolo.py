@@ -28,7 +28,7 @@ from groundwork.data.label_policy import NO_LABEL_FILE, NO_PICTURE, TWIN, Defect
 from groundwork.data.label_table import MOST_CLASSES, LabelTable, relative
 from groundwork.data.lists import read_lines
 from groundwork.data.tar_format import picture_suffix
-from groundwork.errors import DataError, UsageError
+from groundwork.errors import DataError, UnavailableError, UsageError
 
 # The second and third are what some exporters call it.
 YAML_SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -63,7 +63,13 @@ class YoloRoot:
             wanted = split is None or key in (None, split)
             # Without names the labels of the other splits say how many classes there are.
             if wanted or not named:
-                tables[key] = _table(self, sources, defects if wanted else Defects())
+                try:
+                    tables[key] = _table(self, sources, defects if wanted else Defects())
+                except UnavailableError:
+                    raise
+                except DataError:  # of a split that was not asked for
+                    if wanted:
+                        raise
         if not named:
             most = max((int(t.classes.max()) for t in tables.values() if len(t.classes)), default=0)
             self.names = tuple(f"class_{number}" for number in range(most + 1))

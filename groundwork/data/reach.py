@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from groundwork.data.shards import Sample
 from groundwork.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Seconds that are waited for what is out of reach, at most, and between two attempts.
 PATIENCE, PAUSE = 300.0, 10.0
@@ -27,15 +30,21 @@ def read_patiently(samples: Readable, shard: int, index: int) -> Sample:
 
     Raises DataError at once for one that is damaged.
     """
+    return patiently(lambda: samples.read(shard, index))
+
+
+def patiently(read: Callable[[], T], waiting: Callable[[], object] = lambda: None) -> T:
+    """Do as read_patiently, with any reading; `waiting` is called before each pause, may raise."""
     began = time.monotonic()
     told = False
     while True:
         try:
-            return samples.read(shard, index)
+            return read()
         except UnavailableError as error:
             if time.monotonic() - began > PATIENCE:
                 raise
             if not told:
                 logger.warning("%s Waiting for up to %.0f s.", error, PATIENCE)
             told = True
+        waiting()
         time.sleep(PAUSE)

@@ -333,7 +333,8 @@ def _open_list(path: Path, cache: Path, cache_bytes: int, key: str) -> Samples:
     lines = read_lines(path)
     once: dict[str, str] = {}
     for line in lines:
-        once.setdefault(line if _scheme(line) else os.path.normpath(line), line)
+        own = line == SCENES or bool(_scheme(line))
+        once.setdefault(line if own else os.path.normpath(path.parent / line), line)
     given = list(once.values())
     if len(given) < len(lines):
         logger.warning(
@@ -346,6 +347,8 @@ def _open_list(path: Path, cache: Path, cache_bytes: int, key: str) -> Samples:
     lists = [os.path.realpath(path.parent / line) for line in others if line.endswith(".txt")]
     if os.path.realpath(path) in lists:
         raise DataError(f"The list {path} names itself: take that line out.")
+    if pictures and others:
+        _refuse_listed_twice(path, pictures, others)
     parts: list[Samples] = []
     if pictures:
         parts.append(PictureFiles(path.parent, pictures, str(path)))
@@ -357,6 +360,20 @@ def _open_list(path: Path, cache: Path, cache_bytes: int, key: str) -> Samples:
     if not parts:
         raise DataError(f"The list {path} names nothing: write a path on each line.")
     return parts[0] if len(parts) == 1 else JoinedSamples(parts)
+
+
+def _refuse_listed_twice(path: Path, pictures: Sequence[str], others: Sequence[str]) -> None:
+    """Raise DataError where a picture of a list lies in a folder that the list names as well."""
+    named = {os.path.realpath(path.parent / line): line for line in others if not _scheme(line)}
+    where = {os.path.dirname(line): line for line in pictures}  # noqa: PTH120 (there are many)
+    for folder, picture in where.items():
+        real = Path(os.path.realpath(path.parent / folder))
+        for above in (real, *real.parents):
+            if str(above) in named:
+                raise DataError(
+                    f"The list {path} names {picture}, which lies in {named[str(above)]}, which it "
+                    "names as well: its pictures would be there twice. Name one of the two."
+                )
 
 
 class JoinedSamples:

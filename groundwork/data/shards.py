@@ -161,22 +161,22 @@ class ShardSamples:
         Raises DataError for a shard that is missing, cut off or not what its index says, and
         IndexError for a sample that the shard does not have.
         """
-        descriptor, place, samples = self._open(shard)
+        _, place, samples = self._open(shard)
         if not 0 <= index < len(samples):
             raise IndexError(f"shard {shard} has {len(samples)} samples, not one at {index}")
         offset, size = int(samples.offsets[index]), int(samples.sizes[index])
         key = samples.keys[index]
-        image = _bytes(descriptor, place, key, offset, size)
+        image = self._bytes(shard, place, key, offset, size)
         return Sample(key, image, samples.labels[index], str(place.tar), offset)
 
     def read_json(self, shard: int, index: int) -> bytes | None:
         """Read the `.json` member of a sample; None where it has none. Raises as `read` does."""
-        descriptor, place, samples = self._open(shard)
+        _, place, samples = self._open(shard)
         if samples.json_offsets is None or samples.json_sizes is None:
             return None
         offset, size = int(samples.json_offsets[index]), int(samples.json_sizes[index])
         key = f"{samples.keys[index]}.json"
-        return _bytes(descriptor, place, key, offset, size) if offset else None
+        return self._bytes(shard, place, key, offset, size) if offset else None
 
     def shard(self, shard: int) -> Shard:
         """Say where a shard lies."""
@@ -203,16 +203,19 @@ class ShardSamples:
             return self._opened[shard]
         place = self.shard(shard)
         samples = read_sample_index(place, int(self.shard_sizes[shard]))
+        descriptor = -1
         try:
             descriptor = os.open(place.tar, os.O_RDONLY | os.O_CLOEXEC)
+            found = os.fstat(descriptor).st_size
         except OSError as error:
+            if descriptor >= 0:
+                os.close(descriptor)
             raise not_read(
                 error,
                 f"The shard {place.tar} cannot be opened: {error.strerror}. Copy it again; find "
                 f"every damage with `{verify_command(place.tar.parent)}`.",
                 place.tar.parent,
             ) from error
-        found = os.fstat(descriptor).st_size
         if found != place.tar_bytes:
             os.close(descriptor)
             raise DataError(
@@ -224,18 +227,34 @@ class ShardSamples:
         self._opened[shard] = descriptor, place, samples
         return self._opened[shard]
 
+    def _bytes(self, shard: int, place: Shard, key: str, offset: int, size: int) -> bytes:
+        """Read a member; what fails is tried once more, by a file that is opened anew.
+
+        One that was open while a network file system was gone stays broken when it is back.
+        """
+        try:
+            return _bytes(self._open(shard)[0], place, key, offset, size)
+        except OSError:
+            os.close(self._opened.pop(shard)[0])
+        descriptor = self._open(shard)[0]
+        try:
+            return _bytes(descriptor, place, key, offset, size)
+        except OSError as error:
+            os.close(self._opened.pop(shard)[0])
+            sentence = f"The sample {key!r} of the shard {place.tar} cannot be read"
+            raise not_read(error, f"{sentence}: {error.strerror}.", place.tar.parent) from error
+
 
 def _bytes(descriptor: int, place: Shard, key: str, offset: int, size: int) -> bytes:
-    """Read a member, `key` in errors, from an open shard; one call in all but odd cases."""
-    try:
-        content = os.pread(descriptor, size, offset)
-        while len(content) < size and (
-            more := os.pread(descriptor, size - len(content), offset + len(content))
-        ):
-            content += more
-    except OSError as error:
-        sentence = f"The sample {key!r} of the shard {place.tar} cannot be read"
-        raise not_read(error, f"{sentence}: {error.strerror}.", place.tar.parent) from error
+    """Read a member, `key` in errors, from an open shard; one call in all but odd cases.
+
+    Raises OSError, and DataError where the shard is too short.
+    """
+    content = os.pread(descriptor, size, offset)
+    while len(content) < size and (
+        more := os.pread(descriptor, size - len(content), offset + len(content))
+    ):
+        content += more
     if len(content) != size:
         raise DataError(
             f"The shard {place.tar} ends inside the sample {key!r}: it has been cut off since it "

@@ -327,3 +327,25 @@ def test_usage(
         main([str(weights), "pictures", "--out", "out", *wrong])
     assert stopped.value.code == 2
     assert f"{wrong[0]}: {told}" in capsys.readouterr().err
+
+
+def test_pictures_that_have_as_many_boxes_as_they_may_are_told(
+    weights: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(weights), str(pictures / "a.jpg"), "--no-pictures", "--out", str(tmp_path)]
+    assert main([*command, "--most", "2"]) == 0
+    assert "1 pictures have as many boxes as --most allows" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "--most" not in capsys.readouterr().out
+
+
+def test_pictures_that_lie_where_boxes_are_drawn_are_refused(
+    weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would be taken for drawings of an earlier run, and passed over."""
+    given = pictures / "pictures"
+    (pictures / "sub.dir").rename(given)
+    for place in (given, given / "b.c.jpg"):
+        assert main([str(weights), str(place), "--out", str(pictures)]) == 2
+        assert "where PICTURES are" in capsys.readouterr().err
+    assert [path.name for path in given.iterdir()] == ["b.c.jpg"]

@@ -419,3 +419,40 @@ def test_eight_pictures_are_learnt_by_heart(labeled: Path, tmp_path: Path) -> No
     done = run(1, tmp_path, "--out", str(out), *TINY, *keys)
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "results.json").read_text())["val"]["ap50"] > 0.95
+
+
+@pytest.mark.slow
+def test_a_test_picture_that_is_damaged_costs_neither_the_detector_nor_vals_figures(
+    labeled: Path, tmp_path: Path
+) -> None:
+    damaged = labeled / "images" / "test" / "01.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-100])  # its header can be read
+    done = run(1, tmp_path, "--out", "out", f"data.train={labeled}", "budget.steps=2", *TINY)
+    out = tmp_path / "out"
+    assert done.returncode == 3
+    assert "The detector is whole" in status(out)["message"] and "01" in status(out)["message"]
+    detector_from_file(out / "detector.safetensors")
+    results = json.loads((out / "results.json").read_text())
+    assert results["split"] == "val" and "test" not in results
+    damaged.write_bytes(whole)
+    assert run(1, tmp_path, "--resume", "out").returncode == 0
+    again = json.loads((out / "results.json").read_text())
+    assert again["split"] == "test" and again["val"]["ap"] == results["ap"]
+
+
+@pytest.mark.slow
+def test_a_damaged_picture_for_validation_ends_a_run_that_has_saved(
+    labeled: Path, tmp_path: Path
+) -> None:
+    damaged = labeled / "images" / "val" / "01.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-100])
+    keys = [f"data.train={labeled}", "budget.steps=4", *TINY, "eval.times=2"]
+    done = run(1, tmp_path, "--out", "out", *keys)
+    assert done.returncode == 3 and "01" in status(tmp_path / "out")["message"]
+    assert "Saved. Then go on with --resume" in done.stdout + done.stderr
+    damaged.write_bytes(whole)
+    done = run(1, tmp_path, "--resume", "out")
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(tmp_path / "out")) == [1, 2, 3, 4]

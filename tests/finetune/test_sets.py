@@ -135,18 +135,18 @@ def test_a_defect_of_what_was_split_is_told_once(
 
 
 def test_validation_without_a_box_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    labels = ["0 0.5 0.5 0.2 0.2\n", ""]
-    root = _root(tmp_path / "set", *labels)
-    other = _root(tmp_path / "other", *labels[::-1])
+    root = _root(tmp_path / "set", *["0 0.5 0.5 0.2 0.2\n"] * 4)
     told = []
-    for data in (root, other):
+    for _ in range(2):
         caplog.clear()
-        sets = open_sets(resolve(None, [f"data.train={data}", "data.holdout=0.5"]))
+        sets = open_sets(resolve(None, [f"data.train={root}", "data.holdout=0.25"]))
         with caplog.at_level(logging.WARNING, "finetune.sets"):
             tell_defects(sets, tmp_path, 640)
+        [held_out] = _paths(sets.val)
         sets.close()
         told.append("No picture for validation has a box" in caplog.text)
-    assert sorted(told) == [False, True]  # one of two is held out, by its name
+        (root / "labels" / f"{Path(held_out).name}.txt").write_text("")
+    assert told == [False, True]
 
 
 def test_boxes_that_are_too_small_at_the_image_size_are_told(
@@ -217,4 +217,52 @@ def test_boxes_that_are_crowds_are_not_taken_for_objects(
         # One in ten is what there may be.
         assert any("3 of 20 boxes are crowds" in line for line in told) == (crowds == 3)
         assert any(f"{crowds} of 8 boxes are crowds" in line for line in told)
+    sets.close()
+
+
+def test_a_picture_for_scoring_that_cannot_be_read_is_told_before_training(
+    labeled: Path, tmp_path: Path
+) -> None:
+    """Scoring would end the run at it, after steps that are lost."""
+    for split in ("train", "val", "test"):  # that of train is replaced by another
+        (labeled / "images" / split / "01.png").write_bytes(b"no picture")
+    sets = open_sets(resolve(None, [f"data.train={labeled}"]))
+    with pytest.raises(DataError) as caught:
+        tell_defects(sets, tmp_path, 640)
+    sets.close()
+    told = str(caught.value)
+    assert "1 picture(s) for validation cannot be read, the first" in told and "01" in told
+    assert "1 picture(s) for test" in told and told.count("eval.test=false") == 1
+    assert len((tmp_path / "label-defects.jsonl").read_text().splitlines()) == 3
+
+
+def test_pictures_without_any_box_are_nothing_to_learn_from(tmp_path: Path) -> None:
+    sets = open_sets(resolve(None, [f"data.train={_root(tmp_path / 'set', '', '')}"]))
+    with pytest.raises(DataError, match=r"None of the 2 pictures of .* has a box"):
+        tell_defects(sets, tmp_path, 640)
+    sets.close()
+
+
+def test_what_reading_labels_changed_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = _root(tmp_path / "set", *["0 0.5 0.5 0.2 0.2\n"] * 4)
+    sets = open_sets(resolve(None, [f"data.train={root}", "data.holdout=0.5"]))
+    with caplog.at_level(logging.WARNING, "finetune.sets"):
+        tell_defects(sets, tmp_path, 640)
+    sets.close()
+    assert caplog.text.count("nothing names the classes") == 1
+
+
+def test_a_test_set_without_labels_says_how_to_go_without(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for split in ("train", "test"):
+        for folder in ("images", "labels"):
+            (root / folder / split).mkdir(parents=True)
+        Image.new("RGB", (64, 48), "gray").save(root / "images" / split / "0.png")
+    (root / "labels" / "train" / "0.txt").write_text("1 0.5 0.5 0.2 0.2\n")
+    with pytest.raises(DataError, match=r"has a label file.*eval\.test=false goes without"):
+        open_sets(resolve(None, [f"data.train={root}"]))
+    sets = open_sets(resolve(None, [f"data.train={root}", "eval.test=false"]))
+    assert sets.test is None and sets.train.names == ("class_0", "class_1")
     sets.close()

@@ -134,7 +134,7 @@ def test_the_detector_sees_each_tile_once_and_the_whole(at_once: int) -> None:
 def merged(first: Detections, second: Detections, whole: Detections, most: int = 300) -> Detections:
     tiles = tiles_of(200, 100, 120, 0.3)  # 0 to 120 and 80 to 200
     assert len(tiles) == 2
-    return merge(tiles, [first, second], whole, Limits(most=most))
+    return merge(tiles, [first, second], whole, Limits().iou, most)
 
 
 NONE = detections([])
@@ -178,3 +178,24 @@ def test_best_first_and_no_more_than_asked() -> None:
     found = merged(first, second, NONE, most=2)
     assert found.scores.tolist() == pytest.approx([0.8, 0.5])
     assert not len(merged(NONE, NONE, NONE).boxes)
+
+
+def test_a_scene_has_as_many_boxes_as_its_tiles() -> None:
+    """The limit of a view is none of a scene, unless one is given."""
+
+    def find(areas: Sequence[Pixels], longer: int) -> list[Detections]:
+        if longer != TILE:
+            return [NONE]
+        spots = [(x, y, x + 4, y + 4) for x in range(8, 118, 10) for y in range(8, 118, 10)]
+        scores = np.linspace(0.9, 0.3, len(spots)).tolist()
+        return [detections(spots, scores, [0] * len(spots)) for _ in areas]
+
+    def seen(most: int | None) -> Detections:
+        return find_in_tiles(
+            np.zeros((330, 500, 3), np.uint8), find, image_size=96, tile=TILE, overlap=OVERLAP,
+            limits=Limits(), most=most,
+        )  # fmt: skip
+
+    every, some = seen(None), seen(20)
+    assert len(every.boxes) > 1000
+    assert torch.equal(some.boxes, every.boxes[:20])

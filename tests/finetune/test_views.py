@@ -107,3 +107,18 @@ def test_crowds_are_drawn_among_what_training_sees(crowded: LabeledSamples) -> N
     seen = training.seen(batch)
     assert len(seen["boxes"]) == len(batch["boxes"]) + len(batch["crowds"])
     assert set(seen["classes"].tolist()) == {0, -2}
+
+
+def test_a_mosaic_passes_over_a_damaged_picture_and_only_that_one_is_named(labeled: Path) -> None:
+    """Its header can be read, so it is found out when a mosaic of another picture decodes it."""
+    broken = labeled / "images" / "train" / "03.png"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    samples = open_labeled(str(labeled), "train", cache=labeled, cache_bytes=10**6)
+    augment = Augment.model_validate({"mosaic": {"prob": 1.0}, "mixup": {"prob": 1.0}})
+    views = DetectionViews(samples, build(augment, mixing=True), [SIZE], 0, 10, 0)
+    order = Order(samples.shard_sizes, seed=0, window_shards=16)
+    loader = Loader(samples, order, views, seed=0, batch_size=10, reading=samples.reading)
+    batches = iter(loader)
+    named = [one.key for _ in range(6) for one in next(batches).replaced]
+    loader.close()
+    assert len(named) == 6 and {Path(key).name for key in named} == {"03"}

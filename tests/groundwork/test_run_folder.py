@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from groundwork.backbones import build_backbone
 from groundwork.backbones.product import read_product, save_product
 from groundwork.checkpoint import Checkpoint
 from groundwork.command import note_init, noted_init
-from groundwork.errors import UsageError
+from groundwork.errors import DataError, UsageError
 from groundwork.run_folder import (
     BEST,
     Run,
     bring_best,
     calm_checkpoint,
+    check_same_everywhere,
     find_checkpoint,
     prepare_run,
     refuse_sharded_networks,
@@ -161,3 +163,31 @@ def test_what_a_cpu_cannot_do_is_refused(precision: str, compiled: bool, tmp_pat
     with pytest.raises(UsageError, match=r"precision=.* on a CPU"):
         prepare_run(recipe, "test", tmp_path / "run", resumed=False)
     assert not (tmp_path / "run").exists()
+
+
+class _Seen:
+    """Samples, as far as ranks compare them."""
+
+    def __init__(self, name: str, pictures: int) -> None:
+        self.name, self.fingerprint, self.pictures = name, f"{name}-{pictures}", pictures
+
+    def __len__(self) -> int:
+        return self.pictures
+
+
+def test_ranks_that_see_other_data_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    others: list[_Seen] = []
+
+    def gather(seen: list[Any], own: Any, group: object) -> None:
+        seen[:] = [own, *((len(one), one.name, one.fingerprint) for one in others)]
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 1 + len(others))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    group: Any = object()
+    samples: Any = _Seen("data", 1200)
+    check_same_everywhere(None, samples)
+    others[:] = [_Seen("data", 1200)]
+    check_same_everywhere(group, samples)
+    others.append(_Seen("data", 1100))
+    with pytest.raises(DataError, match="Process 2 sees 1,100 pictures of data, process 0 1,200"):
+        check_same_everywhere(group, samples)

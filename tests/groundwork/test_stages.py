@@ -71,7 +71,10 @@ def test_what_a_killed_first_save_has_left_is_no_checkpoint(
     (run / "pretrained.safetensors").touch()
     with pytest.raises(UsageError, match=r"pretrained\.safetensors: keep that file"):
         go_on("pretrain.run", run, [], [])
-    (run / "pretrained.safetensors").unlink()
+    (run / "pretrained.safetensors").rename(run / "last.safetensors")
+    with pytest.raises(UsageError, match=r"last\.safetensors: keep that file"):
+        go_on("pretrain.run", run, [], [])
+    (run / "last.safetensors").unlink()
     go_on("pretrain.run", run, [], [])
     assert not run.exists()
 
@@ -83,6 +86,10 @@ def test_only_what_changes_what_is_learned_makes_another_run(tmp_path: Path) -> 
     start = tmp_path / "start"
     start.write_text("weights")
     (tmp_path / "a" / "run").mkdir(parents=True)
+    # What came to nothing, here since it was asked for too much, is begun anew with other keys.
+    note(tmp_path / "a", "seed=1", "batch_size=999", start=start)
+    note(tmp_path / "a", "seed=1", start=start)
+    (tmp_path / "a" / "run" / "detector.safetensors").touch()
     note(tmp_path / "a", "seed=1", "data.workers=2", start=start)
     note(
         tmp_path / "a",

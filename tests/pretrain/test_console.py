@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from groundwork.command import find_run
 from groundwork.errors import UsageError
-from pretrain.console import held_out_in
+from pretrain.console import held_out_in, tell_probe
 
 
 def test_held_out_pictures_beside_the_training_ones_are_found(tmp_path: Path) -> None:
@@ -35,3 +36,14 @@ def test_a_start_that_failed_is_not_the_last_run(
     (tmp_path / "runs" / "good" / "recipe.yaml").unlink()
     with pytest.raises(UsageError, match="there is no run in"):
         find_run("", "pretrain")
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        tell_probe(3, {"probe/ap": 0.5}, "")
+        with pytest.raises(OSError, match="No space"):  # as it would have been
+            gone.flush()
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            gone.close()

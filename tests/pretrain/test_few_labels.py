@@ -273,6 +273,40 @@ def test_other_pictures_or_labels_are_not_taken_for_those_of_stages_that_are_don
     assert [name for name, _ in stages.ran[ran:]] == ["2-finetune", "3-teach", "4-finetune"]
 
 
+def test_other_pictures_of_teaching_are_not_taken_for_those_that_were_taught(
+    stages: Stages,
+    labeled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hashes = {"pictures": "many", "more": "still more"}
+    monkeypatch.setattr(few_labels, "hash_of_pictures", lambda recipe: hashes[recipe.data.train])
+    monkeypatch.setattr(few_labels, "hash_of_labels", lambda _: "few")
+    monkeypatch.setattr(few_labels, "_scored", lambda *_: 0.5)
+    out = tmp_path / "out"
+    command = ["pictures", str(labeled), "--recipe", "aerial", "--out", str(out)]
+    command += ["--launch", "accelerate launch", "--teach", "data.train=more"]
+    assert main(command) == 0
+    shutil.rmtree(out / "4-finetune")
+    stages.reached = [0.6]
+    hashes["more"] = "others"
+    assert main(command) == 0  # gone, as far as anybody knows: all stages that see them are done
+    (out / "3-teach" / "status.json").write_text('{"state": "stopped"}')
+    checkpoint = out / "3-teach" / "checkpoints" / "step-500"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "The pictures of --teach are not those that 3-teach, 4-finetune of" in told
+    # The first stage is done, so that nothing needs its pictures any more.
+    del hashes["pictures"]
+    hashes["more"] = "still more"
+    shutil.rmtree(out / "4-finetune")
+    stages.reached = [0.6]
+    assert main(command) == 0
+
+
 def test_hashes_are_of_pictures_and_of_labels_and_what_is_not_held_out_is_told(
     labeled: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -535,3 +536,58 @@ def test_packing_ends_when_too_many_are_bad_whatever_the_others_are(
         "None of 4 pictures could be read so far:"
     ]
     assert run(images, tmp_path / "allowed", *given, 0.9) == 0
+
+
+def test_pictures_that_are_out_of_reach_are_waited_for_and_never_left_out(
+    tmp_path: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A network file system that is gone for a while made a smaller set, and said so at the end."""
+    whole = stored_after(images, tmp_path / "whole")
+    read, calls = Path.read_bytes, [0]
+    failing: range = range(2, 5)
+
+    def flaky(self: Path) -> bytes:
+        if self.suffix in (".jpg", ".png"):
+            calls[0] += 1
+            if calls[0] in failing:
+                raise OSError(errno.ESTALE, "Stale file handle")
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", flaky)
+    monkeypatch.setattr("groundwork.data.reach.PAUSE", 0.001)
+    assert stored_after(images, tmp_path / "waited") == whole
+    monkeypatch.setattr("groundwork.data.reach.PATIENCE", 0.01)
+    calls[0], failing = 0, range(2, 10**6)
+    assert run(images, tmp_path / "ended") == 3
+    assert "Stale file handle" in (told := capsys.readouterr().err) and "goes on where" in told
+    assert not (tmp_path / "ended" / "index.json").exists()
+    failing = range(0)
+    assert stored_after(images, tmp_path / "ended") == whole
+
+
+def stored_after(images: Path, shards: Path) -> dict[str, bytes]:
+    assert run(images, shards) == 0
+    return stored(open_shards(str(shards), shards))
+
+
+def test_a_disk_without_locks_is_packed_onto_and_a_full_one_told(
+    tmp_path: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(descriptor: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("pretrain.pack_shards.fcntl.flock", refuse)
+    assert run(images, tmp_path / "a") == 0
+
+    def full(path: Path, content: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(pack_shards, "write_file", full)
+    assert run(images, tmp_path / "b") == 3
+    assert "No space left on device. Make room" in capsys.readouterr().err

@@ -434,3 +434,25 @@ def test_a_hundred_million_samples_start_in_seconds_and_300_megabytes(
 def test_what_is_wrong_is_told_of_the_key_that_named_it(given: str | list[str]) -> None:
     with pytest.raises(UsageError, match=r"probe\.labeled"):
         open_samples(given, cache=Path("cache"), cache_bytes=1, key="probe.labeled")
+
+
+@pytest.mark.parametrize(
+    "lines", [["ships/x.y.png", "{here}/ships/x.y.png"], ["ships", "{here}/ships/"]]
+)
+def test_a_list_names_a_place_once_however_it_is_written(
+    folder: Path, tmp_path: Path, lines: list[str]
+) -> None:
+    names = folder / "list.txt"
+    names.write_text("".join(f"{line.format(here=folder)}\n" for line in lines))
+    once = folder / "once.txt"
+    once.write_text(f"{lines[0]}\n")
+    assert keys(opened(str(names), tmp_path)) == keys(opened(str(once), tmp_path))
+
+
+def test_a_list_of_a_folder_and_of_a_picture_in_it_is_refused(folder: Path, tmp_path: Path) -> None:
+    names = folder / "list.txt"
+    names.write_text("ships\nb.jpg\nships/deep/z.TIFF\n")
+    with pytest.raises(DataError, match=r"names ships/deep/z\.TIFF, which lies in ships, .*twice"):
+        opened(str(names), tmp_path)
+    names.write_text("ships\nb.jpg\n")
+    assert len(opened(str(names), tmp_path)) == 3

@@ -21,7 +21,7 @@ from groundwork.data.shard_index import INDEX_NAME, SetIndex, default_key, split
 from groundwork.data.shard_sets import open_shards
 from groundwork.data.tar_format import Member, escape_key, member_header, scan, unescape_key
 from groundwork.data.write_shards import write_shards
-from groundwork.errors import DataError
+from groundwork.errors import DataError, UnavailableError
 
 
 def write_tar(
@@ -449,3 +449,21 @@ def test_the_scan_agrees_with_tarfile(tmp_path: Path) -> None:
         with tarfile.open(path) as tar:
             expected = [Member(m.name, m.offset_data, m.size) for m in tar]
         assert list(scan(path)) == expected
+
+
+def test_a_shard_that_was_open_while_its_disk_was_gone_is_opened_anew(tmp_path: Path) -> None:
+    samples = open_shards(str(write_set(tmp_path / "set")), tmp_path)
+    before = samples.read(0, 1)
+    opened, place, index = samples._opened[0]
+    os.close(opened)
+    dead = os.open(tmp_path / "dead", os.O_WRONLY | os.O_CREAT)  # reading it fails
+    samples._opened[0] = dead, place, index
+    assert samples.read(0, 1) == before
+    samples._opened[0] = os.open(tmp_path / "dead", os.O_WRONLY), place, index
+    (tmp_path / "set").rename(tmp_path / "gone")
+    with pytest.raises(UnavailableError):
+        samples.read(0, 1)
+    assert 0 not in samples._opened
+    (tmp_path / "gone").rename(tmp_path / "set")
+    assert samples.read(0, 1) == before
+    samples.close()
