@@ -148,8 +148,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     # Where it stands.
     meet(group)  # a far store is opened at each one's pace
     for labeled, key in ((sets.train, "train"), (sets.val, "val"), (sets.test, "test")):
-        if labeled is not None:
-            check_same_everywhere(group, labeled, f"data.{key}")
+        check_same_everywhere(group, labeled, f"data.{key}")
     position = Position()
     saved = find_checkpoint(run, resume)
     if saved is not None:
@@ -429,10 +428,12 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
             if scored:
                 try:
                     metrics = validate()
-                except DataError:  # on every rank: what was learned is not lost with a picture
-                    if not position.skipped_in_a_row and save() is None:
-                        logger.warning("Saved. Then go on with --resume %s.", run.folder)
-                    raise
+                except DataError as error:  # on every rank: what was learned is not lost with it
+                    told = f"Nothing is saved of step {position.step}: skipped steps precede it."
+                    if not position.skipped_in_a_row:
+                        told = f"Saved at step {position.step}: then --resume {run.folder}."
+                        told = str(save() or told)
+                    raise type(error)(f"{error} {told}") from error
                 if metrics:
                     tracking.write(position.step, metrics)
                     logger.info(
@@ -496,10 +497,11 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
     if group is not None:
         torch.distributed.destroy_process_group()
     if unsaved:
-        raise CheckpointError(f"{unsaved} What was learned is in {product}.")
+        told = f"{unsaved} What was learned is in {product}."
+        raise CheckpointError(f"{told} It is not scored: {unscored}" if unscored else told)
     if unscored:
-        raise DataError(
-            f"{unscored} The detector is whole, in {product}: mend the picture, then --resume "
-            f"{run.folder} scores it."
+        raise type(unscored)(
+            f"{unscored} The detector is whole, in {product}: --resume {run.folder} scores it when "
+            "all pictures can be read."
         )
     return product

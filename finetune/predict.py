@@ -150,7 +150,8 @@ def predict(
                 unreadable += 1
                 bar.write(printable(f"Left out: {error}"), file=sys.stderr)
                 continue
-            full += len(found.boxes) == predictor.limits.most
+            most = predictor.limits.most if predictor.tile is None else predictor.most
+            full += len(found.boxes) == most
             number = writer.add(name, picture.width, picture.height, found)
             if pictures:
                 drawings.draw(number, name, picture, found)

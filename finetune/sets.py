@@ -188,6 +188,6 @@ def tell_defects(sets: Sets, folder: Path, image_size: int, min_side: float = _M
     if lines:
         file = folder / "label-defects.jsonl"
         write_file(file, "".join(f"{line}\n" for line in lines))
+        logger.warning("Each of them is listed in %s.", file)
     if refused:
         raise DataError(" ".join(refused))
-        logger.warning("Each of them is listed in %s.", file)

@@ -283,24 +283,26 @@ def check_same_data(saved: Checkpoint, samples: Samples) -> None:
 
 
 def check_same_everywhere(
-    group: torch.distributed.ProcessGroup | None, samples: Samples, key: str = "data.train"
+    group: torch.distributed.ProcessGroup | None, samples: Samples | None, key: str = "data.train"
 ) -> None:
-    """Raise DataError, on every rank, where one sees other data than the first; None: there is one.
+    """Raise DataError, on every rank, where one sees other data than the first; None: it has none.
 
     Each would follow an order of its own, so that pictures were seen twice or never, and an epoch
-    would end at another step.
+    would end at another step. Every rank calls this for every key. No group: there is one process.
     """
     if group is None:
         return
-    own = (len(samples), samples.name, samples.fingerprint)
-    seen: list[tuple[int, str, str]] = [own] * torch.distributed.get_world_size(group)
+    own = ("no pictures", "")
+    if samples is not None:
+        own = (f"{len(samples):,} pictures of {samples.name}", samples.fingerprint)
+    seen = [own] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(seen, own, group=group)
-    for rank, (pictures, name, fingerprint) in enumerate(seen):
-        if fingerprint != seen[0][2]:
+    for rank, (what, fingerprint) in enumerate(seen):
+        if fingerprint != seen[0][1]:
+            others = " of other names, sizes or labels" if what == seen[0][0] else ""
             raise DataError(
-                f"Process {rank} sees {pictures:,} pictures of {name}, process 0 "
-                f"{seen[0][0]:,} of {seen[0][1]}: {key} must be whole, and the same on all "
-                "machines, before training starts."
+                f"Process {rank} sees {what}, process 0 {seen[0][0]}{others}: {key} must be whole, "
+                "and the same on all machines, before training starts."
             )
 
 

@@ -113,7 +113,7 @@ def pack_shard(folder: Path, shard: PlannedShard, options: Options, tick: Tick) 
             tick(1)
             defects = Defects()
             try:
-                content = patiently(partial(_content, picture), partial(tick, 0))
+                content = patiently(partial(_content, picture), partial(tick, 0), picture.file)
                 made = _entries(picture, content, options, defects)
             except UnavailableError as error:  # no fault of the picture
                 raise DataError(
@@ -152,8 +152,10 @@ def _content(picture: Source) -> bytes:
     try:
         return Path(picture.file).read_bytes()
     except OSError as error:
-        root = Path(picture.file.removesuffix(picture.path))
-        raise not_read(error, f"{_NOT_READ}: {error.strerror}", root) from error
+        # What was not there when it was planned is bad, and what is not there any more may come
+        # back with its folder.
+        folder = Path(picture.file).parent if picture.changed else None
+        raise not_read(error, f"{_NOT_READ}: {error.strerror}", folder) from error
 
 
 def _entries(picture: Source, content: bytes, options: Options, defects: Defects) -> list[Entry]:

@@ -121,6 +121,18 @@ def run(
     return forked.finished([script, *arguments], folder, env, seconds=240, ranks=ranks)
 
 
+def in_folders_of_ranks(folder: Path, script: str) -> str:
+    """Write a script that is `script`, each rank in a folder of its own: folder/0, folder/1."""
+    path = folder / "in_folders.py"
+    path.write_text(
+        "import os, runpy, sys\n"
+        f"os.chdir(os.path.join({str(folder)!r}, os.environ['RANK']))\n"
+        f"sys.path.insert(0, {str(Path(script).parent)!r})\n"
+        f"runpy.run_path({script!r}, run_name='__main__')\n"
+    )
+    return str(path)
+
+
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Wait until metrics.jsonl has a line of this step."""
     end = time.monotonic() + 120

@@ -33,8 +33,13 @@ def read_patiently(samples: Readable, shard: int, index: int) -> Sample:
     return patiently(lambda: samples.read(shard, index))
 
 
-def patiently(read: Callable[[], T], waiting: Callable[[], object] = lambda: None) -> T:
-    """Do as read_patiently, with any reading; `waiting` is called before each pause, may raise."""
+def patiently(
+    read: Callable[[], T], waiting: Callable[[], object] = lambda: None, what: str = ""
+) -> T:
+    """Do as read_patiently, with any reading; `waiting` is called before each pause, may raise.
+
+    `what` is read, where errors do not say it.
+    """
     began = time.monotonic()
     told = False
     while True:
@@ -44,7 +49,8 @@ def patiently(read: Callable[[], T], waiting: Callable[[], object] = lambda: Non
             if time.monotonic() - began > PATIENCE:
                 raise
             if not told:
-                logger.warning("%s Waiting for up to %.0f s.", error, PATIENCE)
+                sentence = f"{what}: {error}." if what else error
+                logger.warning("%s Waiting for up to %.0f s.", sentence, PATIENCE)
             told = True
         waiting()
         time.sleep(PAUSE)

@@ -333,8 +333,7 @@ def _open_list(path: Path, cache: Path, cache_bytes: int, key: str) -> Samples:
     lines = read_lines(path)
     once: dict[str, str] = {}
     for line in lines:
-        own = line == SCENES or bool(_scheme(line))
-        once.setdefault(line if own else os.path.normpath(path.parent / line), line)
+        once.setdefault(os.path.normpath(path.parent / line) if _is_place(line) else line, line)
     given = list(once.values())
     if len(given) < len(lines):
         logger.warning(
@@ -362,9 +361,13 @@ def _open_list(path: Path, cache: Path, cache_bytes: int, key: str) -> Samples:
     return parts[0] if len(parts) == 1 else JoinedSamples(parts)
 
 
+def _is_place(line: str) -> bool:
+    return line != SCENES and not _scheme(line)
+
+
 def _refuse_listed_twice(path: Path, pictures: Sequence[str], others: Sequence[str]) -> None:
     """Raise DataError where a picture of a list lies in a folder that the list names as well."""
-    named = {os.path.realpath(path.parent / line): line for line in others if not _scheme(line)}
+    named = {os.path.realpath(path.parent / line): line for line in others if _is_place(line)}
     where = {os.path.dirname(line): line for line in pictures}  # noqa: PTH120 (there are many)
     for folder, picture in where.items():
         real = Path(os.path.realpath(path.parent / folder))

@@ -21,6 +21,7 @@ from tests.commands import (
     LAUNCHER,
     ROOT,
     finished,
+    in_folders_of_ranks,
     losses,
     metrics,
     same_tensors,
@@ -451,8 +452,24 @@ def test_a_damaged_picture_for_validation_ends_a_run_that_has_saved(
     keys = [f"data.train={labeled}", "budget.steps=4", *TINY, "eval.times=2"]
     done = run(1, tmp_path, "--out", "out", *keys)
     assert done.returncode == 3 and "01" in status(tmp_path / "out")["message"]
-    assert "Saved. Then go on with --resume" in done.stdout + done.stderr
+    assert "Saved at step 2: then --resume" in status(tmp_path / "out")["message"]
     damaged.write_bytes(whole)
     done = run(1, tmp_path, "--resume", "out")
     assert done.returncode == 0, done.stderr
     assert sorted(losses(tmp_path / "out")) == [1, 2, 3, 4]
+
+
+@pytest.mark.dist
+def test_ranks_that_see_other_sets_end_before_the_first_step(labeled: Path, tmp_path: Path) -> None:
+    """As where the copy of one machine is not whole: here its test set is not there."""
+    for rank in ("0", "1"):
+        shutil.copytree(labeled, tmp_path / rank / "set")
+    shutil.rmtree(tmp_path / "1" / "set" / "images" / "test")
+    (tmp_path / "1" / "set" / "annotations" / "test.json").unlink()
+    script = in_folders_of_ranks(tmp_path, FINETUNE)
+    done = run(2, tmp_path, "--out", str(tmp_path / "out"), "data.train=set", "budget.steps=2",
+               *TINY, script=script)  # fmt: skip
+    assert done.returncode == 3
+    told = status(tmp_path / "out")["message"]
+    assert "Process 1 sees no pictures, process 0 3 pictures" in told and "data.test must" in told
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()

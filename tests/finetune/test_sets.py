@@ -221,15 +221,16 @@ def test_boxes_that_are_crowds_are_not_taken_for_objects(
 
 
 def test_a_picture_for_scoring_that_cannot_be_read_is_told_before_training(
-    labeled: Path, tmp_path: Path
+    labeled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Scoring would end the run at it, after steps that are lost."""
     for split in ("train", "val", "test"):  # that of train is replaced by another
         (labeled / "images" / split / "01.png").write_bytes(b"no picture")
     sets = open_sets(resolve(None, [f"data.train={labeled}"]))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as caught, caplog.at_level(logging.WARNING, "finetune.sets"):
         tell_defects(sets, tmp_path, 640)
     sets.close()
+    assert "listed in" in caplog.text and "label-defects.jsonl" in caplog.text
     told = str(caught.value)
     assert "1 picture(s) for validation cannot be read, the first" in told and "01" in told
     assert "1 picture(s) for test" in told and told.count("eval.test=false") == 1

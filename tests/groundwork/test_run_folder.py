@@ -179,7 +179,8 @@ def test_ranks_that_see_other_data_are_named(monkeypatch: pytest.MonkeyPatch) ->
     others: list[_Seen] = []
 
     def gather(seen: list[Any], own: Any, group: object) -> None:
-        seen[:] = [own, *((len(one), one.name, one.fingerprint) for one in others)]
+        told = [(f"{len(one):,} pictures of {one.name}", one.fingerprint) for one in others]
+        seen[:] = [own, *told]
 
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 1 + len(others))
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
@@ -191,3 +192,5 @@ def test_ranks_that_see_other_data_are_named(monkeypatch: pytest.MonkeyPatch) ->
     others.append(_Seen("data", 1100))
     with pytest.raises(DataError, match="Process 2 sees 1,100 pictures of data, process 0 1,200"):
         check_same_everywhere(group, samples)
+    with pytest.raises(DataError, match=r"of data, process 0 no pictures: data\.test must"):
+        check_same_everywhere(group, None, "data.test")

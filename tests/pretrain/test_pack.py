@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -591,3 +592,29 @@ def test_a_disk_without_locks_is_packed_onto_and_a_full_one_told(
     monkeypatch.setattr(pack_shards, "write_file", full)
     assert run(images, tmp_path / "b") == 3
     assert "No space left on device. Make room" in capsys.readouterr().err
+
+
+def test_a_folder_that_goes_away_while_others_stay_is_waited_for(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(images, other)
+    read = Path.read_bytes
+
+    def goes(self: Path) -> bytes:
+        if self.parent == other:
+            other.rename(tmp_path / "gone")
+            monkeypatch.undo()
+            monkeypatch.setattr("groundwork.data.reach.PATIENCE", 0.0)
+            monkeypatch.setattr("groundwork.data.reach.PAUSE", 0.001)
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", goes)
+    assert run(images, other, tmp_path / "shards") == 3
+    assert not (tmp_path / "shards" / "index.json").exists()
+    (tmp_path / "gone").rename(other)
+    monkeypatch.undo()
+    assert run(images, other, tmp_path / "shards") == 0
+    assert len(stored(open_shards(str(tmp_path / "shards"), tmp_path))) == 2 * len(
+        list(images.rglob("*.*"))
+    )

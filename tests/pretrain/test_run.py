@@ -23,6 +23,7 @@ from tests.commands import (
     TINY,
     environment,
     finished,
+    in_folders_of_ranks,
     launch,
     losses,
     metrics,
@@ -529,3 +530,19 @@ def test_what_one_rank_meets_is_told_and_counted_for_all(pictures: Path, tmp_pat
     assert done.returncode != 0
     assert status(tmp_path / "many")["exit_code"] == 3
     assert "of 22 pictures are unreadable" in status(tmp_path / "many")["message"]
+
+
+@pytest.mark.dist
+def test_ranks_that_see_other_pictures_end_before_the_first_step(
+    pictures: Path, tmp_path: Path
+) -> None:
+    """As where the copy of one machine is not whole, or a folder is still being filled."""
+    for rank in ("0", "1"):
+        shutil.copytree(pictures, tmp_path / rank / "set")
+    next((tmp_path / "1" / "set").rglob("*.jpg")).unlink()
+    script = in_folders_of_ranks(tmp_path, PRETRAIN)
+    keys = ["--task", "byol", "data.train=set", "budget.steps=2", *TINY]
+    done = run(2, tmp_path, "--out", str(tmp_path / "out"), *keys, script=script)
+    assert done.returncode == 3
+    assert "Process 1 sees 21 pictures of set, process 0 22" in status(tmp_path / "out")["message"]
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
