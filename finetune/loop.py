@@ -498,7 +498,7 @@ def finetune(  # noqa: C901 (one loop, read from top to bottom)
         torch.distributed.destroy_process_group()
     if unsaved:
         told = f"{unsaved} What was learned is in {product}."
-        raise CheckpointError(f"{told} It is not scored: {unscored}" if unscored else told)
+        raise CheckpointError(f"{told} Not all is scored: {unscored}" if unscored else told)
     if unscored:
         raise type(unscored)(
             f"{unscored} The detector is whole, in {product}: --resume {run.folder} scores it when "

@@ -150,7 +150,10 @@ def predict(
                 unreadable += 1
                 bar.write(printable(f"Left out: {error}"), file=sys.stderr)
                 continue
-            most = predictor.limits.most if predictor.tile is None else predictor.most
+            tiled = predictor.tile is not None and needs_tiles(
+                picture.width, picture.height, predictor.tile
+            )
+            most = predictor.most if tiled else predictor.limits.most
             full += len(found.boxes) == most
             number = writer.add(name, picture.width, picture.height, found)
             if pictures:

@@ -333,7 +333,8 @@ def _open_list(path: Path, cache: Path, cache_bytes: int, key: str) -> Samples:
     lines = read_lines(path)
     once: dict[str, str] = {}
     for line in lines:
-        once.setdefault(os.path.normpath(path.parent / line) if _is_place(line) else line, line)
+        place = os.path.abspath(path.parent / line) if _is_place(line) else line  # noqa: PTH100
+        once.setdefault(place, line)
     given = list(once.values())
     if len(given) < len(lines):
         logger.warning(

@@ -14,6 +14,7 @@ in a cache where that folder cannot be written to. Nothing is unpickled, and no 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -195,7 +196,7 @@ class ShardSamples:
     def close(self) -> None:
         """Close every open file; a later read opens it again."""
         while self._opened:
-            os.close(self._opened.popitem()[1][0])
+            _close(self._opened.popitem()[1][0])
 
     def _open(self, shard: int) -> tuple[int, Shard, SampleIndex]:
         if shard in self._opened:
@@ -223,7 +224,7 @@ class ShardSamples:
                 f"copy it again; find every damage with `{verify_command(place.tar.parent)}`."
             )
         if len(self._opened) >= _OPEN_SHARDS:
-            os.close(self._opened.popitem(last=False)[1][0])
+            _close(self._opened.popitem(last=False)[1][0])
         self._opened[shard] = descriptor, place, samples
         return self._opened[shard]
 
@@ -235,14 +236,20 @@ class ShardSamples:
         try:
             return _bytes(self._open(shard)[0], place, key, offset, size)
         except OSError:
-            os.close(self._opened.pop(shard)[0])
+            _close(self._opened.pop(shard)[0])
         descriptor = self._open(shard)[0]
         try:
             return _bytes(descriptor, place, key, offset, size)
         except OSError as error:
-            os.close(self._opened.pop(shard)[0])
+            _close(self._opened.pop(shard)[0])
             sentence = f"The sample {key!r} of the shard {place.tar} cannot be read"
             raise not_read(error, f"{sentence}: {error.strerror}.", place.tar.parent) from error
+
+
+def _close(descriptor: int) -> None:
+    """Close a file; where its disk is gone, that fails too."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 def _bytes(descriptor: int, place: Shard, key: str, offset: int, size: int) -> bytes:

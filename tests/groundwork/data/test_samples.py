@@ -440,13 +440,15 @@ def test_what_is_wrong_is_told_of_the_key_that_named_it(given: str | list[str]) 
     "lines", [["ships/x.y.png", "{here}/ships/x.y.png"], ["ships", "{here}/ships/"]]
 )
 def test_a_list_names_a_place_once_however_it_is_written(
-    folder: Path, tmp_path: Path, lines: list[str]
+    folder: Path, tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = folder / "list.txt"
     names.write_text("".join(f"{line.format(here=folder)}\n" for line in lines))
     once = folder / "once.txt"
     once.write_text(f"{lines[0]}\n")
     assert keys(opened(str(names), tmp_path)) == keys(opened(str(once), tmp_path))
+    monkeypatch.chdir(folder)
+    assert keys(opened("list.txt", tmp_path)) == keys(opened(str(once), tmp_path))
 
 
 def test_a_list_of_a_folder_and_of_a_picture_in_it_is_refused(folder: Path, tmp_path: Path) -> None:
