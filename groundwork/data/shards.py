@@ -234,12 +234,11 @@ class ShardSamples:
         One that was open while a network file system was gone stays broken when it is back.
         """
         try:
-            return _bytes(self._open(shard)[0], place, key, offset, size)
+            return _pread(self._open(shard)[0], place, key, offset, size)
         except OSError:
             _close(self._opened.pop(shard)[0])
-        descriptor = self._open(shard)[0]
         try:
-            return _bytes(descriptor, place, key, offset, size)
+            return _pread(self._open(shard)[0], place, key, offset, size)
         except OSError as error:
             _close(self._opened.pop(shard)[0])
             sentence = f"The sample {key!r} of the shard {place.tar} cannot be read"
@@ -252,7 +251,7 @@ def _close(descriptor: int) -> None:
         os.close(descriptor)
 
 
-def _bytes(descriptor: int, place: Shard, key: str, offset: int, size: int) -> bytes:
+def _pread(descriptor: int, place: Shard, key: str, offset: int, size: int) -> bytes:
     """Read a member, `key` in errors, from an open shard; one call in all but odd cases.
 
     Raises OSError, and DataError where the shard is too short.
